@@ -1,0 +1,1 @@
+"""Learned optimizers for JAX, as optax transformations."""
