@@ -1,0 +1,155 @@
+"""Momentum, second moment and factored second moment of one tensor.
+
+The factored second moment keeps, instead of one value an element, the mean of the squared gradient
+over each of the two largest dimensions (Adafactor, arXiv 1804.04235). Its conventions are those of
+google/learned_optimization, `learned_optimizers/common.py`: `d1, d0` are the second largest and the
+largest dimension, "row" is the mean over `d0`, "column" the mean over `d1`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FACTORED_EPSILON = 1e-30
+_SAFE_RSQRT_FLOOR = 1e-9
+_ROW_MEAN_EPSILON = 1e-9
+
+
+class FactoredDims(NamedTuple):
+    """The two dimensions that the factored second moment reduces over."""
+
+    d1: int  # second largest; "column" is the mean over it
+    d0: int  # largest; "row" is the mean over it
+
+
+class Decays(NamedTuple):
+    """Decay rates of the accumulators, each an array of float32."""
+
+    momentum: jax.Array  # (momenta,)
+    second_moment: jax.Array  # ()
+    factored: jax.Array  # (factored second moments,)
+
+
+class Accumulators(NamedTuple):
+    """Accumulators: of one tensor (arrays), or of a tree of parameters (trees like the params).
+
+    For a tensor of shape S with factored dims d1, d0 and n factored decays:
+    """
+
+    momentum: tuple  # one array of shape S a decay
+    second_moment: jax.Array  # S
+    row: jax.Array  # (n, *S without d0); (n, *S) where the tensor is not factored
+    column: jax.Array  # (n, *S without d1); (1,) where the tensor is not factored
+
+
+def factored_dims(shape: Sequence[int]) -> FactoredDims | None:
+    """Dimensions over which the second moment of a tensor is factored.
+
+    Args:
+      shape: the tensor's shape.
+
+    Returns:
+      The positions of the second largest and the largest dimension, in the order that
+      `numpy.argsort` gives them (so ties are decided as the reference decides them), or None for
+      tensors of rank below two.
+
+    Reference:
+      google/learned_optimization, `learned_optimizers/common.py`, `factored_dims`.
+    """
+    if len(shape) < 2:
+        return None
+    order = np.argsort(shape)
+    return FactoredDims(d1=int(order[-2]), d0=int(order[-1]))
+
+
+def factored_shapes(
+    shape: Sequence[int], decays: int, dims: FactoredDims | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the row and column accumulators of a tensor.
+
+    Args:
+      shape: the tensor's shape.
+      decays: number of factored decays.
+      dims: its factored dimensions, positions in `shape`, or None.
+
+    Returns:
+      The row's and the column's shape.
+    """
+    if dims is None:
+        return (decays, *shape), (1,)
+    without = lambda axis: (decays, *(n for i, n in enumerate(shape) if i != axis))  # noqa: E731
+    return without(dims.d0), without(dims.d1)
+
+
+def init_accumulators(
+    shape: Sequence[int],
+    momenta: int,
+    factored: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Accumulators:
+    """Zero accumulators of one tensor.
+
+    Args:
+      shape: the tensor's shape.
+      momenta: number of momentum decays.
+      factored: number of factored decays.
+      dtype: dtype of every accumulator.
+
+    Returns:
+      Accumulators of zeros, shapes as `Accumulators` says.
+    """
+    row, column = factored_shapes(shape, factored, factored_dims(shape))
+    return Accumulators(
+        momentum=tuple(jnp.zeros(shape, dtype) for _ in range(momenta)),
+        second_moment=jnp.zeros(shape, dtype),
+        row=jnp.zeros(row, dtype),
+        column=jnp.zeros(column, dtype),
+    )
+
+
+def update_momentum(momentum: jax.Array, gradient: jax.Array, decay: jax.Array) -> jax.Array:
+    """One step of an exponential moving average of the gradient; all shapes broadcast."""
+    return decay * momentum + (1 - decay) * gradient
+
+
+def update_second_moment(
+    second_moment: jax.Array, gradient: jax.Array, decay: jax.Array
+) -> jax.Array:
+    """One step of an exponential moving average of the squared gradient; all shapes broadcast."""
+    return decay * second_moment + (1 - decay) * (gradient * gradient)
+
+
+def update_factored(average: jax.Array, mean_square: jax.Array, decays: jax.Array) -> jax.Array:
+    """One step of the row or column accumulator.
+
+    Args:
+      average: (n, *V), the accumulator.
+      mean_square: (*V), this step's mean of the squared gradient along the reduced dimension.
+      decays: (n,).
+
+    Returns:
+      The new accumulator, (n, *V).
+    """
+    decays = decays.reshape((-1,) + (1,) * mean_square.ndim)
+    return decays * average + (1 - decays) * (mean_square + FACTORED_EPSILON)
+
+
+def safe_rsqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(max(x, 1e-9)), elementwise."""
+    return jax.lax.rsqrt(jnp.maximum(x, _SAFE_RSQRT_FLOOR))
+
+
+def row_factor(row: jax.Array, d1: int) -> jax.Array:
+    """Preconditioner of the row: rsqrt of the row over its mean along `d1`.
+
+    Args:
+      row: one decay's row accumulator, rank of the tensor (size 1 along d0).
+      d1: the dimension to average over.
+
+    Returns:
+      The factor, shape of `row`.
+    """
+    return safe_rsqrt(row / (jnp.mean(row, axis=d1, keepdims=True) + _ROW_MEAN_EPSILON))

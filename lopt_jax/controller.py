@@ -1,0 +1,219 @@
+"""What looks across tensors: loss features, tensor features, and the LSTM over tensors.
+
+The formulas are those of google/learned_optimization, `research/general_lopt/hyper_v2.py` (VeLO,
+arXiv 2211.09760) and amoudgl/celo, `optimizers/celo.py` (Celo, arXiv 2501.12670).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax.rule import MLP, Statistics
+
+LOSS_DECAYS = 10
+FRACTION_SCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+_RANKS = 5
+
+
+class LossBuffer(NamedTuple):
+    """Moving averages of the loss at ten time scales."""
+
+    means: jax.Array  # (10,)
+    running_min: jax.Array  # (10,), of the bias-corrected means
+    count: jax.Array  # () int32, losses seen
+
+
+class LSTMState(NamedTuple):
+    """Hidden state of the LSTM, a row a tensor."""
+
+    hidden: jax.Array  # (tensors, N)
+    cell: jax.Array  # (tensors, N)
+
+
+class Controls(NamedTuple):
+    """What the LSTM says of every tensor."""
+
+    banks: jax.Array | None  # (tensors, K), the weights of the network's banks
+    step_size: jax.Array  # (tensors,)
+    state: LSTMState
+
+
+def init_loss_buffer() -> LossBuffer:
+    """An empty loss buffer."""
+    return LossBuffer(
+        means=jnp.zeros((LOSS_DECAYS,), jnp.float32),
+        running_min=jnp.full((LOSS_DECAYS,), 999999999999.0, jnp.float32),
+        count=jnp.zeros((), jnp.int32),
+    )
+
+
+def loss_decays(num_steps: jax.Array | float) -> jax.Array:
+    """Decays whose time scales are spread from 10 steps to `num_steps`: (10,) float32."""
+    halflife = jnp.logspace(1, jnp.log10(jnp.asarray(num_steps, jnp.float32)), LOSS_DECAYS)
+    return jnp.exp(-1.0 / halflife).astype(jnp.float32)
+
+
+def update_loss_buffer(buffer: LossBuffer, loss: jax.Array, decays: jax.Array) -> LossBuffer:
+    """Takes in a loss, clipped to twice the largest of the averages.
+
+    Args:
+      buffer: the buffer.
+      loss: ().
+      decays: (10,), of `loss_decays`.
+
+    Returns:
+      The new buffer.
+    """
+    correction = 1 - decays ** (buffer.count + 1)
+    largest = jnp.max(buffer.means / correction)
+    largest = jnp.where(buffer.count == 0, loss, largest)
+    loss = jnp.minimum(jnp.abs(largest) * 2, loss)
+    means = buffer.means * decays + loss * (1 - decays)
+    return LossBuffer(
+        means=means,
+        running_min=jnp.minimum(buffer.running_min, means / correction),
+        count=buffer.count + 1,
+    )
+
+
+def loss_features(buffer: LossBuffer, decays: jax.Array) -> jax.Array:
+    """Where each average lies between its minimum and the next slower average.
+
+    Args:
+      buffer: after this step's loss.
+      decays: (10,).
+
+    Returns:
+      (9,), in [-1, 1]; zero for the first two steps.
+    """
+    means = buffer.means / (1 - decays**buffer.count)
+    slower, faster, lowest = means[1:], means[:-1], buffer.running_min[:-1]
+    position = (faster - lowest) / jnp.maximum(1e-8, slower - lowest)
+    feature = jnp.clip(position - 1.0, -1, 1)
+    return jnp.where(buffer.count <= 2, 0.0, feature)
+
+
+def fraction_features(count: jax.Array, num_steps: jax.Array | float) -> jax.Array:
+    """Embedding of the fraction of training done: (9,).
+
+    Args:
+      count: () int32, updates made before this one.
+      num_steps: (), updates of the whole training.
+    """
+    fraction = count / jnp.asarray(num_steps, jnp.float32)
+    return jnp.tanh((fraction - jnp.asarray(FRACTION_SCALES, jnp.float32)) * 10)
+
+
+def _log_magnitude(x: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.log(1e-8 + jnp.abs(x * 10.0)), -5, 5) * 0.5
+
+
+def tensor_features(
+    shapes: Sequence[Sequence[int]],
+    statistics: Statistics,
+    parameter_mean_square: jax.Array,
+    step_features: Sequence[jax.Array],
+) -> jax.Array:
+    """VeLO's inputs of the LSTM.
+
+    Args:
+      shapes: of every tensor.
+      statistics: of the accumulators before this step's update, a row a tensor.
+      parameter_mean_square: (tensors,).
+      step_features: vectors that every tensor shares: the fraction of training, the loss features.
+
+    Returns:
+      (tensors, 30), in the order of the original: fraction, loss, mean second moment, rank,
+      variance of the momenta, "variance" of the second moment. The last is taken around the means
+      of the momenta, as the original takes it.
+    """
+    norm = jax.lax.rsqrt(jnp.maximum(1e-9, parameter_mean_square))[:, None]
+    second_mean = statistics.second_moment_mean[:, None]
+    second_variance = statistics.second_moment_variance[:, None]
+    offset = second_mean - statistics.momentum_mean
+    ranks = [min(sum(n > 1 for n in shape), _RANKS) for shape in shapes]
+    shared = jnp.concatenate(step_features)
+    return jnp.concatenate(
+        [
+            jnp.broadcast_to(shared, (len(shapes), shared.shape[0])),
+            _log_magnitude(second_mean * norm),
+            jnp.asarray(np.eye(_RANKS + 1, _RANKS, dtype=np.float32)[ranks].reshape(-1, _RANKS)),
+            _log_magnitude(statistics.momentum_variance * jnp.square(norm)),
+            _log_magnitude((second_variance + jnp.square(offset)) * jnp.square(norm)),
+        ],
+        axis=1,
+    )
+
+
+def init_lstm(meta_parameters: Mapping[str, Any], tensors: int) -> LSTMState:
+    """The learned initial state, a copy a tensor.
+
+    Args:
+      meta_parameters: with "lstm".
+      tensors: number of tensors.
+
+    Returns:
+      The state.
+    """
+    lstm = meta_parameters["lstm"]
+    # zeros added: each state is an array of its own, safe to donate
+    rows = lambda x: jnp.zeros((tensors, 1), x.dtype) + x  # noqa: E731
+    return LSTMState(rows(lstm["initial_hidden"]), rows(lstm["initial_cell"]))
+
+
+def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMState) -> Controls:
+    """One step of the LSTM over tensors.
+
+    Tensors exchange information through a maximum over all of them, added to each one's input.
+
+    Args:
+      meta_parameters: with "mix", "input", "lstm", "step_size" and perhaps "controls".
+      inputs: (tensors, features).
+      state: before this step.
+
+    Returns:
+      The controls, step sizes before any nonlinearity, and the new state.
+    """
+    if not inputs.shape[0]:
+        banks = jnp.zeros((0, meta_parameters["controls"]["b"].shape[0]))
+        return Controls(banks if "controls" in meta_parameters else None, jnp.zeros((0,)), state)
+    linear = lambda layer, x: (  # noqa: E731
+        jnp.dot(x, layer["w"], precision="highest") + layer["b"]
+    )
+    mixed = jnp.max(jax.nn.relu(linear(meta_parameters["mix"], inputs)), axis=0, keepdims=True)
+    x = linear(meta_parameters["input"], inputs) + mixed
+    gates = linear(meta_parameters["lstm"], jnp.concatenate([x, state.hidden], axis=1))
+    write, candidate, forget, read = jnp.split(gates, 4, axis=1)
+    cell = jax.nn.sigmoid(forget + 1) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(candidate)
+    hidden = jax.nn.sigmoid(read) * jnp.tanh(cell)
+    return Controls(
+        banks=linear(meta_parameters["controls"], hidden)
+        if "controls" in meta_parameters
+        else None,
+        step_size=linear(meta_parameters["step_size"], hidden)[:, 0],
+        state=LSTMState(hidden, cell),
+    )
+
+
+def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
+    """Every tensor's network, a weighted mean of the banks.
+
+    Args:
+      mlp: {"w0": (K, features, H), "b0": (K, H), ...}.
+      weights: (tensors, K).
+
+    Returns:
+      The networks, with a leading axis of tensors.
+    """
+    count = weights.shape[1]
+    mix = lambda x: (  # noqa: E731
+        jnp.tensordot(weights, x, axes=1, precision="highest") / count
+    )
+    layers = range(len(mlp) // 2)
+    return MLP(
+        weights=tuple(mix(mlp[f"w{i}"]) for i in layers),
+        biases=tuple(mix(mlp[f"b{i}"]) for i in layers),
+    )

@@ -1,0 +1,489 @@
+"""Maps a rule over a pytree of parameters.
+
+Leaves become tensors: a leaf with stacked axes holds several. Small tensors of one shape are
+stacked, so that hundreds of leaves do not become hundreds of copies of the code. Each stack is a
+`Group`; a backend takes the arrays of a group with one leading axis, of tensors.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax import rule as rules
+from lopt_jax.accumulators import (
+    Accumulators,
+    Decays,
+    FactoredDims,
+    factored_dims,
+    factored_shapes,
+)
+from lopt_jax.rule import MLP, Moments, Rule, Statistics
+
+STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
+
+StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
+
+
+class Tensors(NamedTuple):
+    """How one leaf is seen as tensors."""
+
+    stack: tuple[int, ...]  # the leaf's leading axes that hold tensors
+    shape: tuple[int, ...]  # of each tensor; scalars are vectors of one element
+    first: int  # position of the leaf's first tensor among all tensors of the tree
+
+    @property
+    def count(self) -> int:
+        """Number of tensors in the leaf."""
+        return math.prod(self.stack)
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        """Factored dims of each tensor."""
+        return factored_dims(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Leaves that are updated together: their tensors have one shape."""
+
+    leaves: tuple[int, ...]  # positions in the list of leaves
+    tensors: tuple[int, ...]  # positions of their tensors among all tensors of the tree
+    shape: tuple[int, ...]  # of each tensor
+
+
+class GroupInputs(NamedTuple):
+    """Arrays of a group, each with a leading axis of tensors."""
+
+    gradient: jax.Array
+    parameter: jax.Array
+    accumulators: Accumulators
+
+
+def _is_box(x: Any) -> bool:
+    return hasattr(x, "replace_boxed") and hasattr(x, "unbox")
+
+
+def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]:
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
+    if stacked_axes is None:
+        axes = [0] * len(paths_and_leaves)
+    elif callable(stacked_axes):
+        axes = [stacked_axes(path, leaf) for path, leaf in paths_and_leaves]
+    else:
+        axes = jax.tree.leaves(
+            jax.tree.map(
+                lambda n, subtree: jax.tree.map(lambda _: n, subtree), stacked_axes, params
+            )
+        )
+    for (path, leaf), n in zip(paths_and_leaves, axes, strict=True):
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= leaf.ndim:
+            raise ValueError(
+                f"stacked_axes: expected an integer from 0 to {leaf.ndim}, the rank of the leaf "
+                f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)}; found {n!r}."
+            )
+    return [int(n) for n in axes]
+
+
+def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
+    """Sees every leaf of params as tensors.
+
+    Args:
+      params: pytree of arrays (or of anything with a shape).
+      stacked_axes: how many leading axes of a leaf hold tensors: an int, a tree of ints, or a
+        function of a leaf's path and the leaf; None means that every leaf is one tensor.
+
+    Returns:
+      One entry a leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: where a number of stacked axes is not in [0, rank].
+    """
+    out, first = [], 0
+    leaves = jax.tree.leaves(params)
+    for leaf, n in zip(leaves, _stacked_axes_of_leaves(params, stacked_axes), strict=True):
+        entry = Tensors(tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,), first)
+        out.append(entry)
+        first += entry.count
+    return out
+
+
+def init_accumulators(
+    params: Any,
+    momenta: int,
+    factored: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: StackedAxes = None,
+) -> Accumulators:
+    """Zero accumulators of a tree of parameters.
+
+    Args:
+      params: pytree of arrays.
+      momenta: number of momentum decays.
+      factored: number of factored decays.
+      dtype: of every accumulator.
+      stacked_axes: as in `tensors_of`.
+
+    Returns:
+      Trees with the structure of params: momentum (one tree a decay) and second moment shaped like
+      the parameters; row and column as `factored_shapes` says, stacked axes after the axis of
+      decays. Metadata boxes (such as `flax.linen.Partitioned`) are kept, their names following the
+      axes.
+    """
+    stacks = iter(_stacked_axes_of_leaves(params, stacked_axes))
+
+    def factored_of(leaf: Any, box: Any) -> tuple[Any, Any]:
+        n = next(stacks)
+        stack, shape = leaf.shape[:n], leaf.shape[n:]
+        dims = factored_dims(shape)
+        row, column = factored_shapes(shape, factored, dims)
+        arrays = (
+            jnp.zeros((row[0], *stack, *row[1:]), dtype),
+            jnp.zeros((column[0], *stack, *column[1:]) if dims else (1,), dtype),
+        )
+        if box is None:
+            return arrays
+        names = getattr(box, "names", None)
+        if names is None:
+            return tuple(box.replace_boxed(x) for x in arrays)
+        drop = lambda d: tuple(a for i, a in enumerate(names) if i != n + d)  # noqa: E731
+        row_names = (None, *(drop(dims.d0) if dims else names))
+        column_names = (None, *drop(dims.d1)) if dims else (None,)
+        return tuple(
+            box.replace_boxed(x).replace(names=axes)
+            for x, axes in zip(arrays, (row_names, column_names), strict=True)
+        )
+
+    pairs = jax.tree.map(
+        lambda x: factored_of(x.unbox(), x) if _is_box(x) else factored_of(x, None),
+        params,
+        is_leaf=_is_box,
+    )
+    take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=_is_box)  # noqa: E731
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)  # noqa: E731
+    return Accumulators(
+        momentum=tuple(zeros() for _ in range(momenta)),
+        second_moment=zeros(),
+        row=take(0),
+        column=take(1),
+    )
+
+
+def _group_key(position: int, entry: Tensors, leaf: jax.Array, gradient: jax.Array) -> Any:
+    if math.prod(entry.shape) > STACKED_LEAF_ELEMENTS:
+        return position
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    return (entry.shape, len(entry.stack), leaf.dtype, gradient.dtype, sharding)
+
+
+def make_groups(
+    tensors: Sequence[Tensors], params: Sequence[jax.Array], gradients: Sequence[jax.Array | None]
+) -> list[Group]:
+    """Decides which leaves are updated together.
+
+    Args:
+      tensors: of `tensors_of`.
+      params: the leaves.
+      gradients: their gradients; leaves with None are left out, as are leaves without elements.
+
+    Returns:
+      The groups.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (entry, leaf, gradient) in enumerate(zip(tensors, params, gradients, strict=True)):
+        if gradient is not None and leaf.size:
+            groups.setdefault(_group_key(i, entry, leaf, gradient), []).append(i)
+    return [
+        Group(
+            leaves=tuple(leaves),
+            tensors=tuple(
+                k
+                for i in leaves
+                for k in range(tensors[i].first, tensors[i].first + tensors[i].count)
+            ),
+            shape=tensors[leaves[0]].shape,
+        )
+        for leaves in groups.values()
+    ]
+
+
+def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def gather(
+    group: Group,
+    tensors: Sequence[Tensors],
+    gradients: Sequence[Any],
+    params: Sequence[jax.Array],
+    accumulators: Accumulators,
+) -> GroupInputs:
+    """Arrays of a group with one leading axis of tensors, from lists of leaves.
+
+    Args:
+      group: the group.
+      tensors: of `tensors_of`.
+      gradients: leaves.
+      params: leaves.
+      accumulators: lists of leaves in place of trees.
+
+    Returns:
+      The group's inputs: gradient (B, *shape) and so on; row (B, n, ...).
+    """
+
+    def elementwise(leaves: Sequence[jax.Array]) -> jax.Array:
+        return _concatenate([leaves[i].reshape((-1, *group.shape)) for i in group.leaves])
+
+    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
+        dims = factored_dims(group.shape)
+        arrays = []
+        for i in group.leaves:
+            leaf, count = leaves[i], tensors[i].count
+            if dims is None and which == 1:
+                arrays.append(jnp.broadcast_to(leaf, (count, 1)))
+                continue
+            shape = factored_shapes(group.shape, leaf.shape[0], dims)[which]
+            arrays.append(jnp.moveaxis(leaf.reshape((shape[0], count, *shape[1:])), 0, 1))
+        return _concatenate(arrays)
+
+    return GroupInputs(
+        gradient=elementwise(gradients),
+        parameter=elementwise(params),
+        accumulators=Accumulators(
+            momentum=tuple(elementwise(m) for m in accumulators.momentum),
+            second_moment=elementwise(accumulators.second_moment),
+            row=factored(accumulators.row, 0),
+            column=factored(accumulators.column, 1),
+        ),
+    )
+
+
+def scatter(
+    group: Group,
+    tensors: Sequence[Tensors],
+    update: jax.Array,
+    accumulators: Accumulators,
+    out: "Leaves",
+) -> None:
+    """Writes a group's results back into lists of leaves, the inverse of `gather`.
+
+    Args:
+      group: the group.
+      tensors: of `tensors_of`.
+      update: (B, *shape).
+      accumulators: with a leading axis of tensors.
+      out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
+    """
+    start = 0
+    for i in group.leaves:
+        rows = slice(start, start + tensors[i].count)
+        start += tensors[i].count
+        whole = len(group.leaves) == 1
+        part = lambda x, rows=rows, whole=whole: x if whole else x[rows]  # noqa: E731
+
+        def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
+            leaves[i] = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
+
+        def factored(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
+            x = jnp.moveaxis(part(x), 1, 0)
+            leaves[i] = x.reshape(leaves[i].shape).astype(leaves[i].dtype)
+
+        elementwise(out.updates, update)
+        for leaves, x in zip(out.accumulators.momentum, accumulators.momentum, strict=True):
+            elementwise(leaves, x)
+        elementwise(out.accumulators.second_moment, accumulators.second_moment)
+        factored(out.accumulators.row, accumulators.row)
+        if tensors[i].dims is not None:
+            factored(out.accumulators.column, accumulators.column)
+
+
+class Leaves(NamedTuple):
+    """Lists of leaves that a step fills in."""
+
+    updates: list
+    accumulators: Accumulators
+
+
+class Prepared(NamedTuple):
+    """A step after its first pass: what the second needs."""
+
+    groups: list[Group]
+    tensors: list[Tensors]
+    inputs: list[GroupInputs]
+    moments: list[Moments]  # each with a leading axis of tensors
+    out: Leaves
+    treedef: Any
+    has_gradient: list[bool]
+
+
+def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
+    """`jax.vmap`, but a single tensor keeps its rank: XLA then sees no axis of size one."""
+    axes = (in_axes,) * len(arguments) if isinstance(in_axes, int) else in_axes
+    sizes = {
+        x.shape[0]
+        for argument, axis in zip(arguments, axes, strict=True)
+        if axis == 0
+        for x in jax.tree.leaves(argument)
+    }
+    if sizes != {1}:
+        return jax.vmap(function, in_axes=axes)(*arguments)
+    single = [
+        jax.tree.map(lambda x: x[0], argument) if axis == 0 else argument
+        for argument, axis in zip(arguments, axes, strict=True)
+    ]
+    return jax.tree.map(lambda x: x[None], function(*single))
+
+
+def first_pass(
+    rule: Rule, gradients: Any, params: Any, accumulators: Accumulators, stacked_axes: StackedAxes
+) -> Prepared:
+    """Pass A over every tensor of a tree.
+
+    Args:
+      rule: the rule.
+      gradients: tree like params; None where a parameter has no gradient: it is not updated.
+      params: pytree of arrays.
+      accumulators: trees, of `init_accumulators`.
+      stacked_axes: as in `tensors_of`.
+
+    Returns:
+      The prepared step.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    gradient_leaves = treedef.flatten_up_to(gradients)
+    tensors = tensors_of(params, stacked_axes)
+    lists = Accumulators(
+        momentum=tuple(treedef.flatten_up_to(m) for m in accumulators.momentum),
+        second_moment=treedef.flatten_up_to(accumulators.second_moment),
+        row=treedef.flatten_up_to(accumulators.row),
+        column=treedef.flatten_up_to(accumulators.column),
+    )
+    groups = make_groups(tensors, leaves, gradient_leaves)
+    inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
+    moments = [
+        over_tensors(functools.partial(rules.first_pass, rule), x.gradient, x.parameter)
+        for x in inputs
+    ]
+    return Prepared(
+        groups=groups,
+        tensors=tensors,
+        inputs=inputs,
+        moments=moments,
+        out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
+        treedef=treedef,
+        has_gradient=[g is not None for g in gradient_leaves],
+    )
+
+
+def parameter_mean_squares(prepared: Prepared) -> jax.Array:
+    """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
+    return _by_tensor(prepared, [m.parameter_mean_square for m in prepared.moments])
+
+
+def _tensor_count(tensors: Sequence[Tensors]) -> int:
+    return sum(entry.count for entry in tensors)
+
+
+def _by_tensor(prepared: Prepared, arrays: Sequence[jax.Array], default: Any = None) -> jax.Array:
+    """Puts arrays with one row a tensor of each group into the order of all tensors."""
+    order = [k for group in prepared.groups for k in group.tensors]
+    count = _tensor_count(prepared.tensors)
+    if not arrays:
+        return jnp.zeros((count,), jnp.float32) if default is None else default
+    joined = _concatenate(arrays)
+    if len(order) == count:
+        return joined[np.argsort(np.asarray(order))]
+    if default is None:
+        default = jnp.zeros((count, *joined.shape[1:]), joined.dtype)
+    return default.at[np.asarray(order)].set(joined)
+
+
+def second_pass(
+    rule: Rule,
+    prepared: Prepared,
+    mlp: MLP,
+    mlp_per_tensor: bool,
+    decays: Decays,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+    statistics: Statistics | None = None,
+) -> tuple[Any, Accumulators, Statistics | None]:
+    """Passes B and C over every tensor of a tree.
+
+    Args:
+      rule: the rule.
+      prepared: of `first_pass`.
+      mlp: the network: one for all tensors, or with a leading axis of tensors.
+      mlp_per_tensor: whether it has that axis.
+      decays: decay rates.
+      scale: () or (tensors,), as in `rule.second_pass`.
+      weight_decay: () or (tensors,), as in `rule.second_pass`.
+      statistics: the last step's, each with a leading axis of tensors, where the rule keeps them;
+        tensors that are not updated keep theirs.
+
+    Returns:
+      Updates like the params (in their dtypes; None where there was no gradient), the new
+      accumulators, and the new statistics.
+    """
+    count = _tensor_count(prepared.tensors)
+    scale, weight_decay = (
+        jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
+    )
+    new_statistics = []
+    for group, x, moments in zip(prepared.groups, prepared.inputs, prepared.moments, strict=True):
+        rows = np.asarray(group.tensors)
+        chosen = jax.tree.map(lambda w, rows=rows: w[rows], mlp) if mlp_per_tensor else mlp
+        result = over_tensors(
+            functools.partial(rules.second_pass, rule),
+            chosen,
+            moments,
+            *x,
+            decays,
+            scale[rows],
+            weight_decay[rows],
+            in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
+        )
+        scatter(group, prepared.tensors, result.update, result.accumulators, prepared.out)
+        new_statistics.append(result.statistics)
+    unflatten = prepared.treedef.unflatten
+    old = prepared.out.accumulators
+    accumulators = Accumulators(
+        momentum=tuple(unflatten(m) for m in old.momentum),
+        second_moment=unflatten(old.second_moment),
+        row=unflatten(old.row),
+        column=unflatten(old.column),
+    )
+    if statistics is not None and new_statistics:
+        statistics = jax.tree.map(
+            lambda default, *rows: _by_tensor(prepared, rows, default), statistics, *new_statistics
+        )
+    updates = [
+        u if has else None
+        for u, has in zip(prepared.out.updates, prepared.has_gradient, strict=True)
+    ]
+    return unflatten(updates), accumulators, statistics
+
+
+def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
+    """Number of tensors that a tree of parameters holds."""
+    return _tensor_count(tensors_of(params, stacked_axes))
+
+
+def tensor_shapes(tensors: Sequence[Tensors]) -> list[tuple[int, ...]]:
+    """The shape of every tensor of a tree, in the tree's order."""
+    return [entry.shape for entry in tensors for _ in range(entry.count)]
+
+
+def init_statistics(tensors: int, momenta: int) -> Statistics:
+    """Statistics of zero accumulators: zeros, with a leading axis of tensors."""
+    return Statistics(
+        momentum_mean=jnp.zeros((tensors, momenta), jnp.float32),
+        momentum_variance=jnp.zeros((tensors, momenta), jnp.float32),
+        second_moment_mean=jnp.zeros((tensors,), jnp.float32),
+        second_moment_variance=jnp.zeros((tensors,), jnp.float32),
+    )

@@ -1,0 +1,152 @@
+"""What the optimizers share: arguments, learning rate, weight decay, required inputs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src.base import NO_PARAMS_MSG
+
+from lopt_jax.engine import tensors_of
+
+ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is a number >= 0 or traced."""
+    if isinstance(value, jax.core.Tracer | jax.Array):
+        return
+    if isinstance(value, bool) or (
+        not isinstance(value, int | float) and not hasattr(value, "__float__")
+    ):
+        raise TypeError(
+            f"{name}: expected a number, found {value!r} of type {type(value).__name__}."
+        )
+    if not float(value) >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, found {value!r}.")
+
+
+def check_learning_rate(learning_rate: Any) -> None:
+    """Raises TypeError or ValueError unless it is a number >= 0 or a schedule."""
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate)
+
+
+def check_dtype(dtype: Any) -> jnp.dtype:
+    """The accumulator dtype, or a TypeError naming the argument."""
+    try:
+        out = jnp.dtype(dtype)
+    except TypeError:
+        out = None
+    if out is None or not jnp.issubdtype(out, jnp.floating):
+        raise TypeError(
+            f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
+        )
+    return out
+
+
+def check_num_steps(num_steps: Any) -> None:
+    """Raises TypeError or ValueError unless it is a positive integer or traced."""
+    if isinstance(num_steps, jax.core.Tracer | jax.Array):
+        return
+    if isinstance(num_steps, bool) or not hasattr(num_steps, "__index__"):
+        raise TypeError(
+            f"num_steps: expected an integer, the number of updates of the whole training; found "
+            f"{num_steps!r} of type {type(num_steps).__name__}."
+        )
+    if num_steps < 1:
+        raise ValueError(f"num_steps: expected at least 1, found {num_steps}.")
+
+
+def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """The learning rate at a step: () float32."""
+    value = learning_rate(count) if callable(learning_rate) else learning_rate
+    return jnp.asarray(value, jnp.float32)
+
+
+def weight_decay_of_tensors(
+    weight_decay: Any, mask: Any, params: Any, stacked_axes: Any
+) -> jax.Array:
+    """Weight decay of every tensor of a tree.
+
+    Args:
+      weight_decay: ().
+      mask: None, or as `optax.adamw`'s: a tree of bools that is a prefix of params, or a function
+        from params to one.
+      params: the parameters.
+      stacked_axes: as in `lopt_jax.engine.tensors_of`.
+
+    Returns:
+      () or (tensors,) float32.
+    """
+    weight_decay = jnp.asarray(weight_decay, jnp.float32)
+    if mask is None:
+        return weight_decay
+    tree = mask(params) if callable(mask) else mask
+    chosen = jax.tree.leaves(
+        jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
+    )
+    factors = [
+        jnp.full((entry.count,), m, jnp.float32)
+        for m, entry in zip(chosen, tensors_of(params, stacked_axes), strict=True)
+    ]
+    return weight_decay * jnp.concatenate(factors) if factors else weight_decay
+
+
+def require_params(params: Any) -> None:
+    """Raises optax's own error where params are missing."""
+    if params is None:
+        raise ValueError(NO_PARAMS_MSG)
+
+
+def require_value(name: str, value: Any) -> jax.Array:
+    """The loss as () float32, or a ValueError that names `value=`."""
+    if value is None:
+        raise ValueError(
+            f"{name} reads the loss at every step: call update(grads, state, params, value=loss)."
+        )
+    value = jnp.asarray(value)
+    if value.size != 1:
+        raise ValueError(f"value: expected the loss, a scalar; found shape {value.shape}.")
+    return value.astype(jnp.float32).reshape(())
+
+
+def transformation(
+    init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]], meta_parameters: Any
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation from pure functions.
+
+    The update is compiled also where the caller does not: run one operation at a time, a learned
+    rule would be hundreds of times slower.
+
+    Args:
+      init: from params to the state.
+      update: (meta_parameters, updates, state, params, value) -> (updates, state).
+      meta_parameters: pytree of arrays that the update reads.
+
+    Returns:
+      The transformation; it ignores extra arguments other than `value`.
+    """
+    compiled = jax.jit(update)
+
+    @functools.wraps(update)
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
+        require_params(params)
+        return compiled(meta_parameters, updates, state, params, value)
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)
+
+
+def check_precision(precision: str) -> jax.lax.Precision:
+    """The precision of matrix products, or a ValueError naming the argument."""
+    try:
+        return jax.lax.Precision(precision)
+    except ValueError:
+        raise ValueError(
+            f"precision: expected 'highest', 'high' or 'default', found {precision!r}."
+        ) from None

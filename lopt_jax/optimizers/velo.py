@@ -1,0 +1,186 @@
+"""VeLO: an LSTM over tensors generates every tensor's MLP (arXiv 2211.09760)."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt_jax import controller, engine
+from lopt_jax.accumulators import Accumulators, Decays
+from lopt_jax.features import velo_features
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.accumulation import accumulate_gradients
+from lopt_jax.rule import Rule, Statistics
+from lopt_jax.weights import Weights, resolve
+
+HORIZON = 150_000  # the longest training that VeLO was meta-trained for
+_BANK_GAIN = 100.0
+_BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decays for ten steps
+
+
+class VeloState(NamedTuple):
+    """State of VeLO."""
+
+    count: jax.Array  # () int32, updates made so far
+    accumulators: Accumulators  # trees like the params
+    statistics: Statistics  # of the accumulators, a row a tensor
+    lstm: controller.LSTMState
+    loss: controller.LossBuffer
+
+
+def velo(
+    num_steps: int | jax.Array,
+    weights: str | Weights = "velo",
+    *,
+    learning_rate: common.ScalarOrSchedule = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any = None,
+    gradient_accumulation: int | None = None,
+    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: engine.StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """VeLO, the versatile learned optimizer: no learning rate, no schedule, no tuning.
+
+    It must know how long training will be: the step shrinks as the end comes near.
+
+    Args:
+      num_steps: updates of the whole training.
+      weights: a registered name, a path to a checkpoint, or `Weights`.
+      learning_rate: multiplies the step; a number or an optax schedule.
+      weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
+      weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
+      gradient_accumulation: gradients and losses are averaged over this many calls before each
+        update. Default: 1, or beyond the 150,000 steps that VeLO was meta-trained for
+        ceil(num_steps / 150,000), as the original does.
+      accumulator_dtype: dtype of momentum and second moments in the state.
+      stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
+        model): an int, a tree of ints, or a function of path and leaf.
+      backend: "auto", "xla" or "pallas".
+      precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.
+
+    Returns:
+      An optax transformation. Its update needs the loss: `update(grads, state, params, value=loss)`.
+
+    Raises:
+      WeightsError: the weights are missing, damaged, or of another architecture.
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Reference:
+      Metz et al., arXiv 2211.09760; google/learned_optimization,
+      `research/general_lopt/hyper_v2.py`, and `prefab.py` for the gradient accumulation.
+    """
+    common.check_num_steps(num_steps)
+    common.check_learning_rate(learning_rate)
+    common.check_number("weight_decay", weight_decay)
+    dtype = common.check_dtype(accumulator_dtype)
+    every = _accumulation(gradient_accumulation, num_steps)
+    if every > 1:
+        num_steps = max(num_steps // every, 1)
+    weights = resolve(weights, ("velo",))
+    config = weights.config
+    momenta = len(config["initial_momentum_decays"])
+    rule = Rule(
+        features=velo_features(momenta),
+        exp_mult=config["exp_mult"],
+        gradient_clip=1000.0,
+        parameter_scale=True,
+        accumulator_statistics=True,
+        precision=common.check_precision(precision),
+    )
+    decays = fixed_decays(config)
+    loss_horizon = _BUGGED_LOSS_HORIZON if config["use_bugged_loss_features"] else num_steps
+    keeps_lstm_state = not config["use_bugged_next_lstm_state"]
+    step_mult = config["step_mult"]
+
+    def init(params: Any) -> VeloState:
+        accumulators = engine.init_accumulators(params, momenta, momenta, dtype, stacked_axes)
+        tensors = engine.count_tensors(params, stacked_axes)
+        return VeloState(
+            count=jnp.zeros((), jnp.int32),
+            accumulators=accumulators,
+            statistics=engine.init_statistics(tensors, momenta),
+            lstm=controller.init_lstm(weights.params, tensors),
+            loss=controller.init_loss_buffer(),
+        )
+
+    def update(
+        meta_parameters: Any, gradients: Any, state: VeloState, params: Any, value: Any
+    ) -> tuple[Any, VeloState]:
+        loss_decays = controller.loss_decays(loss_horizon)
+        loss = controller.update_loss_buffer(
+            state.loss, common.require_value("velo", value), loss_decays
+        )
+        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
+        inputs = controller.tensor_features(
+            engine.tensor_shapes(prepared.tensors),
+            state.statistics,
+            engine.parameter_mean_squares(prepared),
+            [
+                controller.fraction_features(state.count, num_steps),
+                controller.loss_features(loss, loss_decays),
+            ],
+        )
+        controls = controller.run_lstm(meta_parameters, inputs, state.lstm)
+        rate = common.learning_rate_at(learning_rate, state.count)
+        decay = common.weight_decay_of_tensors(
+            weight_decay, weight_decay_mask, params, stacked_axes
+        )
+        updates, accumulators, statistics = engine.second_pass(
+            rule,
+            prepared,
+            controller.mix_banks(meta_parameters["mlp"], _BANK_GAIN * controls.banks),
+            mlp_per_tensor=True,
+            decays=decays,
+            scale=rate * step_mult * controls.step_size,
+            weight_decay=rate * decay,
+            statistics=state.statistics,
+        )
+        return updates, VeloState(
+            count=optax.safe_increment(state.count),
+            accumulators=accumulators,
+            statistics=statistics,
+            lstm=controls.state if keeps_lstm_state else state.lstm,
+            loss=loss,
+        )
+
+    out = common.transformation(init, update, weights.params)
+    return accumulate_gradients(out, every) if every > 1 else out
+
+
+def fixed_decays(config: Any) -> Decays:
+    """Decay rates that are not learned, from a config's initial decays."""
+    return Decays(
+        momentum=np.asarray(config["initial_momentum_decays"], np.float32),
+        second_moment=np.float32(config["initial_rms_decays"][0]),
+        factored=np.asarray(config["initial_adafactor_decays"], np.float32),
+    )
+
+
+def _accumulation(gradient_accumulation: int | None, num_steps: Any) -> int:
+    if gradient_accumulation is not None:
+        if isinstance(gradient_accumulation, bool) or not isinstance(gradient_accumulation, int):
+            raise TypeError(
+                f"gradient_accumulation: expected an integer or None, found "
+                f"{gradient_accumulation!r}."
+            )
+        if gradient_accumulation < 1:
+            raise ValueError(
+                f"gradient_accumulation: expected at least 1, found {gradient_accumulation}."
+            )
+        return gradient_accumulation
+    if isinstance(num_steps, jax.Array) or num_steps <= HORIZON:
+        return 1
+    every = math.ceil(num_steps / HORIZON)
+    warnings.warn(
+        f"VeLO was meta-trained for up to {HORIZON:,} steps; for {num_steps:,} it averages "
+        f"gradients and losses over {every} steps before each update, as the original does. "
+        "gradient_accumulation=1 turns this off.",
+        stacklevel=3,
+    )
+    return every

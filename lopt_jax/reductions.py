@@ -1,0 +1,56 @@
+"""Sums of several arrays in one pass over memory."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def means(arrays: Sequence[jax.Array], axes: Sequence[int]) -> tuple[jax.Array, ...]:
+    """Mean of each array over the same axes, all arrays read in one pass.
+
+    Separate reductions of expressions that share operands do not fuse on every backend; each would
+    read (or materialise) its operands again. One reduction with several operands always fuses.
+
+    Args:
+      arrays: arrays of one shape and dtype, usually expressions to be fused into the reduction.
+      axes: the axes to reduce over, each in [0, rank).
+
+    Returns:
+      One array for each input, the reduced axes kept with size 1.
+    """
+    shape = arrays[0].shape
+    count = 1
+    for axis in axes:
+        count *= shape[axis]
+    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    return tuple(x.reshape(kept) / count for x in _sums(tuple(axes), *arrays))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sums(axes: tuple[int, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    # CPU reduces serially: summing one axis at a time vectorises, and keeps the rounding error of
+    # long sums small. The barrier stops XLA from merging the two reductions into one.
+    leading = tuple(a for a in axes if a != arrays[0].ndim - 1)
+    if not leading or leading == axes:
+        return _reduce(arrays, axes)
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=lambda *xs: _reduce(
+            jax.lax.optimization_barrier(_reduce(xs, leading)), (xs[0].ndim - len(leading) - 1,)
+        ),
+        default=lambda *xs: _reduce(xs, axes),
+    )
+
+
+@_sums.defjvp
+def _sums_jvp(axes, primals, tangents):
+    # Forward as above; the tangents are plain sums, which can be transposed.
+    return _sums(axes, *primals), tuple(jnp.sum(t, axes) for t in tangents)
+
+
+def _reduce(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
+    add = lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True))  # noqa: E731
+    return tuple(jax.lax.reduce(tuple(arrays), zeros, add, axes))

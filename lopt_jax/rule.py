@@ -1,0 +1,450 @@
+"""The per-parameter MLP rule on one tensor, in plain jnp: the specification of every backend.
+
+A step makes three passes over the tensor, because each needs a statistic of the one before:
+
+  A  `first_pass`: means of the squared gradient over rows and columns;
+  B  `mean_squares`: means of the squares of the per-element features, for their normalisers;
+  C  `second_pass`'s end: the network, the update and the new accumulators.
+
+Between them only vectors and small matrices are computed. The normaliser of a feature is a factor of
+its row of the first layer, so it is folded into the weights (`fold`); features of the row or of the
+column alone become two vectors of biases. No (elements x features) array exists.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.accumulators import (
+    Accumulators,
+    Decays,
+    FactoredDims,
+    factored_dims,
+    row_factor,
+    safe_rsqrt,
+    update_factored,
+    update_momentum,
+    update_second_moment,
+)
+from lopt_jax.blocks import map_blocks
+from lopt_jax.features import Feature, FeatureSet, Operands
+from lopt_jax.reductions import means
+
+WIDE_HIDDEN_SIZE = 16
+_PARAMETER_SCALE_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is fixed of a rule: its inputs and how its outputs become a step.
+
+    Attributes:
+      features: the network's inputs.
+      exp_mult: the step is direction * exp(magnitude * exp_mult) * scale.
+      gradient_clip: gradients are clipped to [-gradient_clip, gradient_clip] first; None: not.
+      zero_non_finite: replace NaN gradients by zero and infinite ones by the largest number.
+      parameter_scale: multiply the step by the root mean square of the tensor's parameters.
+      accumulator_statistics: return means and variances of the new accumulators.
+      precision: of the matrix products of wide hidden layers.
+      block_elements: elements that a wide hidden layer takes at a time.
+    """
+
+    features: FeatureSet
+    exp_mult: float = 0.001
+    gradient_clip: float | None = None
+    zero_non_finite: bool = False
+    parameter_scale: bool = False
+    accumulator_statistics: bool = False
+    precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
+    block_elements: int = 1 << 16
+
+
+class MLP(NamedTuple):
+    """A tensor's network: one weight and one bias a layer, relu between them.
+
+    Only the first two outputs are read: direction and magnitude.
+    """
+
+    weights: tuple[jax.Array, ...]  # (features, H), (H, H) ..., (H, >= 2)
+    biases: tuple[jax.Array, ...]  # (H,) ..., (>= 2,)
+
+
+class Moments(NamedTuple):
+    """Statistics of the first pass over a tensor of shape S."""
+
+    row: jax.Array | None  # S without d0: mean of g² over d0; None: not factored
+    column: jax.Array | None  # S without d1: mean of g² over d1
+    parameter_mean_square: jax.Array | None  # (); None where the rule does not need it
+
+
+class Statistics(NamedTuple):
+    """Means and variances of a tensor's accumulators, for the controllers that read them."""
+
+    momentum_mean: jax.Array  # (momenta,)
+    momentum_variance: jax.Array  # (momenta,)
+    second_moment_mean: jax.Array  # ()
+    second_moment_variance: jax.Array  # ()
+
+
+class Folded(NamedTuple):
+    """The network with normalisers, row and column features folded in.
+
+    K is the size-1-kept shape of the normalisers: (1, ..., 1), or (batch, ..., 1, 1) where they
+    are taken over matrices.
+    """
+
+    weights: tuple[jax.Array, ...]  # one (H, *K) an element feature
+    row_bias: jax.Array  # (H, *V), V broadcasts along d0
+    column_bias: jax.Array | None  # (H, *V), V broadcasts along d1; None: not factored
+    layers: tuple[tuple[jax.Array, jax.Array], ...]  # the following (weight, bias)
+
+
+class TensorUpdate(NamedTuple):
+    """What a step makes of one tensor."""
+
+    update: jax.Array  # to be added to the parameter
+    accumulators: Accumulators
+    statistics: Statistics | None
+
+
+def prepare_gradient(rule: Rule, gradient: jax.Array) -> jax.Array:
+    """The gradient as the rule reads it: float32 at least, clipped, made finite if asked for."""
+    gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    if rule.zero_non_finite:
+        gradient = jnp.nan_to_num(gradient)
+    if rule.gradient_clip is not None:
+        gradient = jnp.clip(gradient, -rule.gradient_clip, rule.gradient_clip)
+    return gradient
+
+
+def first_pass(rule: Rule, gradient: jax.Array, parameter: jax.Array) -> Moments:
+    """Pass A: means of the squared gradient over rows and columns, mean square of the parameter.
+
+    Args:
+      rule: the rule.
+      gradient: S, any float dtype.
+      parameter: S, any float dtype.
+
+    Returns:
+      Moments in float32.
+    """
+    dims = factored_dims(gradient.shape)
+    row = column = mean_square = None
+    if dims is not None:
+        squared = jnp.square(prepare_gradient(rule, gradient))
+        row, column = jnp.mean(squared, axis=dims.d0), jnp.mean(squared, axis=dims.d1)
+    if rule.parameter_scale or rule.accumulator_statistics:
+        wide = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
+        (mean_square,) = means([jnp.square(wide)], range(wide.ndim))
+        mean_square = mean_square.reshape(())
+    return Moments(row, column, mean_square)
+
+
+def second_pass(
+    rule: Rule,
+    mlp: MLP,
+    moments: Moments,
+    gradient: jax.Array,
+    parameter: jax.Array,
+    accumulators: Accumulators,
+    decays: Decays,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+) -> TensorUpdate:
+    """Passes B and C: the update and the new accumulators of one tensor.
+
+    Args:
+      rule: the rule.
+      mlp: the tensor's network; its first layer has a row for each tensor feature (features of the
+        step alone are part of the first bias by then).
+      moments: of `first_pass`.
+      gradient: S, any float dtype.
+      parameter: S, any float dtype.
+      accumulators: before this step.
+      decays: decay rates.
+      scale: (), multiplies the step (learning rate included).
+      weight_decay: (), multiplies the parameter (learning rate included).
+
+    Returns:
+      The update, -(scale * step + weight_decay * parameter), in float32 (float64 where the
+      accumulators are); the accumulators in their dtype; statistics if the rule asks for them.
+    """
+    dims = factored_dims(gradient.shape)
+    operands, row, column = operands_after(
+        rule, moments, gradient, parameter, accumulators, decays, dims
+    )
+    features = rule.features.for_tensor(dims is not None)
+    normalizers = normalize(rule, features, operands)
+    folded = fold(mlp, features, normalizers, operands)
+    step = network_step(rule, features, folded, operands)
+    if rule.parameter_scale:
+        scale = scale * parameter_scale(moments.parameter_mean_square)
+    dtypes = jax.tree.map(lambda x: x.dtype, accumulators)
+    new = Accumulators(operands.momentum, operands.second_moment, row, column)
+    return TensorUpdate(
+        update=-(scale * step + weight_decay * operands.parameter),
+        accumulators=jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes),
+        statistics=accumulator_statistics(new) if rule.accumulator_statistics else None,
+    )
+
+
+def parameter_scale(mean_square: jax.Array) -> jax.Array:
+    """Root mean square of a tensor's parameters from their mean square, shape kept."""
+    return jnp.sqrt(mean_square + _PARAMETER_SCALE_EPSILON)
+
+
+def operands_after(
+    rule: Rule,
+    moments: Moments,
+    gradient: jax.Array,
+    parameter: jax.Array,
+    accumulators: Accumulators,
+    decays: Decays,
+    dims: FactoredDims | None,
+) -> tuple[Operands, jax.Array, jax.Array]:
+    """The operands of the features after this step's update of the accumulators.
+
+    Args:
+      rule: the rule.
+      moments: of `first_pass`.
+      gradient: S.
+      parameter: S.
+      accumulators: before this step.
+      decays: decay rates.
+      dims: factored dims of S.
+
+    Returns:
+      The operands (float32), and the new row and column accumulators.
+    """
+    gradient = prepare_gradient(rule, gradient)
+    wide = lambda x: x.astype(gradient.dtype)  # noqa: E731
+    if accumulators.second_moment.dtype == jnp.float64:
+        gradient = gradient.astype(jnp.float64)
+    if dims is None:
+        row = update_factored(wide(accumulators.row), jnp.square(gradient), decays.factored)
+        column = accumulators.column
+        vectors = FactoredVectors(tuple(row), (), (), ())
+    else:
+        row = update_factored(wide(accumulators.row), moments.row, decays.factored)
+        column = update_factored(wide(accumulators.column), moments.column, decays.factored)
+        vectors = factored_vectors(row, column, dims)
+    operands = Operands(
+        gradient=gradient,
+        parameter=wide(parameter),
+        momentum=tuple(
+            update_momentum(wide(m), gradient, decay)
+            for m, decay in zip(accumulators.momentum, decays.momentum, strict=True)
+        ),
+        second_moment=update_second_moment(
+            wide(accumulators.second_moment), gradient, decays.second_moment
+        ),
+        row=vectors.row,
+        column=vectors.column,
+        row_factor=vectors.row_factor,
+        column_factor=vectors.column_factor,
+    )
+    return operands, row, column
+
+
+class FactoredVectors(NamedTuple):
+    """Row and column vectors, one a decay, with the rank of their tensor."""
+
+    row: tuple[jax.Array, ...]
+    column: tuple[jax.Array, ...]
+    row_factor: tuple[jax.Array, ...]
+    column_factor: tuple[jax.Array, ...]
+
+
+def factored_vectors(row: jax.Array, column: jax.Array, dims: FactoredDims) -> FactoredVectors:
+    """Row and column vectors and their preconditioners, broadcastable against the tensor.
+
+    Args:
+      row: (n, *S without d0).
+      column: (n, *S without d1).
+      dims: factored dims of S.
+
+    Returns:
+      Vectors with size 1 along the reduced dimension.
+    """
+    rows = tuple(jnp.expand_dims(x, dims.d0) for x in row)
+    columns = tuple(jnp.expand_dims(x, dims.d1) for x in column)
+    return FactoredVectors(
+        row=rows,
+        column=columns,
+        row_factor=tuple(row_factor(x, dims.d1) for x in rows),
+        column_factor=tuple(safe_rsqrt(x) for x in columns),
+    )
+
+
+def normalizer_axes(rule: Rule, rank: int) -> tuple[int, ...]:
+    """The axes over which features are normalised, for a tensor of this rank."""
+    first = 0 if rule.features.normalizer_axes == "tensor" else max(rank - 2, 0)
+    return tuple(range(first, rank))
+
+
+def normalize(rule: Rule, features: Sequence[Feature], operands: Operands) -> tuple[jax.Array, ...]:
+    """Pass B: the normaliser of every feature.
+
+    Args:
+      rule: the rule.
+      features: the features of this tensor.
+      operands: their operands.
+
+    Returns:
+      1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
+    """
+    axes = normalizer_axes(rule, operands.gradient.ndim)
+    values = [feature.formula(operands) for feature in features]
+    shape = operands.gradient.shape
+    element = [k for k, feature in enumerate(features) if feature.varies == "element"]
+    mean_squares = dict(
+        zip(
+            element,
+            means([jnp.broadcast_to(jnp.square(values[k]), shape) for k in element], axes),
+            strict=True,
+        )
+    )
+    for k, value in enumerate(values):
+        if k not in mean_squares:  # its mean over the vector is its mean over the tensor
+            mean_squares[k] = jnp.mean(jnp.square(value), axes, keepdims=True)
+    epsilon = rule.features.normalizer_epsilon
+    return tuple(jax.lax.rsqrt(mean_squares[k] + epsilon) for k in range(len(features)))
+
+
+def fold(
+    mlp: MLP, features: Sequence[Feature], normalizers: Sequence[jax.Array], operands: Operands
+) -> Folded:
+    """Folds normalisers into the first layer, and row and column features into biases.
+
+    Args:
+      mlp: the tensor's network.
+      features: the features of this tensor.
+      normalizers: of `normalize`.
+      operands: the operands; only their row and column vectors are read.
+
+    Returns:
+      The folded network.
+    """
+    first, bias = mlp.weights[0], mlp.biases[0]
+    rank = normalizers[0].ndim
+    column_vector = lambda x: x.reshape((-1,) + (1,) * rank)  # noqa: E731
+
+    def vector_bias(varies: str) -> jax.Array:
+        """Contribution of the features of this kind: (H, *vector's shape)."""
+        chosen = [k for k, feature in enumerate(features) if feature.varies == varies]
+        values = jnp.stack([features[k].formula(operands) * normalizers[k] for k in chosen])
+        return jnp.einsum("kh,k...->h...", first[jnp.asarray(chosen)], values, precision="highest")
+
+    is_factored = any(feature.varies != "element" for feature in features)
+    return Folded(
+        weights=tuple(
+            column_vector(first[k]) * normalizers[k]
+            for k, feature in enumerate(features)
+            if feature.varies == "element"
+        ),
+        row_bias=column_vector(bias) + (vector_bias("row") if is_factored else 0),
+        column_bias=vector_bias("column") if is_factored else None,
+        layers=tuple(zip(mlp.weights[1:], mlp.biases[1:], strict=True)),
+    )
+
+
+def network_step(
+    rule: Rule, features: Sequence[Feature], folded: Folded, operands: Operands
+) -> jax.Array:
+    """Pass C: the network on every element.
+
+    Args:
+      rule: the rule.
+      features: the features of this tensor.
+      folded: the folded network.
+      operands: the features' operands, shape S.
+
+    Returns:
+      direction * exp(magnitude * exp_mult), shape S.
+    """
+    element = tuple(feature for feature in features if feature.varies == "element")
+    hidden = folded.row_bias.shape[0]
+    per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
+    if hidden >= WIDE_HIDDEN_SIZE and per_tensor:
+        return _matrix_step(rule, element, folded, operands)
+    inputs = [feature.formula(operands) for feature in element]
+    return output_step(*network_outputs(inputs, folded), rule.exp_mult)
+
+
+def output_step(direction: jax.Array, magnitude: jax.Array, exp_mult: float) -> jax.Array:
+    """The step from the network's two outputs."""
+    return direction * jnp.exp(magnitude * exp_mult)
+
+
+def network_outputs(inputs: Sequence[jax.Array], folded: Folded) -> tuple[jax.Array, jax.Array]:
+    """The folded network, written out as elementwise operations: exact, and fuses into its inputs.
+
+    Args:
+      inputs: the element features, arrays of one shape S.
+      folded: the folded network.
+
+    Returns:
+      Direction and magnitude, each S.
+    """
+    hidden = []
+    for j in range(folded.row_bias.shape[0]):
+        total = folded.row_bias[j]
+        if folded.column_bias is not None:
+            total = total + folded.column_bias[j]
+        for x, weight in zip(inputs, folded.weights, strict=True):
+            total = total + x * weight[j]
+        hidden.append(total)
+    for weight, bias in folded.layers:
+        # only direction and magnitude are read of the last layer
+        outputs = 2 if weight is folded.layers[-1][0] else bias.shape[0]
+        hidden = [jnp.maximum(h, 0) for h in hidden]
+        hidden = [
+            sum((h * weight[k, j] for k, h in enumerate(hidden)), bias[j]) for j in range(outputs)
+        ]
+    return hidden[0], hidden[1]
+
+
+def _matrix_step(
+    rule: Rule, element: Sequence[Feature], folded: Folded, operands: Operands
+) -> jax.Array:
+    """Pass C by matrix products, a block of the tensor at a time."""
+    weights = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights])
+
+    def product(weight: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.einsum("kh,k...->h...", weight, x, precision=rule.precision)
+
+    def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
+        shape = operands.gradient.shape
+        inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
+        hidden = product(weights, jnp.stack(inputs)) + row_bias
+        if column_bias is not None:
+            hidden = hidden + column_bias
+        for weight, bias in folded.layers:
+            hidden = product(weight, jnp.maximum(hidden, 0))
+            hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
+        return output_step(hidden[0], hidden[1], rule.exp_mult)
+
+    arguments = (operands, folded.row_bias, folded.column_bias)
+    return map_blocks(step, arguments, operands.gradient.shape, rule.block_elements)
+
+
+def accumulator_statistics(accumulators: Accumulators) -> Statistics:
+    """Means and variances of a tensor's momentum and second moment.
+
+    Args:
+      accumulators: of one tensor.
+
+    Returns:
+      Statistics in the accumulators' dtype. Variances are centred before squaring.
+    """
+    arrays = (*accumulators.momentum, accumulators.second_moment)
+    axes = range(arrays[0].ndim)
+    centres = means(arrays, axes)
+    variances = means([jnp.square(x - c) for x, c in zip(arrays, centres, strict=True)], axes)
+    mean = jnp.stack([x.reshape(()) for x in centres])
+    variance = jnp.stack([x.reshape(()) for x in variances])
+    return Statistics(mean[:-1], variance[:-1], mean[-1], variance[-1])
