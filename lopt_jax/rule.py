@@ -6,9 +6,9 @@ A step makes three passes over the tensor, because each needs a statistic of the
   B  `mean_squares`: means of the squares of the per-element features, for their normalisers;
   C  `second_pass`'s end: the network, the update and the new accumulators.
 
-Between them only vectors and small matrices are computed. The normaliser of a feature is a factor of
-its row of the first layer, so it is folded into the weights (`fold`); features of the row or of the
-column alone become two vectors of biases. No (elements x features) array exists.
+Between them only vectors and small matrices are computed. The normaliser of a feature is a factor
+of its row of the first layer, so it is folded into the weights (`fold`); features of the row or of
+the column alone become two vectors of biases. No (elements x features) array exists.
 """
 
 import math

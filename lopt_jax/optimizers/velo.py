@@ -65,7 +65,8 @@ def velo(
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.
 
     Returns:
-      An optax transformation. Its update needs the loss: `update(grads, state, params, value=loss)`.
+      An optax transformation. Its update needs the loss:
+      `update(grads, state, params, value=loss)`.
 
     Raises:
       WeightsError: the weights are missing, damaged, or of another architecture.
