@@ -1,0 +1,15 @@
+"""Weights of learned optimizers: the pytree, its Orbax store, converters, registry and hub."""
+
+from lopt_jax.weights.base import Weights, WeightsError
+from lopt_jax.weights.convert import convert_weights
+from lopt_jax.weights.registry import load_weights, resolve
+from lopt_jax.weights.store import save_weights
+
+__all__ = [
+    "Weights",
+    "WeightsError",
+    "convert_weights",
+    "load_weights",
+    "resolve",
+    "save_weights",
+]

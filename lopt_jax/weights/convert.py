@@ -1,0 +1,150 @@
+"""`convert_weights`: a foreign weights file to a validated `Weights`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lopt_jax.weights.base import StaticMapping, Weights, weights_error
+from lopt_jax.weights.gin import parse_gin
+from lopt_jax.weights.msgpack_tree import read_msgpack
+from lopt_jax.weights.original import (
+    MULTIPLIER_KEY,
+    Converted,
+    convert_original,
+    gin_config,
+    scale_banks,
+)
+from lopt_jax.weights.schema import (
+    SCHEMAS,
+    checked_params,
+    complete_config,
+    inferred_sizes,
+    schema_of,
+)
+from lopt_jax.weights.sources import Bundle, read_bundle
+from lopt_jax.weights.store import is_checkpoint, load_checkpoint, on_device
+
+_CONFIG_KEYS = frozenset(key for schema in SCHEMAS.values() for key in schema.defaults)
+
+
+def convert_weights(
+    path_or_url: str | os.PathLike[str],
+    architecture: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Reads weights that another code wrote.
+
+    Formats: flax msgpack of the original code (theta; `{params, gen_id, step}` with `config.gin`
+    beside it; the tuple `(theta, "", 0)`), PyLO's safetensors, and the pickles of
+    mu_learned_optimization, none of which can execute anything here. Formats are recognised by
+    content. A folder stands for the weights file in it; our own checkpoints are read too.
+
+    Args:
+      path_or_url: a path, or an address of scheme file, https, gs, or hf (hf://owner/repo[/file]).
+      architecture: the optimizer; where None, what the arrays tell.
+      config: values that win over what the file and its neighbours say. Sizes come from the
+        arrays; giving them checks them.
+
+    Returns:
+      Validated weights, whose metadata hold source, sha256, and format.
+
+    Raises:
+      WeightsError: the file cannot be fetched, is damaged or malicious, or is of another
+        architecture.
+    """
+    if architecture is not None:
+        schema_of(architecture, "architecture")
+    if is_checkpoint(path_or_url):
+        return _reconfigured(load_checkpoint(path_or_url), architecture, config, path_or_url)
+    return convert_bundle(read_bundle(path_or_url), architecture, config)
+
+
+def convert_bundle(
+    bundle: Bundle,
+    architecture: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Converts files that are in memory already; see `convert_weights`.
+
+    Args:
+      bundle: the weights file and its neighbours.
+      architecture: as in `convert_weights`.
+      config: as in `convert_weights`.
+      metadata: added to the metadata.
+    """
+    source = bundle.origin
+    given = dict(config or {})
+    kind, converted = _parse(bundle)
+    from_gin: dict[str, Any] = {}
+    if bundle.gin is not None:
+        named, from_gin = gin_config(
+            parse_gin(bundle.gin, f"config.gin of {source}"), _CONFIG_KEYS, source
+        )
+        if architecture is None and named in converted.alternatives:
+            architecture = named
+    chosen = architecture or converted.architecture
+    if chosen not in (converted.architecture, *converted.alternatives):
+        raise weights_error(
+            source,
+            expected=f"weights of {chosen}",
+            found=f"weights of {converted.architecture}",
+            advice="Leave architecture out, or take the optimizer of that name.",
+        )
+    stated = {**converted.config, **from_gin, **given}
+    multiplier = stated.pop(MULTIPLIER_KEY, None)
+    if multiplier is not None:
+        converted = scale_banks(converted, multiplier, source)
+    sizes = inferred_sizes(chosen, converted.params, source)
+    for key, size in sizes.items():
+        if key in stated and stated[key] != size:
+            raise weights_error(
+                source,
+                expected=f"{key} = {stated[key]!r}, as config says",
+                found=f"arrays of {key} = {size}",
+            )
+    if not set(stated) <= set(given):  # a neighbour may speak of more than this architecture has
+        known = SCHEMAS[chosen].defaults
+        stated = {k: v for k, v in stated.items() if k in known or k in given}
+    complete = complete_config(chosen, {**stated, **sizes}, source)
+    params = checked_params(chosen, complete, converted.params, source)
+    record = {
+        "source": source,
+        "sha256": hashlib.sha256(bundle.data).hexdigest(),
+        "format": kind,
+        **converted.notes,
+        **(metadata or {}),
+    }
+    return on_device(Weights(chosen, complete, params, StaticMapping(record)))
+
+
+def _parse(bundle: Bundle) -> tuple[str, Converted]:
+    """Recognises the format by content and converts to the canonical layout."""
+    data, source = bundle.data, bundle.origin
+    if data[:2] == b"PK":
+        raise weights_error(
+            source,
+            expected="msgpack, safetensors or a pickle of numpy arrays",
+            found="a zip archive (torch.save?)",
+            advice="Save the state dict with safetensors and convert that.",
+        )
+    return "flax msgpack", convert_original(read_msgpack(data, source), source)
+
+
+def _reconfigured(
+    weights: Weights,
+    architecture: str | None,
+    config: Mapping[str, Any] | None,
+    source: object,
+) -> Weights:
+    chosen = architecture or weights.architecture
+    if set(SCHEMAS[chosen].defaults) != set(SCHEMAS[weights.architecture].defaults):
+        raise weights_error(
+            source, expected=f"weights of {chosen}", found=f"weights of {weights.architecture}"
+        )
+    complete = complete_config(chosen, {**weights.config, **(config or {})}, source)
+    params = checked_params(chosen, complete, weights.params, source)
+    return on_device(Weights(chosen, complete, params, weights.metadata))

@@ -1,0 +1,288 @@
+"""Trees of the original code (google/learned_optimization, amoudgl/celo) to the canonical layout.
+
+References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py) and of HyperV2
+(research/general_lopt/hyper_v2.py) in google/learned_optimization; celo/optimizers/*.py in
+amoudgl/celo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lopt_jax.weights.base import weights_error
+from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a foreign file says.
+
+    Attributes:
+      architecture: as far as the file tells.
+      alternatives: other architectures whose weights look the same.
+      params: the canonical tree, not yet validated.
+      config: what the file says about config.
+      notes: for the metadata.
+    """
+
+    architecture: str
+    params: dict[str, Any]
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    alternatives: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# HyperV2 multiplies the mean over its banks by this; amoudgl/celo made it an argument.
+HYPER_MULTIPLIER = 100.0
+MULTIPLIER_KEY = "ff_mult"
+
+# class name in a gin file -> architecture
+GIN_CLASSES = {
+    "HyperV2": "velo",
+    "AdafacMLPLOpt": "small_fc_lopt",
+    "MuAdafacMLPLOpt": "mulo",
+    "Celo": "celo",
+    "Celo2": "celo2",
+    "Celo2Base": "celo2",
+}
+_GIN_KEYS = {
+    "ff_hidden_size": "hidden_size",
+    "ff_hidden_layers": "hidden_layers",
+}
+# Arguments that change what the original computes and that no optimizer here has: only the
+# value that equals what is implemented is accepted.
+_FIXED = {
+    "mix_layers": True,
+    "with_validation_feature_dim": False,
+    "with_g": True,
+    "with_m": True,
+    "with_m_feat": True,
+    "with_rms": True,
+    "with_rms_feat": True,
+    "with_rms_norm_g": True,
+    "with_rsqrt_rms": True,
+    "with_p": True,
+    "with_fac_norm_g": True,
+    "with_fac_rms": True,
+    "with_fac_rsqrt": True,
+    "with_grad_clip_feat": True,
+    "with_fac_mom_mult": True,
+    "with_rms_only_norm_g": True,
+    "adafactor_accumulator": True,
+    "param_scale_mult": True,
+    "precondition_output": False,
+    "rnn_state_decay": 0.0,
+    "constant_loss": False,
+    "clip_param_scale_amount": None,
+}
+
+
+def gin_config(
+    bindings: Mapping[tuple[str, str], object], known: frozenset[str], source: object
+) -> tuple[str | None, dict[str, Any]]:
+    """Takes architecture and config out of the bindings of a `config.gin`.
+
+    Args:
+      bindings: (name, key) -> value.
+      known: the config keys of all architectures.
+      source: the file, for the message.
+
+    Returns:
+      The architecture, None where the file names no optimizer that is known here, and its config.
+
+    Raises:
+      WeightsError: the optimizer has an argument set that no optimizer here implements.
+    """
+    reference = bindings.get(("run_train", "lopt"))
+    names = {name for name, _ in bindings if name in GIN_CLASSES}
+    name = reference[1:] if isinstance(reference, str) and reference.startswith("@") else ""
+    if name not in GIN_CLASSES:
+        if len(names) != 1:
+            return None, {}
+        (name,) = names
+    config: dict[str, Any] = {}
+    for (owner, key), value in bindings.items():
+        if owner != name:
+            continue
+        if name == "HyperV2" and key in _FIXED:
+            if value != _FIXED[key]:
+                raise weights_error(
+                    source,
+                    expected=f"{name}.{key} = {_FIXED[key]}, the only value implemented here",
+                    found=repr(value)[:80],
+                )
+        elif _GIN_KEYS.get(key, key) in known or key == MULTIPLIER_KEY:
+            config[_GIN_KEYS.get(key, key)] = value
+    return GIN_CLASSES[name], config
+
+
+def convert_original(tree: Any, source: object) -> Converted:
+    """Converts theta, `{params, gen_id, step}`, or the tuple `(theta, "", 0)`.
+
+    Args:
+      tree: nested dicts of arrays, as the file has them.
+      source: the file, for the message.
+
+    Raises:
+      WeightsError: the tree belongs to none of the architectures.
+    """
+    notes: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    if isinstance(tree, list | tuple) and len(tree) == 3:
+        tree = {str(index): item for index, item in enumerate(tree)}
+    if isinstance(tree, Mapping) and "params" in tree and isinstance(tree["params"], Mapping):
+        for key in ("gen_id", "step"):
+            if isinstance(tree.get(key), str | int | float):
+                notes[key] = tree[key] if isinstance(tree[key], str) else str(tree[key])[:40]
+        tree = tree["params"]
+    elif isinstance(tree, Mapping) and set(tree) == {"0", "1", "2"}:
+        # The oldest releases: built by their loader with both flags true, whatever the default
+        # of today (pretrained_optimizers.py, _pretrained_lopt_load_baseline).
+        tree = tree["0"]
+        config = {"use_bugged_next_lstm_state": True, "use_bugged_loss_features": True}
+    if not isinstance(tree, Mapping):
+        raise weights_error(
+            source, expected="a dict of meta-parameters", found=f"a {type(tree).__name__}"
+        )
+    dict(walk(tree, source))  # bounds depth and size before anything else looks at it
+    if "ffmod_params" in tree:
+        raise weights_error(
+            source,
+            expected="an architecture that lopt_jax has",
+            found="RNNMLPLOpt (rnn-mlp-lopt), which it has not",
+        )
+    if "rnn_params" in tree:
+        return _convert_hyper(tree, config, notes, source)
+    if "nn" in tree:
+        return _convert_small_fc(tree, notes, source)
+    if "ff_mod_stack" in tree:
+        mlp = _mlp(tree["ff_mod_stack"], source)
+        return Converted("celo2", {"mlp": mlp}, {}, ("elo_celo2",), notes)
+    raise weights_error(
+        source,
+        expected="meta-parameters with 'nn', 'ff_mod_stack' or 'rnn_params'",
+        found=f"the keys {sorted(tree)!r}"[:120],
+    )
+
+
+def scale_banks(converted: Converted, multiplier: Any, source: object) -> Converted:
+    """Folds another multiplier than HyperV2's 100 into the banks (velo-s has 1).
+
+    Raises:
+      WeightsError: `multiplier` is no number, or the architecture has no banks.
+    """
+    if converted.architecture != "velo" or not isinstance(multiplier, int | float):
+        raise weights_error(
+            source, expected=f"{MULTIPLIER_KEY}, a number, with velo alone", found=repr(multiplier)
+        )
+    if multiplier == HYPER_MULTIPLIER:
+        return converted
+    scale = np.float32(multiplier / HYPER_MULTIPLIER)
+    mlp = {key: np.asarray(value) * scale for key, value in converted.params["mlp"].items()}
+    notes = {**converted.notes, MULTIPLIER_KEY: float(multiplier)}
+    return dataclasses.replace(converted, params={**converted.params, "mlp": mlp}, notes=notes)
+
+
+def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: object) -> Converted:
+    mlp = _mlp(tree["nn"], source)
+    decays = {
+        key: tree[key]
+        for key in ("momentum_decays", "rms_decays", "adafactor_decays")
+        if key in tree
+    }
+    if not decays:
+        return Converted("elo", {"mlp": mlp}, {}, (), notes)
+    return Converted("small_fc_lopt", {"mlp": mlp, **decays}, {}, ("mulo",), notes)
+
+
+def _convert_hyper(
+    tree: Mapping[str, Any], config: dict[str, Any], notes: dict[str, Any], source: object
+) -> Converted:
+    rnn = tree["rnn_params"]
+    state = tree.get("lstm_init_state")
+    params: dict[str, Any] = {
+        "lstm": {
+            "initial_hidden": _row(_member(state, "lstm_init_state", "hidden", source)),
+            "initial_cell": _row(_member(state, "lstm_init_state", "cell", source)),
+            **_linear(rnn, "rnn/linear", source),
+        },
+        # `linear`, the first mixing layer, is computed and discarded there: it is left out.
+        "mix": _linear(rnn, "linear_1", source),
+        "input": _linear(rnn, "linear_2", source),
+        "step_size": _linear(rnn, "step_size", source),
+    }
+    inputs = np.shape(params["mix"]["w"])[0] if np.ndim(params["mix"]["w"]) == 2 else None
+    if inputs not in (VELO_LSTM_INPUTS, CELO_LSTM_INPUTS):
+        raise weights_error(
+            source,
+            expected=f"{VELO_LSTM_INPUTS} (VeLO) or {CELO_LSTM_INPUTS} (Celo) inputs of the LSTM",
+            found=f"linear_1 of shape {np.shape(params['mix']['w'])}",
+        )
+    if "ff_mod_stack" in tree:
+        params["mlp"] = _mlp(tree["ff_mod_stack"], source)
+        params["controls"] = _linear(rnn, "rnn_to_controls", source)
+        architecture = "velo" if inputs == VELO_LSTM_INPUTS else "celo"
+    else:
+        architecture = "celo_adam"
+    return Converted(architecture, params, config if architecture == "velo" else {}, (), notes)
+
+
+def _member(tree: Any, name: str, key: str, source: object) -> Any:
+    if not isinstance(tree, Mapping) or key not in tree:
+        found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
+        raise weights_error(source, expected=f"{name} with {key!r}", found=str(found)[:120])
+    return tree[key]
+
+
+def _linear(tree: Any, name: str, source: object) -> dict[str, Any]:
+    layer = _member(tree, "rnn_params", name, source)
+    return {key: _member(layer, name, key, source) for key in ("w", "b")}
+
+
+def _row(array: Any) -> Any:
+    """Drops the batch axis of one of an LSTM's initial state; other shapes fail validation."""
+    return array[0] if np.ndim(array) == 2 and np.shape(array)[0] == 1 else array
+
+
+def _mlp(tree: Any, source: object) -> dict[str, Any]:
+    """Returns w0, b0, w1, ... of a Haiku module; joins a first layer that is split in groups."""
+    if isinstance(tree, Mapping) and len(tree) == 1:
+        (module,) = tree.values()  # the module's own name: '~' in the released files
+        tree = module if isinstance(module, Mapping) else tree
+    if not isinstance(tree, Mapping):
+        raise weights_error(source, expected="the layers of an MLP", found=type(tree).__name__)
+    layers = {key: value for key, value in tree.items() if not re.fullmatch(r"w0__\d+", str(key))}
+    groups = [key for key in tree if key not in layers]
+    if groups:
+        groups.sort(key=lambda key: int(key[4:]))
+        parts = [tree[key] for key in groups]
+        if [int(key[4:]) for key in groups] != list(range(len(groups))) or "w0" in layers:
+            raise weights_error(
+                source, expected="w0__0, w0__1, ... without a gap", found=f"{groups}"[:120]
+            )
+        layers["w0"] = joined(parts, source)
+    return layers
+
+
+def joined(parts: list[Any], source: object) -> np.ndarray:
+    """Concatenates the parts of a first layer along its input axis (the last but one)."""
+    shapes = [np.shape(part) for part in parts]
+    rank = len(shapes[0])
+    fits = rank >= 2 and all(
+        isinstance(part, np.ndarray)
+        and part.dtype == parts[0].dtype
+        and len(shape) == rank
+        and shape[:-2] == shapes[0][:-2]
+        and shape[-1] == shapes[0][-1]
+        for part, shape in zip(parts, shapes, strict=True)
+    )
+    if not fits:
+        raise weights_error(
+            source, expected="first-layer weights that fit together", found=f"shapes {shapes}"[:160]
+        )
+    return np.concatenate(parts, axis=-2)

@@ -1,0 +1,482 @@
+"""What the weights of each architecture look like: config, array shapes, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, weights_error
+
+# The largest released weights (VeLO) are 10 MB. Everything read from a file is bounded by this
+# number before memory is reserved for it, so that a file of a stranger cannot exhaust memory.
+MAX_BYTES = 256 * 2**20
+MAX_SIZE = 1 << 20  # of one dimension
+MAX_LAYERS = 64
+MAX_DEPTH = 16  # of a tree of meta-parameters
+MAX_LEAVES = 4096
+
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]
+
+# Input features of the per-parameter networks: 28 of the tensor and 11 of the time
+# (small_fc_lopt, arXiv 2203.11860), 30 of the tensor (VeLO, arXiv 2211.09760, and Celo).
+SMALL_FC_INPUTS = 39
+HYPER_INPUTS = 30
+# Input features of the LSTMs over tensors.
+VELO_LSTM_INPUTS = 30
+CELO_LSTM_INPUTS = 18
+
+_DECAYS: dict[str, Any] = {
+    "initial_momentum_decays": (0.9, 0.99, 0.999),
+    "initial_rms_decays": (0.999,),
+    "initial_adafactor_decays": (0.9, 0.99, 0.999),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """One architecture's weights.
+
+    Attributes:
+      architecture: its name.
+      defaults: a complete config; the type and length of each value are its specification.
+      shapes: returns the nested dict of array shapes of a complete config.
+      sizes: the keys of config that the arrays determine.
+    """
+
+    architecture: str
+    defaults: StaticMapping
+    shapes: Callable[[Config], dict[str, Any]]
+    sizes: tuple[str, ...]
+
+
+def _mlp(config: Config, inputs: int, outputs: int, banks: Shape = ()) -> dict[str, Shape]:
+    hidden, layers = config["hidden_size"], config["hidden_layers"]
+    widths = [inputs, *[hidden] * layers, outputs]
+    tree: dict[str, Shape] = {}
+    for layer in range(layers + 1):
+        tree[f"w{layer}"] = (*banks, widths[layer], widths[layer + 1])
+        tree[f"b{layer}"] = (*banks, widths[layer + 1])
+    return tree
+
+
+def _lstm(config: Config, inputs: int) -> dict[str, dict[str, Shape]]:
+    size = config["lstm_hidden_size"]
+    return {
+        "lstm": {
+            "initial_hidden": (size,),
+            "initial_cell": (size,),
+            "w": (2 * size, 4 * size),
+            "b": (4 * size,),
+        },
+        "mix": {"w": (inputs, size), "b": (size,)},
+        "input": {"w": (inputs, size), "b": (size,)},
+        "step_size": {"w": (size, 1), "b": (1,)},
+    }
+
+
+def _small_fc_lopt(config: Config) -> dict[str, Any]:
+    return {
+        "mlp": _mlp(config, SMALL_FC_INPUTS, 2),
+        "momentum_decays": (3,),
+        "rms_decays": (1,),
+        "adafactor_decays": (3,),
+    }
+
+
+def _elo(config: Config) -> dict[str, Any]:
+    return {"mlp": _mlp(config, SMALL_FC_INPUTS, 2)}
+
+
+def _hyper(lstm_inputs: int) -> Callable[[Config], dict[str, Any]]:
+    def shapes(config: Config) -> dict[str, Any]:
+        size, banks = config["lstm_hidden_size"], config["param_inits"]
+        return {
+            "mlp": _mlp(config, HYPER_INPUTS, 3, (banks,)),
+            **_lstm(config, lstm_inputs),
+            "controls": {"w": (size, banks), "b": (banks,)},
+        }
+
+    return shapes
+
+
+def _celo_adam(config: Config) -> dict[str, Any]:
+    return dict(_lstm(config, CELO_LSTM_INPUTS))
+
+
+def _celo2(config: Config) -> dict[str, Any]:
+    return {"mlp": _mlp(config, HYPER_INPUTS, 3)}
+
+
+_SMALL_FC_DEFAULTS = {
+    "hidden_size": 32,
+    "hidden_layers": 2,
+    "exp_mult": 0.001,
+    "step_mult": 0.001,
+    **_DECAYS,
+}
+_CELO_DEFAULTS = {
+    "hidden_size": 4,
+    "hidden_layers": 2,
+    "lstm_hidden_size": 64,
+    "param_inits": 1,
+    "exp_mult": 0.001,
+    "step_mult": 0.001,
+    **_DECAYS,
+}
+_VELO_DEFAULTS = {
+    **_CELO_DEFAULTS,
+    "lstm_hidden_size": 512,
+    "param_inits": 256,
+    "use_bugged_next_lstm_state": False,
+    "use_bugged_loss_features": True,
+}
+_ELO_DEFAULTS = {"hidden_size": 32, "hidden_layers": 2, "exp_mult": 0.001, **_DECAYS}
+_CELO_ADAM_DEFAULTS = {
+    "lstm_hidden_size": 64,
+    "exp_mult": 0.001,
+    "step_mult": 0.001,
+    "initial_momentum_decays": (0.9,),
+    "initial_rms_decays": (0.999,),
+    "initial_epsilon": 1e-8,
+}
+_CELO2_DEFAULTS = {
+    "hidden_size": 8,
+    "hidden_layers": 2,
+    "exp_mult": 0.0,
+    **_DECAYS,
+    "initial_rms_decays": (0.95,),
+}
+
+_MLP_SIZES = ("hidden_size", "hidden_layers")
+_HYPER_SIZES = (*_MLP_SIZES, "lstm_hidden_size", "param_inits")
+
+SCHEMAS: dict[str, Schema] = {
+    name: Schema(name, StaticMapping(defaults), shapes, sizes)
+    for name, defaults, shapes, sizes in (
+        ("small_fc_lopt", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),
+        ("mulo", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),
+        ("elo", _ELO_DEFAULTS, _elo, _MLP_SIZES),
+        ("velo", _VELO_DEFAULTS, _hyper(VELO_LSTM_INPUTS), _HYPER_SIZES),
+        ("celo", _CELO_DEFAULTS, _hyper(CELO_LSTM_INPUTS), _HYPER_SIZES),
+        ("celo_adam", _CELO_ADAM_DEFAULTS, _celo_adam, ("lstm_hidden_size",)),
+        ("celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
+        ("elo_celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
+    )
+}
+
+
+def schema_of(architecture: object, source: object) -> Schema:
+    """Returns the schema of an architecture.
+
+    Raises:
+      WeightsError: there is no such architecture.
+    """
+    if isinstance(architecture, str) and architecture in SCHEMAS:
+        return SCHEMAS[architecture]
+    raise weights_error(
+        source,
+        expected=f"an architecture out of {', '.join(SCHEMAS)}",
+        found=_short(architecture),
+        advice="A newer version of lopt_jax may know it.",
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def complete_config(architecture: str, config: Config, source: object) -> StaticMapping:
+    """Returns `config` with defaults filled in and every value checked.
+
+    Raises:
+      WeightsError: an unknown key, or a value of the wrong type, length or range.
+    """
+    defaults = schema_of(architecture, source).defaults
+    unknown = sorted(set(config) - set(defaults))
+    if unknown:
+        raise weights_error(
+            source,
+            expected=f"config keys of {architecture} out of {', '.join(defaults)}",
+            found=_short(unknown),
+        )
+    merged = {key: config.get(key, default) for key, default in defaults.items()}
+    return StaticMapping(
+        {key: _config_value(key, merged[key], defaults[key], source) for key in merged}
+    )
+
+
+def _config_value(key: str, value: Any, default: Any, source: object) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        wanted = "True or False"
+    elif isinstance(default, int):
+        largest = MAX_LAYERS if key == "hidden_layers" else MAX_SIZE
+        if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest:
+            return value
+        wanted = f"an integer in 1..{largest}"
+    elif isinstance(default, float):
+        if _is_number(value):
+            return float(value)
+        wanted = "a finite number"
+    else:
+        count = len(default)
+        if (
+            isinstance(value, list | tuple)
+            and len(value) == count
+            and all(_is_number(item) and 0.0 <= item < 1.0 for item in value)
+        ):
+            return tuple(float(item) for item in value)
+        wanted = f"{count} numbers in [0, 1)"
+    raise weights_error(source, expected=f"config[{key!r}] to be {wanted}", found=_short(value))
+
+
+def _is_number(value: Any) -> bool:
+    # The bound keeps integers of many digits from overflowing on their way to a float.
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) < 1e30
+        and math.isfinite(value)
+    )
+
+
+def walk(tree: Any, source: object) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields (path, leaf) of a nested dict in sorted order, bounded in depth and in leaves.
+
+    Raises:
+      WeightsError: a key is not a string, or the tree is too deep or too large.
+    """
+    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    visited = 0
+    while stack:
+        path, node = stack.pop()
+        visited += 1
+        if visited > MAX_LEAVES or len(path) > MAX_DEPTH:
+            raise weights_error(
+                source,
+                expected=f"at most {MAX_LEAVES} arrays, nested at most {MAX_DEPTH} deep",
+                found="a larger tree",
+            )
+        if not isinstance(node, Mapping):
+            yield path, node
+            continue
+        if len(node) > MAX_LEAVES or not all(isinstance(key, str) for key in node):
+            raise weights_error(
+                source, expected="a tree of few, named arrays", found=f"other keys at {path}"
+            )
+        stack.extend(((*path, key), node[key]) for key in sorted(node, reverse=True))
+
+
+def check_shapes(
+    architecture: str, config: Config, shapes: Mapping[tuple[str, ...], Any], source: object
+) -> None:
+    """Checks the shape of every array against the schema, and the size of the whole.
+
+    Args:
+      architecture: the architecture.
+      config: its complete config.
+      shapes: path -> shape of every array that is there.
+      source: the file, for the message.
+
+    Raises:
+      WeightsError: an array is missing, unknown, or of another shape; or all are too large.
+    """
+    expected = dict(_flat_shapes(schema_of(architecture, source).shapes(config)))
+    total = 4 * sum(math.prod(shape) for shape in expected.values())
+    if total > MAX_BYTES:
+        raise weights_error(
+            source, expected=f"weights of at most {MAX_BYTES} bytes", found=f"{total} bytes"
+        )
+    for path, shape in expected.items():
+        name = "/".join(path)
+        if path not in shapes:
+            raise weights_error(
+                source,
+                expected=f"the array {name} of shape {shape} ({architecture})",
+                found=f"only {_short(['/'.join(p) for p in shapes])}",
+            )
+        if tuple(shapes[path]) != shape:
+            raise weights_error(
+                source,
+                expected=f"{name} of shape {shape} ({architecture})",
+                found=f"shape {tuple(shapes[path])}",
+            )
+    extra = ["/".join(path) for path in shapes if path not in expected]
+    if extra:
+        raise weights_error(
+            source, expected=f"only the arrays of {architecture}", found=f"also {_short(extra)}"
+        )
+
+
+def _flat_shapes(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Shape]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat_shapes(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def expected_shapes(architecture: str, config: Config) -> dict[str, Any]:
+    """Returns the nested dict of array shapes of `architecture` with `config`.
+
+    Raises:
+      WeightsError: the architecture or the config is not valid.
+    """
+    complete = complete_config(architecture, config, "config")
+    return schema_of(architecture, "architecture").shapes(complete)
+
+
+def inferred_sizes(architecture: str, params: Any, source: object) -> dict[str, int]:
+    """Reads the sizes of config that the arrays determine.
+
+    Args:
+      architecture: the architecture.
+      params: nested dict of arrays in the canonical layout.
+      source: the file, for the message.
+
+    Returns:
+      A value for each of the schema's size keys.
+
+    Raises:
+      WeightsError: the arrays to read them from are missing or of another rank.
+    """
+    schema = schema_of(architecture, source)
+    shapes = {path: tuple(np.shape(leaf)) for path, leaf in walk(params, source)}
+    found: dict[str, int] = {}
+    if "hidden_size" in schema.sizes:
+        layers = [p[1] for p in shapes if len(p) == 2 and p[0] == "mlp" and p[1].startswith("w")]
+        found["hidden_layers"] = len(layers) - 1
+        found["hidden_size"] = _dimension(shapes, ("mlp", "w0"), -1, source)
+    if "lstm_hidden_size" in schema.sizes:
+        found["lstm_hidden_size"] = _dimension(shapes, ("lstm", "initial_hidden"), 0, source)
+    if "param_inits" in schema.sizes:
+        found["param_inits"] = _dimension(shapes, ("controls", "b"), 0, source)
+    return found
+
+
+def _dimension(
+    shapes: Mapping[tuple[str, ...], Shape], path: tuple[str, ...], axis: int, source: object
+) -> int:
+    shape = shapes.get(path, ())
+    if not shape:
+        raise weights_error(
+            source,
+            expected=f"an array {'/'.join(path)} with dimensions",
+            found=f"arrays {_short(['/'.join(p) for p in shapes])}",
+        )
+    return shape[axis]
+
+
+def checked_params(
+    architecture: str, config: Config, params: Any, source: object
+) -> dict[str, Any]:
+    """Returns `params` as nested dicts of float32 numpy arrays, after every check.
+
+    Args:
+      architecture: the architecture.
+      config: its complete config.
+      params: nested dict of numeric arrays.
+      source: the file, for the message.
+
+    Raises:
+      WeightsError: wrong structure, shape or type, or a value that is not finite in float32.
+    """
+    leaves = dict(walk(params, source))
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise weights_error(
+                source,
+                expected=f"{'/'.join(path) or 'the tree'} to be an array",
+                found=_short(type(leaf).__name__),
+            )
+    check_shapes(architecture, config, {p: leaf.shape for p, leaf in leaves.items()}, source)
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = _float32(leaf, "/".join(path), source)
+    return tree
+
+
+def _float32(leaf: Any, name: str, source: object) -> np.ndarray:
+    if not jax.dtypes.issubdtype(leaf.dtype, np.floating):
+        raise weights_error(
+            source, expected=f"{name} to hold floating-point numbers", found=str(leaf.dtype)
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below, for every type at once
+        # A copy, in C order: the result does not keep a whole file's bytes alive.
+        array = np.array(leaf, dtype=np.float32, order="C", copy=True)
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise weights_error(
+            source,
+            expected=f"finite numbers in {name}",
+            found=f"{array.size - int(finite.sum())} of {array.size} NaN or infinite",
+            advice="The file is damaged, or its meta-training diverged: take another one.",
+        )
+    return array
+
+
+def validate(weights: Weights, source: object = "weights") -> Weights:
+    """Checks a `Weights` completely and completes its config.
+
+    Args:
+      weights: concrete weights; arrays of any float type.
+      source: the file, for the message.
+
+    Returns:
+      The same weights with a complete config, and float32 numpy arrays as leaves.
+
+    Raises:
+      WeightsError: anything about it is wrong.
+    """
+    config = complete_config(weights.architecture, weights.config, source)
+    params = checked_params(weights.architecture, config, weights.params, source)
+    return Weights(weights.architecture, config, params, weights.metadata)
+
+
+def check_structure(weights: Weights, source: object = "weights") -> Weights:
+    """Checks architecture, config and shapes alone: allowed on traced weights as well.
+
+    Returns:
+      The same weights with a complete config.
+
+    Raises:
+      WeightsError: an array is missing, unknown or of another shape, or config is not valid.
+    """
+    config = complete_config(weights.architecture, weights.config, source)
+    shapes = {path: np.shape(leaf) for path, leaf in walk(weights.params, source)}
+    check_shapes(weights.architecture, config, shapes, source)
+    if config == weights.config:
+        return weights
+    return Weights(weights.architecture, config, weights.params, weights.metadata)
+
+
+__all__ = [
+    "MAX_BYTES",
+    "SCHEMAS",
+    "Schema",
+    "WeightsError",
+    "check_shapes",
+    "check_structure",
+    "checked_params",
+    "complete_config",
+    "expected_shapes",
+    "inferred_sizes",
+    "schema_of",
+    "validate",
+    "walk",
+]

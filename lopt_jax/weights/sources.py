@@ -1,0 +1,135 @@
+"""Gathers a weights file and the small files beside it, from a path or an address."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from lopt_jax.weights.base import weights_error
+from lopt_jax.weights.schema import MAX_BYTES
+
+GIN = "config.gin"
+JSON = "config.json"
+# Names under which the field publishes weights, in the order of preference.
+KNOWN_NAMES = ("params", "theta.state", "model.safetensors")
+KNOWN_ENDINGS = (".state", ".checkpoint", ".safetensors", ".pickle", ".pkl", ".msgpack")
+_MAX_NEIGHBOUR = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A weights file in memory, with its neighbours.
+
+    Attributes:
+      origin: the path or the address, for messages and metadata.
+      data: the weights file.
+      gin: `config.gin` beside it, if any.
+      json: `config.json` beside it, if any.
+      second: the second weights file of a pair (PyLO's VeLO), if any.
+    """
+
+    origin: str
+    data: bytes
+    gin: bytes | None = None
+    json: bytes | None = None
+    second: bytes | None = None
+
+
+def scheme_of(address: str) -> str:
+    """Returns the scheme of an address, "" of a path (also of one with a drive letter)."""
+    scheme = address.split("://", 1)[0] if "://" in address else ""
+    return scheme.lower()
+
+
+def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
+    """Returns the path that is meant, None where it is a remote address.
+
+    Raises:
+      WeightsError: a file:// address of another host.
+    """
+    if isinstance(path_or_url, os.PathLike):
+        return Path(path_or_url)
+    scheme = scheme_of(path_or_url)
+    if not scheme:
+        return Path(path_or_url)
+    if scheme != "file":
+        return None
+    parts = urlsplit(path_or_url)
+    if parts.netloc not in ("", "localhost"):
+        raise weights_error(
+            path_or_url, expected="file:///absolute/path", found=f"the host {parts.netloc!r}"
+        )
+    return Path(unquote(parts.path))
+
+
+def read_bundle(path_or_url: str | os.PathLike[str]) -> Bundle:
+    """Reads a weights file and its neighbours.
+
+    Raises:
+      WeightsError: it cannot be read or fetched, or is too large.
+    """
+    path = local_path(path_or_url)
+    if path is None:
+        from lopt_jax.weights.fetch import fetch_bundle
+
+        return fetch_bundle(os.fspath(path_or_url))
+    return read_local(path)
+
+
+def read_local(path: Path, origin: str | None = None) -> Bundle:
+    """Reads a weights file, or the weights file in a folder, with its neighbours.
+
+    Args:
+      path: a file or a folder.
+      origin: what to call it; the path itself where None.
+
+    Raises:
+      WeightsError: there is no weights file, more than one, or one that is too large.
+    """
+    file = _weights_file(path) if path.is_dir() else path
+    folder = file.parent
+    name = origin or os.fspath(file)
+    data = _read(file, name, MAX_BYTES)
+    return Bundle(
+        origin=name,
+        data=data,
+        gin=_neighbour(folder / GIN, name),
+        json=_neighbour(folder / JSON, name),
+    )
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in KNOWN_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in KNOWN_ENDINGS)
+    if len(files) == 1:
+        return files[0]
+    raise weights_error(
+        folder,
+        expected=f"a weights file: {', '.join(KNOWN_NAMES)}, or one of {KNOWN_ENDINGS}",
+        found=f"{len(files)} of them",
+        advice="Give the file itself.",
+    )
+
+
+def _neighbour(path: Path, source: str) -> bytes | None:
+    return _read(path, f"{path.name} of {source}", _MAX_NEIGHBOUR) if path.is_file() else None
+
+
+def _read(path: Path, source: str, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise weights_error(
+            source,
+            expected="a readable file",
+            found=error.strerror or type(error).__name__,
+            advice="Check the path.",
+        ) from error
+    if len(data) > limit:
+        raise weights_error(source, expected=f"at most {limit} bytes", found="a larger file")
+    return data
