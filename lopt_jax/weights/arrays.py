@@ -17,7 +17,20 @@ MAX_RANK = 8
 # from naming a structured or an object type.
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(name)
-    for name in ["float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+    for name in [
+        "float16",
+        "float32",
+        "float64",
+        "bool",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+    ]
 } | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
