@@ -2,6 +2,7 @@
 
 from lopt_jax.weights.base import Weights, WeightsError
 from lopt_jax.weights.convert import convert_weights
+from lopt_jax.weights.pylo import export_weights
 from lopt_jax.weights.registry import load_weights, resolve
 from lopt_jax.weights.store import save_weights
 
@@ -9,6 +10,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "convert_weights",
+    "export_weights",
     "load_weights",
     "resolve",
     "save_weights",

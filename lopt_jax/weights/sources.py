@@ -13,6 +13,7 @@ from lopt_jax.weights.schema import MAX_BYTES
 GIN = "config.gin"
 JSON = "config.json"
 # Names under which the field publishes weights, in the order of preference.
+RNN_FOLDER, MLP_FOLDER = "VeLO_RNN", "VeLO_MLP"  # PyLO's pair, each with a model.safetensors
 KNOWN_NAMES = ("params", "theta.state", "model.safetensors")
 KNOWN_ENDINGS = (".state", ".checkpoint", ".safetensors", ".pickle", ".pkl", ".msgpack")
 _MAX_NEIGHBOUR = 1 << 20
@@ -88,6 +89,10 @@ def read_local(path: Path, origin: str | None = None) -> Bundle:
     Raises:
       WeightsError: there is no weights file, more than one, or one that is too large.
     """
+    if path.is_dir() and (path / RNN_FOLDER).is_dir() and (path / MLP_FOLDER).is_dir():
+        name = origin or os.fspath(path)
+        first = read_local(path / RNN_FOLDER, name)
+        return dataclasses.replace(first, second=read_local(path / MLP_FOLDER, name).data)
     file = _weights_file(path) if path.is_dir() else path
     folder = file.parent
     name = origin or os.fspath(file)
