@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lopt_jax.weights.base import StaticMapping, Weights, brief, weights_error
@@ -26,7 +27,7 @@ from lopt_jax.weights.schema import (
     inferred_sizes,
     schema_of,
 )
-from lopt_jax.weights.sources import Bundle, read_bundle
+from lopt_jax.weights.sources import Bundle, local_path, read_local
 from lopt_jax.weights.store import is_checkpoint, load_checkpoint, on_device
 
 _CONFIG_KEYS = frozenset(key for schema in SCHEMAS.values() for key in schema.defaults)
@@ -59,9 +60,25 @@ def convert_weights(
     """
     if architecture is not None:
         schema_of(architecture, "architecture")
-    if is_checkpoint(path_or_url):
-        return _reconfigured(load_checkpoint(path_or_url), architecture, config, path_or_url)
-    return convert_bundle(read_bundle(path_or_url), architecture, config)
+    path = local_path(path_or_url)
+    if path is not None:
+        return _convert_path(path, None, architecture, config)
+    import tempfile
+
+    from lopt_jax.weights.fetch import fetch_folder  # its network modules are slow to import
+
+    address = os.fspath(path_or_url)
+    with tempfile.TemporaryDirectory(prefix="lopt_jax-") as folder:
+        fetch_folder(address, Path(folder))
+        return _convert_path(Path(folder), address, architecture, config)
+
+
+def _convert_path(
+    path: Path, origin: str | None, architecture: str | None, config: Mapping[str, Any] | None
+) -> Weights:
+    if is_checkpoint(path):
+        return _reconfigured(load_checkpoint(path), architecture, config, origin or path)
+    return convert_bundle(read_local(path, origin), architecture, config)
 
 
 def convert_bundle(

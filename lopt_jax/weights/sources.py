@@ -65,20 +65,6 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
     return Path(unquote(parts.path))
 
 
-def read_bundle(path_or_url: str | os.PathLike[str]) -> Bundle:
-    """Reads a weights file and its neighbours.
-
-    Raises:
-      WeightsError: it cannot be read or fetched, or is too large.
-    """
-    path = local_path(path_or_url)
-    if path is None:
-        from lopt_jax.weights.fetch import fetch_bundle
-
-        return fetch_bundle(os.fspath(path_or_url))
-    return read_local(path)
-
-
 def read_local(path: Path, origin: str | None = None) -> Bundle:
     """Reads a weights file, or the weights file in a folder, with its neighbours.
 
