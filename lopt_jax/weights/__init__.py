@@ -2,14 +2,19 @@
 
 from lopt_jax.weights.base import Weights, WeightsError
 from lopt_jax.weights.convert import convert_weights
-from lopt_jax.weights.registry import load_weights, resolve
+from lopt_jax.weights.hub import push_to_hub
+from lopt_jax.weights.pylo import export_weights
+from lopt_jax.weights.registry import list_weights, load_weights, resolve
 from lopt_jax.weights.store import save_weights
 
 __all__ = [
     "Weights",
     "WeightsError",
     "convert_weights",
+    "export_weights",
+    "list_weights",
     "load_weights",
+    "push_to_hub",
     "resolve",
     "save_weights",
 ]

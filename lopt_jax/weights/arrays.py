@@ -8,30 +8,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lopt_jax.weights.base import weights_error
+from lopt_jax.weights.base import brief, weights_error
 from lopt_jax.weights.schema import MAX_BYTES
 
 MAX_RANK = 8
 
 # Types that a file may name. Looking the name up here, rather than asking numpy, keeps a file
 # from naming a structured or an object type.
-DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(name)
-    for name in [
-        "float16",
-        "float32",
-        "float64",
-        "bool",
-        "int8",
-        "int16",
-        "int32",
-        "int64",
-        "uint8",
-        "uint16",
-        "uint32",
-        "uint64",
-    ]
-} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = ("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64")
+_UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
+DTYPES: dict[str, np.dtype] = {name: np.dtype(name) for name in _NAMES + _UNSIGNED} | {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16)
+}
 
 
 def declared_array(dtype: object, shape: Any, data: Any, source: object) -> np.ndarray:
@@ -49,7 +37,7 @@ def declared_array(dtype: object, shape: Any, data: Any, source: object) -> np.n
     name = dtype.decode("ascii", "replace") if isinstance(dtype, bytes) else dtype
     if not isinstance(name, str) or name not in DTYPES:
         raise weights_error(
-            source, expected=f"an array type out of {', '.join(DTYPES)}", found=repr(name)[:80]
+            source, expected=f"an array type out of {', '.join(DTYPES)}", found=brief(name)
         )
     if not isinstance(data, bytes | bytearray | memoryview):
         raise weights_error(
@@ -63,7 +51,7 @@ def declared_array(dtype: object, shape: Any, data: Any, source: object) -> np.n
         raise weights_error(
             source,
             expected=f"a shape of at most {MAX_RANK} dimensions",
-            found=repr(shape)[:80],
+            found=brief(shape),
         )
     declared = math.prod(shape) * DTYPES[name].itemsize
     if declared != len(data):

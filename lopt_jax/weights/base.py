@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,8 +31,25 @@ def weights_error(source: object, *, expected: str, found: str, advice: str = ""
     return WeightsError(f"{message} {advice}" if advice else message)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 8
+_REPR.maxstring = _REPR.maxother = 80
+
+
+def brief(value: object) -> str:
+    """Returns a short text for a message, in bounded time whatever a file put into `value`.
+
+    Plain `repr` of objects that share parts can take exponential time.
+    """
+    try:
+        return _REPR.repr(value)[:160]
+    except ValueError:  # an integer of too many digits for a text
+        return f"a {type(value).__name__}"
+
+
 def _freeze(value: Any) -> Any:
-    """Makes a JSON-like value immutable and hashable: lists to tuples, mappings to StaticMapping."""
+    """Makes a JSON-like value immutable and hashable."""
     if isinstance(value, StaticMapping) or value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
@@ -138,7 +156,7 @@ class Weights:
             return NotImplemented
         mine, my_tree = jax.tree.flatten(self)
         theirs, their_tree = jax.tree.flatten(other)
-        return my_tree == their_tree and all(map(_same_leaf, mine, theirs))
+        return bool(my_tree == their_tree) and all(map(_same_leaf, mine, theirs))  # type: ignore[operator]
 
     def __hash__(self) -> int:
         return hash((self.architecture, self.config, self.metadata))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from lopt_jax.weights.base import StaticMapping, Weights, weights_error
+from lopt_jax.weights.base import StaticMapping, Weights, brief, weights_error
 from lopt_jax.weights.gin import parse_gin
+from lopt_jax.weights.haiku_pickle import is_pickle, read_pickle
 from lopt_jax.weights.msgpack_tree import read_msgpack
 from lopt_jax.weights.original import (
     MULTIPLIER_KEY,
@@ -17,6 +19,7 @@ from lopt_jax.weights.original import (
     gin_config,
     scale_banks,
 )
+from lopt_jax.weights.pylo import convert_pylo, is_safetensors, read_safetensors
 from lopt_jax.weights.schema import (
     SCHEMAS,
     checked_params,
@@ -24,7 +27,7 @@ from lopt_jax.weights.schema import (
     inferred_sizes,
     schema_of,
 )
-from lopt_jax.weights.sources import Bundle, read_bundle
+from lopt_jax.weights.sources import Bundle, local_path, read_local
 from lopt_jax.weights.store import is_checkpoint, load_checkpoint, on_device
 
 _CONFIG_KEYS = frozenset(key for schema in SCHEMAS.values() for key in schema.defaults)
@@ -57,9 +60,25 @@ def convert_weights(
     """
     if architecture is not None:
         schema_of(architecture, "architecture")
-    if is_checkpoint(path_or_url):
-        return _reconfigured(load_checkpoint(path_or_url), architecture, config, path_or_url)
-    return convert_bundle(read_bundle(path_or_url), architecture, config)
+    path = local_path(path_or_url)
+    if path is not None:
+        return _convert_path(path, None, architecture, config)
+    import tempfile
+
+    from lopt_jax.weights.fetch import fetch_folder  # its network modules are slow to import
+
+    address = os.fspath(path_or_url)
+    with tempfile.TemporaryDirectory(prefix="lopt_jax-") as folder:
+        fetch_folder(address, Path(folder))
+        return _convert_path(Path(folder), address, architecture, config)
+
+
+def _convert_path(
+    path: Path, origin: str | None, architecture: str | None, config: Mapping[str, Any] | None
+) -> Weights:
+    if is_checkpoint(path):
+        return _reconfigured(load_checkpoint(path), architecture, config, origin or path)
+    return convert_bundle(read_local(path, origin), architecture, config)
 
 
 def convert_bundle(
@@ -78,7 +97,7 @@ def convert_bundle(
     """
     source = bundle.origin
     given = dict(config or {})
-    kind, converted = _parse(bundle)
+    kind, converted = _parse(bundle, given, architecture)
     from_gin: dict[str, Any] = {}
     if bundle.gin is not None:
         named, from_gin = gin_config(
@@ -94,6 +113,7 @@ def convert_bundle(
             found=f"weights of {converted.architecture}",
             advice="Leave architecture out, or take the optimizer of that name.",
         )
+    given = {key: value for key, value in given.items() if key not in converted.consumed}
     stated = {**converted.config, **from_gin, **given}
     multiplier = stated.pop(MULTIPLIER_KEY, None)
     if multiplier is not None:
@@ -103,7 +123,7 @@ def convert_bundle(
         if key in stated and stated[key] != size:
             raise weights_error(
                 source,
-                expected=f"{key} = {stated[key]!r}, as config says",
+                expected=f"{key} = {brief(stated[key])}, as config says",
                 found=f"arrays of {key} = {size}",
             )
     if not set(stated) <= set(given):  # a neighbour may speak of more than this architecture has
@@ -113,7 +133,8 @@ def convert_bundle(
     params = checked_params(chosen, complete, converted.params, source)
     record = {
         "source": source,
-        "sha256": hashlib.sha256(bundle.data).hexdigest(),
+        "sha256": _sha256(bundle.data),
+        **({} if bundle.second is None else {"sha256_second": _sha256(bundle.second)}),
         "format": kind,
         **converted.notes,
         **(metadata or {}),
@@ -121,7 +142,9 @@ def convert_bundle(
     return on_device(Weights(chosen, complete, params, StaticMapping(record)))
 
 
-def _parse(bundle: Bundle) -> tuple[str, Converted]:
+def _parse(
+    bundle: Bundle, given: Mapping[str, Any], architecture: str | None
+) -> tuple[str, Converted]:
     """Recognises the format by content and converts to the canonical layout."""
     data, source = bundle.data, bundle.origin
     if data[:2] == b"PK":
@@ -130,6 +153,13 @@ def _parse(bundle: Bundle) -> tuple[str, Converted]:
             expected="msgpack, safetensors or a pickle of numpy arrays",
             found="a zip archive (torch.save?)",
             advice="Save the state dict with safetensors and convert that.",
+        )
+    if is_pickle(data):
+        return "haiku pickle", convert_original(read_pickle(data, source), source)
+    if is_safetensors(data):
+        second = None if bundle.second is None else read_safetensors(bundle.second, source)
+        return "PyLO safetensors", convert_pylo(
+            read_safetensors(data, source), second, bundle.json, given, architecture, source
         )
     return "flax msgpack", convert_original(read_msgpack(data, source), source)
 
@@ -148,3 +178,7 @@ def _reconfigured(
     complete = complete_config(chosen, {**weights.config, **(config or {})}, source)
     params = checked_params(chosen, complete, weights.params, source)
     return on_device(Weights(chosen, complete, params, weights.metadata))
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

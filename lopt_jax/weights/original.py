@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lopt_jax.weights.base import weights_error
+from lopt_jax.weights.base import brief, weights_error
 from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
 
 
@@ -28,6 +28,7 @@ class Converted:
       params: the canonical tree, not yet validated.
       config: what the file says about config.
       notes: for the metadata.
+      consumed: keys of the user's config that have become arrays.
     """
 
     architecture: str
@@ -35,6 +36,7 @@ class Converted:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alternatives: tuple[str, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    consumed: tuple[str, ...] = ()
 
 
 # HyperV2 multiplies the mean over its banks by this; amoudgl/celo made it an argument.
@@ -114,7 +116,7 @@ def gin_config(
                 raise weights_error(
                     source,
                     expected=f"{name}.{key} = {_FIXED[key]}, the only value implemented here",
-                    found=repr(value)[:80],
+                    found=brief(value),
                 )
         elif _GIN_KEYS.get(key, key) in known or key == MULTIPLIER_KEY:
             config[_GIN_KEYS.get(key, key)] = value
@@ -166,7 +168,7 @@ def convert_original(tree: Any, source: object) -> Converted:
     raise weights_error(
         source,
         expected="meta-parameters with 'nn', 'ff_mod_stack' or 'rnn_params'",
-        found=f"the keys {sorted(tree)!r}"[:120],
+        found=f"the keys {brief(sorted(tree))}",
     )
 
 
@@ -178,7 +180,7 @@ def scale_banks(converted: Converted, multiplier: Any, source: object) -> Conver
     """
     if converted.architecture != "velo" or not isinstance(multiplier, int | float):
         raise weights_error(
-            source, expected=f"{MULTIPLIER_KEY}, a number, with velo alone", found=repr(multiplier)
+            source, expected=f"{MULTIPLIER_KEY}, a number, with velo alone", found=brief(multiplier)
         )
     if multiplier == HYPER_MULTIPLIER:
         return converted
@@ -235,7 +237,7 @@ def _convert_hyper(
 def _member(tree: Any, name: str, key: str, source: object) -> Any:
     if not isinstance(tree, Mapping) or key not in tree:
         found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
-        raise weights_error(source, expected=f"{name} with {key!r}", found=str(found)[:120])
+        raise weights_error(source, expected=f"{name} with {key!r}", found=brief(found))
     return tree[key]
 
 
@@ -263,7 +265,7 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
         parts = [tree[key] for key in groups]
         if [int(key[4:]) for key in groups] != list(range(len(groups))) or "w0" in layers:
             raise weights_error(
-                source, expected="w0__0, w0__1, ... without a gap", found=f"{groups}"[:120]
+                source, expected="w0__0, w0__1, ... without a gap", found=brief(groups)
             )
         layers["w0"] = joined(parts, source)
     return layers
@@ -283,6 +285,8 @@ def joined(parts: list[Any], source: object) -> np.ndarray:
     )
     if not fits:
         raise weights_error(
-            source, expected="first-layer weights that fit together", found=f"shapes {shapes}"[:160]
+            source,
+            expected="first-layer weights that fit together",
+            found=f"shapes {brief(shapes)}",
         )
     return np.concatenate(parts, axis=-2)

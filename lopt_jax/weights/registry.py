@@ -1,14 +1,43 @@
-"""`load_weights` and `resolve`: weights by name or path. (Remote names follow.)"""
+"""Weights by name: those that ship with the library, those in the cache, those to be fetched."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
-from collections.abc import Sequence
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lopt_jax.weights.base import Weights, weights_error
-from lopt_jax.weights.schema import check_structure
-from lopt_jax.weights.store import is_checkpoint, load_checkpoint
+from lopt_jax.weights.base import Weights, WeightsError, weights_error
+from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
+from lopt_jax.weights.convert import convert_bundle, convert_weights
+from lopt_jax.weights.schema import check_structure, schema_of
+from lopt_jax.weights.sources import local_path, read_local
+from lopt_jax.weights.store import DESCRIPTION, is_checkpoint, load_checkpoint, save_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsInfo:
+    """What `list_weights` tells of one name.
+
+    Attributes:
+      name: what `load_weights` and the optimizers' `weights` take.
+      architecture: the optimizer that it belongs to.
+      source: where from: "embedded", or the addresses in the order they are tried.
+      offline: whether it can be loaded without a network.
+      licence: as its authors state it.
+      about: one line.
+    """
+
+    name: str
+    architecture: str
+    source: tuple[str, ...]
+    offline: bool
+    licence: str | None
+    about: str
 
 
 def embedded_folder() -> Path:
@@ -18,20 +47,190 @@ def embedded_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "checkpoints"
 
 
+def cache_folder() -> Path:
+    """Returns the folder of fetched weights: LOPT_JAX_CACHE, or the user's cache folder."""
+    override = os.environ.get("LOPT_JAX_CACHE")
+    if override:
+        return Path(override).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lopt_jax"
+
+
+def cached_path(name: str) -> Path:
+    """Returns where the weights of a registered name lie once they have been fetched."""
+    return cache_folder() / "weights" / name
+
+
+def list_weights() -> list[WeightsInfo]:
+    """Returns the registered names: those that ship with the library first."""
+    found = []
+    folder = embedded_folder()
+    embedded = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in embedded:
+        if is_checkpoint(path):
+            description = json.loads((path / DESCRIPTION).read_bytes())
+            metadata = description["metadata"]
+            about = str(metadata.get("about", "ships with lopt_jax"))
+            found.append(
+                WeightsInfo(
+                    path.name,
+                    description["architecture"],
+                    ("embedded",),
+                    True,
+                    metadata.get("licence"),
+                    about,
+                )
+            )
+    names = {info.name for info in found}
+    for entry in REGISTRY.values():
+        if entry.name not in names:
+            places = tuple(next(iter(place.files.values())) for place in entry.places)
+            offline = is_checkpoint(cached_path(entry.name))
+            found.append(
+                WeightsInfo(
+                    entry.name, entry.architecture, places, offline, entry.licence, entry.about
+                )
+            )
+    return found
+
+
 def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
-    """Loads weights by registered name, or from a path to a checkpoint of ours."""
-    if isinstance(name_or_path, str) and name_or_path and not os.path.dirname(name_or_path):
+    """Loads weights by name, path or address.
+
+    Args:
+      name_or_path: a registered name (see `list_weights`; fetched and converted at the first use,
+        then read from the cache), the path of a checkpoint of ours, or an address such as
+        hf://owner/repo, which is fetched every time.
+
+    Returns:
+      Validated weights.
+
+    Raises:
+      WeightsError: nothing of that name or at that path, weights that are not valid, or no place
+        to fetch them from answered.
+    """
+    if isinstance(name_or_path, str):
+        path = local_path(name_or_path)
+        if path is None:
+            return convert_weights(name_or_path)
         embedded = embedded_folder() / name_or_path
-        if is_checkpoint(embedded):
+        if _is_name(name_or_path) and is_checkpoint(embedded):
             return load_checkpoint(embedded)
-    return load_checkpoint(name_or_path)
+        if name_or_path in REGISTRY:
+            cached = cached_path(name_or_path)
+            if is_checkpoint(cached):
+                return load_checkpoint(cached)
+            return _fetch_registered(REGISTRY[name_or_path])
+        if _is_name(name_or_path) and not path.exists():
+            known = ", ".join(info.name for info in list_weights())
+            raise weights_error(
+                repr(name_or_path), expected=f"a path, or a name out of {known}", found="neither"
+            )
+    else:
+        path = Path(name_or_path)
+    if path.is_file():
+        raise weights_error(
+            path,
+            expected="the folder of a checkpoint of ours",
+            found="a file",
+            advice="Read other formats with lopt_jax.convert_weights.",
+        )
+    return load_checkpoint(path)
+
+
+def _is_name(text: str) -> bool:
+    return bool(text) and not any(c in text for c in "/\\:") and not text.startswith(".")
+
+
+def _fetch_registered(entry: Entry) -> Weights:
+    """Fetches, converts and caches registered weights; one process at a time."""
+    schema_of(entry.architecture, f"the weights {entry.name!r}")  # before any download
+    target = cached_path(entry.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_name(f".{entry.name}.lock")):
+            if is_checkpoint(target):  # another process was faster
+                return load_checkpoint(target)
+            # Whoever made these is dead, as we hold the lock.
+            for leftover in target.parent.glob(f".{entry.name}.tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            failures = []
+            for place in entry.places:
+                try:
+                    return _fetch_place(entry, place, target)
+                except WeightsError as error:
+                    failures.append(str(error))
+    except OSError as error:
+        raise weights_error(
+            target,
+            expected="a cache folder to write to",
+            found=f"{type(error).__name__}: {error}"[:200],
+            advice="Set LOPT_JAX_CACHE to a folder of yours.",
+        ) from error
+    raise WeightsError(_unreachable(entry, target, failures))
+
+
+def _fetch_place(entry: Entry, place: Place, target: Path) -> Weights:
+    import tempfile
+
+    from lopt_jax.weights.fetch import fetch_files  # its network modules are slow to import
+
+    with tempfile.TemporaryDirectory(prefix=f".{entry.name}.tmp-", dir=target.parent) as name:
+        folder = Path(name)
+        fetch_files(place.files, folder, place.sha256)
+        origin = next(iter(place.files.values()))
+        weights = convert_bundle(
+            read_local(folder, origin),
+            entry.architecture,
+            place.config,
+            {"name": entry.name, "licence": entry.licence, "about": entry.about},
+        )
+    save_weights(target, weights)
+    return weights
+
+
+def _unreachable(entry: Entry, target: Path, failures: Sequence[str]) -> str:
+    """Says what was tried, and the one command that puts the weights in place by hand."""
+    from lopt_jax.weights.fetch import http_address
+
+    place = entry.places[0]
+    names = list(place.files)
+    together = all(Path(name).parent == Path() for name in names)
+    downloaded = f"/path/to/{names[0]}" if together else "/path/to"
+    command = ["lopt", "convert", downloaded, os.fspath(target)]
+    command += ["--architecture", entry.architecture]
+    if place.config:
+        command += ["--config", json.dumps(dict(place.config))]
+    lines = [
+        f"the weights {entry.name!r} are not in the cache, and no place to fetch them answered:"
+    ]
+    lines += [f"  {failure}" for failure in failures]
+    lines += ["To put them in place by hand, download"]
+    lines += [
+        f"  {http_address(address)}  to  /path/to/{name}" for name, address in place.files.items()
+    ]
+    lines += ["and run", f"  {shlex.join(command)}"]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock file; the system releases it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: renaming at the end keeps the cache whole without a lock
+        yield
+        return
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def resolve(weights: str | os.PathLike[str] | Weights, architectures: Sequence[str]) -> Weights:
     """Returns the weights that an optimizer's constructor was given.
 
     Args:
-      weights: a registered name, a path, or `Weights` (whose leaves may be traced).
+      weights: a registered name, a path, an address, or `Weights` (whose leaves may be traced).
       architectures: those that the optimizer can run.
 
     Returns:
@@ -39,7 +238,7 @@ def resolve(weights: str | os.PathLike[str] | Weights, architectures: Sequence[s
 
     Raises:
       WeightsError: they cannot be loaded, or are of another architecture.
-      TypeError: `weights` is none of the three.
+      TypeError: `weights` is none of these.
     """
     if isinstance(weights, Weights):
         found, source = weights, "weights"
@@ -57,3 +256,15 @@ def resolve(weights: str | os.PathLike[str] | Weights, architectures: Sequence[s
             advice="Take the optimizer of that architecture, or other weights.",
         )
     return check_structure(found, source)
+
+
+__all__ = [
+    "WeightsInfo",
+    "cache_folder",
+    "cached_path",
+    "convert_weights",
+    "embedded_folder",
+    "list_weights",
+    "load_weights",
+    "resolve",
+]

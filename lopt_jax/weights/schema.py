@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, weights_error
+from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, brief, weights_error
 
 # The largest released weights (VeLO) are 10 MB. Everything read from a file is bounded by this
 # number before memory is reserved for it, so that a file of a stranger cannot exhaust memory.
@@ -182,14 +182,9 @@ def schema_of(architecture: object, source: object) -> Schema:
     raise weights_error(
         source,
         expected=f"an architecture out of {', '.join(SCHEMAS)}",
-        found=_short(architecture),
+        found=brief(architecture),
         advice="A newer version of lopt_jax may know it.",
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def complete_config(architecture: str, config: Config, source: object) -> StaticMapping:
@@ -204,7 +199,7 @@ def complete_config(architecture: str, config: Config, source: object) -> Static
         raise weights_error(
             source,
             expected=f"config keys of {architecture} out of {', '.join(defaults)}",
-            found=_short(unknown),
+            found=brief(unknown),
         )
     merged = {key: config.get(key, default) for key, default in defaults.items()}
     return StaticMapping(
@@ -237,7 +232,7 @@ def _config_value(key: str, value: Any, default: Any, source: object) -> Any:
         ):
             return tuple(float(item) for item in value)
         wanted = f"{count} numbers in [0, 1)"
-    raise weights_error(source, expected=f"config[{key!r}] to be {wanted}", found=_short(value))
+    raise weights_error(source, expected=f"config[{key!r}] to be {wanted}", found=brief(value))
 
 
 def _is_number(value: Any) -> bool:
@@ -303,7 +298,7 @@ def check_shapes(
             raise weights_error(
                 source,
                 expected=f"the array {name} of shape {shape} ({architecture})",
-                found=f"only {_short(['/'.join(p) for p in shapes])}",
+                found=f"only {brief(['/'.join(p) for p in shapes])}",
             )
         if tuple(shapes[path]) != shape:
             raise weights_error(
@@ -314,7 +309,7 @@ def check_shapes(
     extra = ["/".join(path) for path in shapes if path not in expected]
     if extra:
         raise weights_error(
-            source, expected=f"only the arrays of {architecture}", found=f"also {_short(extra)}"
+            source, expected=f"only the arrays of {architecture}", found=f"also {brief(extra)}"
         )
 
 
@@ -374,7 +369,7 @@ def _dimension(
         raise weights_error(
             source,
             expected=f"an array {'/'.join(path)} with dimensions",
-            found=f"arrays {_short(['/'.join(p) for p in shapes])}",
+            found=f"arrays {brief(['/'.join(p) for p in shapes])}",
         )
     return shape[axis]
 
@@ -399,7 +394,7 @@ def checked_params(
             raise weights_error(
                 source,
                 expected=f"{'/'.join(path) or 'the tree'} to be an array",
-                found=_short(type(leaf).__name__),
+                found=brief(type(leaf).__name__),
             )
     check_shapes(architecture, config, {p: leaf.shape for p, leaf in leaves.items()}, source)
     tree: dict[str, Any] = {}

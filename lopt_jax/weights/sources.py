@@ -13,6 +13,7 @@ from lopt_jax.weights.schema import MAX_BYTES
 GIN = "config.gin"
 JSON = "config.json"
 # Names under which the field publishes weights, in the order of preference.
+RNN_FOLDER, MLP_FOLDER = "VeLO_RNN", "VeLO_MLP"  # PyLO's pair, each with a model.safetensors
 KNOWN_NAMES = ("params", "theta.state", "model.safetensors")
 KNOWN_ENDINGS = (".state", ".checkpoint", ".safetensors", ".pickle", ".pkl", ".msgpack")
 _MAX_NEIGHBOUR = 1 << 20
@@ -64,20 +65,6 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
     return Path(unquote(parts.path))
 
 
-def read_bundle(path_or_url: str | os.PathLike[str]) -> Bundle:
-    """Reads a weights file and its neighbours.
-
-    Raises:
-      WeightsError: it cannot be read or fetched, or is too large.
-    """
-    path = local_path(path_or_url)
-    if path is None:
-        from lopt_jax.weights.fetch import fetch_bundle
-
-        return fetch_bundle(os.fspath(path_or_url))
-    return read_local(path)
-
-
 def read_local(path: Path, origin: str | None = None) -> Bundle:
     """Reads a weights file, or the weights file in a folder, with its neighbours.
 
@@ -88,6 +75,10 @@ def read_local(path: Path, origin: str | None = None) -> Bundle:
     Raises:
       WeightsError: there is no weights file, more than one, or one that is too large.
     """
+    if path.is_dir() and (path / RNN_FOLDER).is_dir() and (path / MLP_FOLDER).is_dir():
+        name = origin or os.fspath(path)
+        first = read_local(path / RNN_FOLDER, name)
+        return dataclasses.replace(first, second=read_local(path / MLP_FOLDER, name).data)
     file = _weights_file(path) if path.is_dir() else path
     folder = file.parent
     name = origin or os.fspath(file)

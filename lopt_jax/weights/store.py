@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.weights.base import Weights, WeightsError, thaw, weights_error
+from lopt_jax.weights.base import Weights, WeightsError, brief, thaw, weights_error
 from lopt_jax.weights.schema import (
     MAX_BYTES,
     MAX_LEAVES,
@@ -116,7 +116,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
         # Orbax and TensorStore have many ways to say that a file is damaged.
         raise weights_error(
             folder,
-            expected=f"the Orbax checkpoint of {description.get('architecture')!r:.40} weights",
+            expected=f"the Orbax checkpoint of {brief(description['architecture'])} weights",
             found=f"{type(error).__name__}: {str(error)[:160]}",
             advice="The checkpoint is damaged: fetch or convert it again.",
         ) from error
@@ -156,7 +156,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise weights_error(
             source,
             expected=f"version {VERSION}",
-            found=repr(description.get("version"))[:40],
+            found=brief(description.get("version")),
             advice="A newer lopt_jax wrote it: upgrade.",
         )
     return description

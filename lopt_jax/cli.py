@@ -1,0 +1,144 @@
+"""The command line `lopt`: weights here, meta-training and benchmarks where they are built.
+
+Commands of other parts of the library are registered by `add_commands(subparsers)` of their own
+module, which is imported only when one of them is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# command -> (module with add_commands, help)
+_LATE = {
+    "meta-train": ("lopt_jax.meta.cli", "meta-train a learned optimizer"),
+    "meta-eval": ("lopt_jax.meta.cli", "evaluate meta-trained weights"),
+    "bench": ("lopt_jax.benchmark", "measure milliseconds a step of each optimizer"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+      arguments: without the program's name; those of the process where None.
+
+    Returns:
+      0; 2 after an error of the user or of a file, which is printed as one message.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser(given).parse_args(given)
+        return int(options.run(options) or 0)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"lopt: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lopt", description="Learned optimizers for JAX.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    convert = commands.add_parser("convert", help="convert weights into a checkpoint of lopt_jax")
+    convert.add_argument(
+        "source", metavar="SRC", help="a path, or an address: https://, gs://, hf://owner/repo"
+    )
+    convert.add_argument("target", metavar="DST", help="the folder to write")
+    convert.add_argument("--architecture", help="the optimizer; inferred where left out")
+    convert.add_argument("--config", type=_json_object, help="a JSON object of config values")
+    convert.add_argument(
+        "--to", choices=("lopt_jax", "pylo"), default="lopt_jax", help="the format of DST"
+    )
+    convert.set_defaults(run=_convert)
+
+    listing = commands.add_parser("list", help="list the weights that have a name")
+    listing.set_defaults(run=_list)
+
+    show = commands.add_parser("show", help="show config, arrays and origin of weights")
+    show.add_argument("name", metavar="NAME", help="a registered name, a path or an address")
+    show.set_defaults(run=_show)
+
+    _add_late(commands, given)
+    return parser
+
+
+def _add_late(commands: Any, given: Sequence[str]) -> None:
+    asked = next((word for word in given if not word.startswith("-")), None)
+    if asked in _LATE:
+        module, _ = _LATE[asked]
+        try:
+            importlib.import_module(module).add_commands(commands)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            raise ImportError(f"`lopt {asked}` is not part of this installation") from error
+    for name, (_, text) in _LATE.items():
+        if name not in commands.choices:
+            commands.add_parser(name, help=text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object such as '{\"step_mult\": 0.01}'")
+    return value
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from lopt_jax.weights import convert_weights, export_weights, save_weights
+
+    weights = convert_weights(options.source, options.architecture, options.config)
+    if options.to == "pylo":
+        export_weights(weights, options.target)
+    else:
+        save_weights(options.target, weights)
+    print(f"{options.target}: {weights.architecture}, {_size(weights)} numbers")
+
+
+def _size(weights: Any) -> str:
+    import jax
+
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(weights.params)):,}"
+
+
+def _list(options: argparse.Namespace) -> None:
+    from lopt_jax.weights import list_weights
+
+    rows = [("NAME", "OPTIMIZER", "OFFLINE", "FROM")]
+    for info in list_weights():
+        here = "yes" if info.offline else "no"
+        rows.append((info.name, info.architecture, here, ", then ".join(info.source)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[3]]))
+
+
+def _show(options: argparse.Namespace) -> None:
+    import jax
+
+    from lopt_jax.weights import load_weights
+    from lopt_jax.weights.base import thaw
+
+    weights = load_weights(options.name)
+    print(f"architecture: {weights.architecture}")
+    for title, mapping in (("config", weights.config), ("metadata", weights.metadata)):
+        print(f"{title}:")
+        for key, value in mapping.items():
+            text = value if isinstance(value, str) else json.dumps(thaw(value))
+            print(f"  {key}: {text}")
+    print(f"arrays ({_size(weights)} numbers):")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(weights.params)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        print(f"  {name}: {leaf.dtype} {leaf.shape}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""PyLO's Hugging Face layouts (safetensors), in both directions.
+
+References: `MetaMLP`, `CELO2MLP`, `VeLORNN`, `VeLOMLP` in pylo/models of Belilovsky-Lab/pylo, and
+the defaults of its optimizers in pylo/optim. `torch.nn.Linear` stores (outputs, inputs); the
+canonical layout stores (inputs, outputs).
+
+What these layouts have no place for (decays, multipliers, flags) goes under the key "lopt_jax" of
+the `config.json` beside the arrays; PyLO ignores keys that its models do not take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lopt_jax.weights.arrays import declared_array
+from lopt_jax.weights.base import Weights, brief, thaw, weights_error
+from lopt_jax.weights.original import Converted, joined
+from lopt_jax.weights.schema import MAX_BYTES, validate
+from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER
+
+MODEL = "model.safetensors"
+CONFIG = JSON
+KEY = "lopt_jax"
+META_MLP = ("small_fc_lopt", "mulo", "elo")
+CELO2_MLP = ("celo2", "elo_celo2")
+DECAYS = ("momentum_decays", "rms_decays", "adafactor_decays")
+
+# Widths of the 14 feature groups of Celo2's first layer (CELO2_FEATURE_DIMS).
+_CELO2_GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+# MetaMLP has no decays: PyLO keeps those of btherien/mulo, and its step_mult, as the defaults of
+# its optimizer (AdafacLO_naive.__init__).
+_MULO_DECAYS = {
+    "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
+    "rms_decays": (0.01079706,),
+    "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
+}
+_MULO_CONFIG = {"step_mult": 0.01, "exp_mult": 0.001}
+# PyLO's VeLO has neither of the original's bugs.
+_VELO_CONFIG = {"use_bugged_next_lstm_state": False, "use_bugged_loss_features": False}
+
+_MAX_HEADER = 1 << 20
+_MAX_TENSORS = 4096
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def is_safetensors(data: bytes) -> bool:
+    """Tells whether the bytes begin like a safetensors file."""
+    return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data)
+
+
+def read_safetensors(data: bytes, source: object) -> dict[str, np.ndarray]:
+    """Decodes a safetensors file.
+
+    Args:
+      data: the whole file.
+      source: its name, for the message.
+
+    Returns:
+      name -> array; read-only views.
+
+    Raises:
+      WeightsError: the file is damaged, too large, or has arrays that are no floats.
+    """
+    from safetensors import SafetensorError, deserialize
+
+    if len(data) > MAX_BYTES or int.from_bytes(data[:8], "little") > _MAX_HEADER:
+        raise weights_error(
+            source,
+            expected=f"at most {MAX_BYTES} bytes with a header of at most {_MAX_HEADER}",
+            found="more",
+        )
+    try:
+        tensors = deserialize(data)
+    except (SafetensorError, ValueError, TypeError, MemoryError, OverflowError) as error:
+        raise weights_error(
+            source,
+            expected="a safetensors file",
+            found=f"{type(error).__name__}: {str(error)[:120]}",
+            advice="The file is damaged: fetch it again.",
+        ) from error
+    if len(tensors) > _MAX_TENSORS:
+        raise weights_error(
+            source, expected=f"at most {_MAX_TENSORS} arrays", found=str(len(tensors))
+        )
+    return {
+        name: declared_array(
+            _DTYPES.get(tensor["dtype"], tensor["dtype"]), tensor["shape"], tensor["data"], source
+        )
+        for name, tensor in tensors
+    }
+
+
+def convert_pylo(
+    tensors: Mapping[str, np.ndarray],
+    second: Mapping[str, np.ndarray] | None,
+    config_json: bytes | None,
+    given: Mapping[str, Any],
+    architecture: str | None,
+    source: object,
+) -> Converted:
+    """Converts a PyLO state dict (VeLO: a pair of them).
+
+    Args:
+      tensors: name -> array of the file.
+      second: the other file of VeLO's pair, in either order.
+      config_json: the `config.json` beside it.
+      given: the user's config; may hold the three lists of decays.
+      architecture: the user's choice; MetaMLP alone does not say which optimizer it belongs to.
+      source: the file, for the message.
+
+    Raises:
+      WeightsError: the arrays belong to no model of PyLO, or a choice is missing.
+    """
+    stated = _stated(config_json, source)
+    named = stated.get("architecture")
+    config = stated.get("config")
+    config = dict(config) if isinstance(config, Mapping) else {}
+    if "network.input.weight" in tensors:
+        chosen = architecture or named
+        if chosen not in META_MLP:
+            raise weights_error(
+                source,
+                expected=f"architecture= one of {', '.join(META_MLP)}: MetaMLP serves them all",
+                found=brief(chosen),
+                advice="Pass architecture (on the command line --architecture).",
+            )
+        return _convert_meta_mlp(tensors, chosen, config, stated, given, source)
+    if "dense_w.0" in tensors:
+        chosen = named if named in CELO2_MLP else "celo2"
+        other = tuple(name for name in CELO2_MLP if name != chosen)
+        return Converted(chosen, {"mlp": _celo2_mlp(tensors, source)}, config, other)
+    if "lstm.linear.weight" in tensors or "input_weights_" in tensors:
+        rnn, mlp = (tensors, second) if "lstm.linear.weight" in tensors else (second, tensors)
+        if rnn is None or mlp is None:
+            raise weights_error(
+                source,
+                expected=f"both parts of VeLO: {RNN_FOLDER}/{MODEL} and {MLP_FOLDER}/{MODEL}",
+                found="one part",
+                advice="Put both folders into one and convert that folder.",
+            )
+        return Converted("velo", _convert_velo(rnn, mlp, source), {**_VELO_CONFIG, **config})
+    raise weights_error(
+        source,
+        expected="the arrays of PyLO's MetaMLP, CELO2MLP, or VeLORNN with VeLOMLP",
+        found=brief(sorted(tensors)),
+    )
+
+
+def _stated(config_json: bytes | None, source: object) -> dict[str, Any]:
+    """Returns what `export_weights` wrote into config.json, an empty dict if nothing."""
+    if config_json is None:
+        return {}
+    try:
+        document = json.loads(config_json)
+    except (ValueError, RecursionError) as error:
+        raise weights_error(
+            f"{CONFIG} of {source}", expected="JSON", found=str(error)[:120]
+        ) from error
+    stated = document.get(KEY) if isinstance(document, dict) else None
+    return stated if isinstance(stated, dict) else {}
+
+
+def _convert_meta_mlp(
+    tensors: Mapping[str, np.ndarray],
+    architecture: str,
+    config: dict[str, Any],
+    stated: Mapping[str, Any],
+    given: Mapping[str, Any],
+    source: object,
+) -> Converted:
+    hidden = sum(re.fullmatch(r"network\.linear_\d+\.weight", name) is not None for name in tensors)
+    names = ["input", *[f"linear_{index}" for index in range(hidden)], "output"]
+    mlp: dict[str, Any] = {}
+    for layer, name in enumerate(names):
+        mlp[f"w{layer}"] = _transposed(_tensor(tensors, f"network.{name}.weight", source))
+        mlp[f"b{layer}"] = _tensor(tensors, f"network.{name}.bias", source)
+    _reject_others(tensors, {f"network.{n}.{kind}" for n in names for kind in _KINDS}, source)
+    if architecture == "elo":
+        return Converted("elo", {"mlp": mlp}, config)
+    decays = {
+        key: _decay_array(key, given.get(key, stated.get(key, default)), source)
+        for key, default in _MULO_DECAYS.items()
+    }
+    other = "mulo" if architecture == "small_fc_lopt" else "small_fc_lopt"
+    return Converted(
+        architecture,
+        {"mlp": mlp, **decays},
+        {**_MULO_CONFIG, **config},
+        (other,),
+        consumed=DECAYS,
+    )
+
+
+_KINDS = ("weight", "bias")
+
+
+def _decay_array(key: str, values: Any, source: object) -> np.ndarray:
+    sequence = isinstance(values, list | tuple) and len(values) <= 16
+    if not sequence or not all(type(v) in (int, float) and abs(v) < 1e30 for v in values):
+        raise weights_error(source, expected=f"{key}, a list of numbers", found=brief(values))
+    return np.asarray(values, np.float32)
+
+
+def _celo2_mlp(tensors: Mapping[str, np.ndarray], source: object) -> dict[str, Any]:
+    groups = [_tensor(tensors, f"w0.{index}", source) for index in range(len(_CELO2_GROUPS))]
+    mlp: dict[str, Any] = {"w0": joined(groups, source), "b0": _tensor(tensors, "b0", source)}
+    names = {"b0", *[f"w0.{index}" for index in range(len(groups))]}
+    layers = sum(re.fullmatch(r"dense_w\.\d+", name) is not None for name in tensors)
+    for layer in range(layers):
+        mlp[f"w{layer + 1}"] = _tensor(tensors, f"dense_w.{layer}", source)
+        mlp[f"b{layer + 1}"] = _tensor(tensors, f"dense_b.{layer}", source)
+        names |= {f"dense_w.{layer}", f"dense_b.{layer}"}
+    _reject_others(tensors, names, source)
+    return mlp
+
+
+def _convert_velo(
+    rnn: Mapping[str, np.ndarray], mlp: Mapping[str, np.ndarray], source: object
+) -> dict[str, Any]:
+    def linear(name: str) -> dict[str, Any]:
+        return {
+            "w": _transposed(_tensor(rnn, f"{name}.weight", source)),
+            "b": _tensor(rnn, f"{name}.bias", source),
+        }
+
+    layers = sum(re.fullmatch(r"hidden_weights_\.\d+", name) is not None for name in mlp)
+    names = ["input", *[f"hidden.{index}" for index in range(layers)], "output"]
+    banks: dict[str, Any] = {}
+    for layer, name in enumerate(names):
+        weight, bias = _bank_names(name)
+        banks[f"w{layer}"] = _transposed(_tensor(mlp, weight, source))
+        banks[f"b{layer}"] = _tensor(mlp, bias, source)
+    return {
+        "mlp": banks,
+        "lstm": {
+            # state = (hidden, cell) in VeLORNN.forward
+            "initial_hidden": _flat_row(_tensor(rnn, "lstm_init_state.0", source)),
+            "initial_cell": _flat_row(_tensor(rnn, "lstm_init_state.1", source)),
+            **linear("lstm.linear"),
+        },
+        "mix": linear("mix_layer2"),
+        "input": linear("final_mix_layer"),
+        "controls": linear("rnn_to_controls"),
+        "step_size": linear("step_size"),
+    }
+
+
+def _bank_names(name: str, stored: str = "_") -> tuple[str, str]:
+    """Returns VeLOMLP's names of a layer; `stored` is "_" for the banks, "" for its scratch."""
+    if name.startswith("hidden."):
+        index = name.split(".")[1]
+        return f"hidden_weights{stored}.{index}", f"hidden_bias{stored}.{index}"
+    return f"{name}_weights{stored}", f"{name}_bias{stored}"
+
+
+def _tensor(tensors: Mapping[str, np.ndarray], name: str, source: object) -> np.ndarray:
+    if name not in tensors:
+        raise weights_error(
+            source, expected=f"the array {name}", found=f"only {brief(sorted(tensors))}"
+        )
+    return tensors[name]
+
+
+def _reject_others(tensors: Mapping[str, np.ndarray], known: set[str], source: object) -> None:
+    extra = sorted(set(tensors) - known)
+    if extra:
+        raise weights_error(source, expected="no other arrays", found=brief(extra))
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    return np.swapaxes(array, -1, -2) if array.ndim >= 2 else array  # rank 1 fails validation
+
+
+def _flat_row(array: np.ndarray) -> np.ndarray:
+    return array[0] if array.ndim == 2 and array.shape[0] == 1 else array
+
+
+def export_weights(weights: Weights, path: str | os.PathLike[str], format: str = "pylo") -> None:
+    """Writes weights in the layout that PyLO loads from the Hugging Face Hub.
+
+    Args:
+      weights: weights of small_fc_lopt, mulo, elo, velo, celo2 or elo_celo2.
+      path: the folder to write `model.safetensors` and `config.json` into; for velo, which PyLO
+        keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it.
+      format: "pylo".
+
+    Raises:
+      ValueError: another format, or an architecture that PyLO has not.
+      WeightsError: the weights are not valid.
+    """
+    if format != "pylo":
+        raise ValueError(f"format must be 'pylo', found {format!r}")
+    weights = validate(weights, f"weights to export to {os.fspath(path)}")
+    folder = Path(path)
+    params = weights.params
+    record: dict[str, Any] = {
+        "architecture": weights.architecture,
+        "config": thaw(weights.config),
+    }
+    sizes = weights.config
+    if weights.architecture in META_MLP:
+        record |= {key: params[key].tolist() for key in DECAYS if key in params}
+        model = {
+            "input_size": int(params["mlp"]["w0"].shape[0]),
+            "hidden_size": sizes["hidden_size"],
+            "hidden_layers": sizes["hidden_layers"] - 1,
+        }
+        _write_model(folder, _meta_mlp_tensors(params["mlp"]), {**model, KEY: record})
+    elif weights.architecture in CELO2_MLP:
+        model = {
+            "feature_dims": list(_CELO2_GROUPS),
+            "hidden_size": sizes["hidden_size"],
+            "hidden_layers": sizes["hidden_layers"],
+            "output_size": 3,
+            "activation": "relu",
+        }
+        _write_model(folder, _celo2_tensors(params["mlp"]), {**model, KEY: record})
+    elif weights.architecture == "velo":
+        rnn, mlp = _velo_tensors(params)
+        rnn_model = {
+            "input_size": int(params["mix"]["w"].shape[0]),
+            "lstm_hidden_size": sizes["lstm_hidden_size"],
+            "param_inits": sizes["param_inits"],
+            "mix_layers": True,
+        }
+        mlp_model = {
+            "param_inits": sizes["param_inits"],
+            "input_size": int(params["mlp"]["w0"].shape[1]),
+            "hidden_size": sizes["hidden_size"],
+            "hidden_layers": sizes["hidden_layers"] - 1,
+            "output_size": 3,
+        }
+        _write_model(folder / RNN_FOLDER, rnn, {**rnn_model, KEY: record})
+        _write_model(folder / MLP_FOLDER, mlp, mlp_model)
+    else:
+        names = ", ".join((*META_MLP, *CELO2_MLP, "velo"))
+        raise ValueError(
+            f"weights must be of an architecture that PyLO has ({names}), "
+            f"found {weights.architecture!r}"
+        )
+
+
+def _meta_mlp_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    layers = len(mlp) // 2
+    names = ["input", *[f"linear_{index}" for index in range(layers - 2)], "output"]
+    tensors = {}
+    for layer, name in enumerate(names):
+        tensors[f"network.{name}.weight"] = mlp[f"w{layer}"].T
+        tensors[f"network.{name}.bias"] = mlp[f"b{layer}"]
+    return tensors
+
+
+def _celo2_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    splits = np.cumsum(_CELO2_GROUPS)[:-1]
+    parts = np.split(mlp["w0"], splits, axis=0)
+    tensors = {f"w0.{index}": part for index, part in enumerate(parts)}
+    tensors["b0"] = mlp["b0"]
+    for layer in range(1, len(mlp) // 2):
+        tensors[f"dense_w.{layer - 1}"] = mlp[f"w{layer}"]
+        tensors[f"dense_b.{layer - 1}"] = mlp[f"b{layer}"]
+    return tensors
+
+
+def _velo_tensors(
+    params: Mapping[str, Any],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    rnn: dict[str, np.ndarray] = {
+        "lstm_init_state.0": params["lstm"]["initial_hidden"][None],
+        "lstm_init_state.1": params["lstm"]["initial_cell"][None],
+    }
+    unused = {key: np.zeros_like(value) for key, value in params["mix"].items()}
+    layers = {
+        "mix_layer1": unused,  # computed and discarded by both codes
+        "mix_layer2": params["mix"],
+        "final_mix_layer": params["input"],
+        "lstm.linear": params["lstm"],
+        "rnn_to_controls": params["controls"],
+        "step_size": params["step_size"],
+    }
+    for name, layer in layers.items():
+        rnn[f"{name}.weight"] = layer["w"].T
+        rnn[f"{name}.bias"] = layer["b"]
+    mlp: dict[str, np.ndarray] = {}
+    count = len(params["mlp"]) // 2
+    names = ["input", *[f"hidden.{index}" for index in range(count - 2)], "output"]
+    for layer_index, name in enumerate(names):
+        w = np.swapaxes(params["mlp"][f"w{layer_index}"], -1, -2)
+        b = params["mlp"][f"b{layer_index}"]
+        for stored, pair in (("_", (w, b)), ("", (np.zeros_like(w[0]), np.zeros_like(b[0])))):
+            # Without "_" are the current MLP's arrays: PyLO overwrites them before their use.
+            weight_name, bias_name = _bank_names(name, stored)
+            mlp[weight_name], mlp[bias_name] = pair
+    return rnn, mlp
+
+
+def _write_model(
+    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+) -> None:
+    from safetensors.numpy import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    _write(folder / MODEL, save(arrays, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    _write(folder / CONFIG, text.encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
