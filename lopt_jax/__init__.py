@@ -1,5 +1,11 @@
 """Learned optimizers for JAX, as optax transformations."""
 
+from lopt_jax.optimizers.celo import celo
+from lopt_jax.optimizers.celo2 import celo2, celo2_base
+from lopt_jax.optimizers.celo_adam import celo_adam
+from lopt_jax.optimizers.elo import elo
+from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
 from lopt_jax.weights import (
@@ -16,8 +22,15 @@ __all__ = [
     "Weights",
     "WeightsError",
     "__version__",
+    "celo",
+    "celo2",
+    "celo2_base",
+    "celo_adam",
     "convert_weights",
+    "elo",
+    "elo_celo2",
     "load_weights",
+    "mulo",
     "save_weights",
     "small_fc_lopt",
     "velo",

@@ -135,10 +135,9 @@ def tensor_features(
     second_variance = statistics.second_moment_variance[:, None]
     offset = second_mean - statistics.momentum_mean
     ranks = [min(sum(n > 1 for n in shape), _RANKS) for shape in shapes]
-    shared = jnp.concatenate(step_features)
     return jnp.concatenate(
         [
-            jnp.broadcast_to(shared, (len(shapes), shared.shape[0])),
+            shared_features(len(shapes), step_features),
             _log_magnitude(second_mean * norm),
             jnp.asarray(np.eye(_RANKS + 1, _RANKS, dtype=np.float32)[ranks].reshape(-1, _RANKS)),
             _log_magnitude(statistics.momentum_variance * jnp.square(norm)),
@@ -146,6 +145,20 @@ def tensor_features(
         ],
         axis=1,
     )
+
+
+def shared_features(tensors: int, step_features: Sequence[jax.Array]) -> jax.Array:
+    """Celo's inputs of the LSTM: what every tensor shares.
+
+    Args:
+      tensors: number of tensors.
+      step_features: vectors: the fraction of training, the loss features.
+
+    Returns:
+      (tensors, 18).
+    """
+    shared = jnp.concatenate(step_features)
+    return jnp.broadcast_to(shared, (tensors, shared.shape[0]))
 
 
 def init_lstm(meta_parameters: Mapping[str, Any], tensors: int) -> LSTMState:

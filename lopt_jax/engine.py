@@ -469,6 +469,23 @@ def second_pass(
     return unflatten(updates), accumulators, statistics
 
 
+def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:
+    """The values of a leaf's tensors, broadcastable against the leaf.
+
+    Args:
+      values: (), or (tensors,), one for every tensor of the tree.
+      entry: how the leaf is seen as tensors.
+      leaf: the leaf.
+
+    Returns:
+      The stacked axes of the leaf, then axes of size one.
+    """
+    if not values.ndim:
+        return values
+    chosen = values[entry.first : entry.first + entry.count]
+    return chosen.reshape(entry.stack + (1,) * (leaf.ndim - len(entry.stack)))
+
+
 def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
     """Number of tensors that a tree of parameters holds."""
     return _tensor_count(tensors_of(params, stacked_axes))

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lopt_jax
 
 FIXTURES = Path(__file__).parent / "fixtures"
+RELEASED = Path(__file__).parents[2] / "shared" / "weights"  # real weights: not in the repository
 
 
 class Trajectory(NamedTuple):
@@ -49,6 +51,14 @@ def weights(name: str, architecture: str | None = None, **overrides: Any) -> lop
         if p.name in ("theta.state", "params", "params.checkpoint", "model.safetensors")
     ]
     return lopt_jax.convert_weights(path, architecture=architecture, config=overrides or None)
+
+
+def released_weights(name: str) -> lopt_jax.Weights:
+    """Released weights; skips the test where they are not at hand."""
+    path = RELEASED / name / "theta.state"
+    if not path.is_file():
+        pytest.skip(f"needs the released weights of {name} in {RELEASED}")
+    return lopt_jax.convert_weights(path, architecture=name)
 
 
 def worst_error(tx: optax.GradientTransformation, reference: Trajectory) -> tuple[float, str]:

@@ -1,5 +1,8 @@
 """Every step and leaf of the reference trajectories, within the reference module's bound."""
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import reference
 
@@ -22,12 +25,60 @@ def velo(name, weights=None):
     )
 
 
+def coupled_weight_decay(tx, weight_decay):
+    """As `WeightDecayWrapper` of google/learned_optimization, optimizers/optimizer_wrappers.py.
+
+    The decay of the original's wrapper goes through the gradient and the loss, as L2
+    regularisation; `weight_decay` of the optimizers here is decoupled from both.
+    """
+
+    def update(gradients, state, params, value):
+        penalty = sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(params))
+        gradients = jax.tree.map(lambda g, p: g + weight_decay * p, gradients, params)
+        return tx.update(gradients, state, params, value=value + weight_decay * penalty)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def celo(name):
+    weights = reference.released_weights(name)
+    return getattr(lopt_jax, name)(reference.config(name)["num_steps"], weights)
+
+
+def pylo(name, constructor, **options):
+    """The rest of PyLO's; its safetensors do not always say which optimizer they belong to."""
+    settings = reference.config(name)
+    return constructor(
+        settings["lr"],
+        reference.weights(name, settings["optimizer"]),
+        weight_decay=settings["weight_decay"],
+        **options,
+    )
+
+
+def mulo():
+    settings = reference.config("mulo")
+    weights = reference.weights("mulo", "mulo")  # the decay offsets and step_mult are the released
+    return lopt_jax.mulo(
+        settings["width_multipliers"], weights, weight_decay=settings["weight_decay"]
+    )
+
+
 CASES = {
     "small_fc_lopt_h4": lambda: small_fc("small_fc_lopt_h4"),
     "small_fc_lopt_h32": lambda: small_fc("small_fc_lopt_h32"),
     "velo": lambda: velo("velo"),
     "velo_bugged_flags": lambda: velo("velo_bugged_flags"),
     "velo_gradient_accumulation": lambda: velo("velo_gradient_accumulation"),
+    "velo_weight_decay": lambda: coupled_weight_decay(velo("velo_weight_decay"), 0.01),
+    "celo": lambda: celo("celo"),
+    "celo_adam": lambda: celo("celo_adam"),
+    "celo2": lambda: lopt_jax.celo2(0.01, reference.weights("celo2")),
+    "celo2_base": lambda: lopt_jax.celo2_base(0.01, reference.weights("celo2_base")),
+    "celo2_adamw": lambda: pylo("celo2_adamw", lopt_jax.celo2, adam_learning_rate_mult=20.0),
+    "elo": lambda: pylo("elo", lopt_jax.elo),
+    "elo_celo2": lambda: pylo("elo_celo2", lopt_jax.elo_celo2, adam_learning_rate_mult=20.0),
+    "mulo": mulo,
 }
 
 

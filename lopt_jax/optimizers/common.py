@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -85,14 +86,101 @@ def weight_decay_of_tensors(
     if mask is None:
         return weight_decay
     tree = mask(params) if callable(mask) else mask
-    chosen = jax.tree.leaves(
-        jax.tree.map(lambda m, subtree: jax.tree.map(lambda _: m, subtree), tree, params)
-    )
-    factors = [
-        jnp.full((entry.count,), m, jnp.float32)
-        for m, entry in zip(chosen, tensors_of(params, stacked_axes), strict=True)
+    return weight_decay * values_of_tensors("weight_decay_mask", tree, params, stacked_axes)
+
+
+def values_of_tensors(name: str, tree: Any, params: Any, stacked_axes: Any) -> jax.Array:
+    """Numbers given for leaves, for every tensor.
+
+    Args:
+      name: the argument that holds them, for the message.
+      tree: tree of numbers that is a prefix of params.
+      params: the parameters.
+      stacked_axes: as in `lopt_jax.engine.tensors_of`.
+
+    Returns:
+      (tensors,) float32.
+
+    Raises:
+      ValueError: the tree is no prefix of params.
+    """
+    try:
+        chosen = jax.tree.leaves(
+            jax.tree.map(lambda x, subtree: jax.tree.map(lambda _: x, subtree), tree, params)
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a tree like the params, or a prefix of it; found "
+            f"{jax.tree.structure(tree)} for {jax.tree.structure(params)}."
+        ) from error
+    values = [
+        jnp.full((entry.count,), x, jnp.float32)
+        for x, entry in zip(chosen, tensors_of(params, stacked_axes), strict=True)
     ]
-    return weight_decay * jnp.concatenate(factors) if factors else weight_decay
+    return jnp.concatenate(values) if values else jnp.zeros((0,), jnp.float32)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments that all optimizers share, checked.
+
+    Raises:
+      TypeError, ValueError: an argument is wrong; the message names it.
+    """
+
+    learning_rate: ScalarOrSchedule = 1.0
+    weight_decay: Any = 0.0
+    weight_decay_mask: Any = None
+    accumulator_dtype: Any = jnp.float32
+    stacked_axes: Any = None
+    backend: str = "auto"
+    precision: Any = "highest"
+
+    def __post_init__(self) -> None:
+        check_learning_rate(self.learning_rate)
+        check_number("weight_decay", self.weight_decay)
+        object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
+        object.__setattr__(self, "precision", check_precision(self.precision))
+
+    def rates(self, count: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
+        """Learning rate and weight decay times learning rate at a step.
+
+        Args:
+          count: () int32, updates made so far.
+          params: the parameters.
+
+        Returns:
+          () and, () or (tensors,), float32.
+        """
+        rate = learning_rate_at(self.learning_rate, count)
+        decay = weight_decay_of_tensors(
+            self.weight_decay, self.weight_decay_mask, params, self.stacked_axes
+        )
+        return rate, rate * decay
+
+
+def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
+    """As `optax.clip_by_global_norm`, but in float32 whatever the gradients' dtype.
+
+    Args:
+      max_norm: the largest global norm.
+
+    Returns:
+      A stateless transformation; its updates are float32 at least.
+    """
+
+    def clip(gradients: Any, params: Any = None) -> Any:
+        del params
+        wide = jax.tree.map(to_float32, gradients)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(wide)))
+        return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
+
+    return optax.stateless(clip)
+
+
+def to_float32(x: jax.Array) -> jax.Array:
+    """The array in float32, or in its own dtype where that is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def require_params(params: Any) -> None:

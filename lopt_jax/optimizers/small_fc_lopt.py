@@ -1,24 +1,21 @@
 """small_fc_lopt: one small MLP for every parameter ("Practical tradeoffs", arXiv 2203.11860)."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lopt_jax import engine
-from lopt_jax.accumulators import Accumulators, Decays
-from lopt_jax.features import small_fc_features, time_features
+from lopt_jax.accumulators import Decays
+from lopt_jax.features import small_fc_features
 from lopt_jax.optimizers import common
-from lopt_jax.rule import MLP, Rule
+from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
+from lopt_jax.rule import Rule
 from lopt_jax.weights import Weights, resolve
 
-
-class SmallFcLoptState(NamedTuple):
-    """State of small_fc_lopt."""
-
-    count: jax.Array  # () int32, updates made so far
-    accumulators: Accumulators  # trees like the params
+ARCHITECTURES = ("small_fc_lopt", "mulo")  # one rule: their weights are of one kind
 
 
 def small_fc_lopt(
@@ -60,47 +57,57 @@ def small_fc_lopt(
       Metz et al., arXiv 2203.11860; google/learned_optimization,
       `learned_optimizers/adafac_mlp_lopt.py`.
     """
-    common.check_learning_rate(learning_rate)
-    common.check_number("weight_decay", weight_decay)
-    dtype = common.check_dtype(accumulator_dtype)
-    weights = resolve(weights, ("small_fc_lopt", "mulo"))
-    config = weights.config
-    momenta = len(config["initial_momentum_decays"])
-    rule = Rule(
-        features=small_fc_features(momenta),
-        exp_mult=config["exp_mult"],
-        precision=common.check_precision(precision),
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
     )
-    step_mult = config["step_mult"]
-
-    def init(params: Any) -> SmallFcLoptState:
-        accumulators = engine.init_accumulators(params, momenta, momenta, dtype, stacked_axes)
-        return SmallFcLoptState(jnp.zeros((), jnp.int32), accumulators)
-
-    def update(
-        meta_parameters: Any, gradients: Any, state: SmallFcLoptState, params: Any, value: Any
-    ) -> tuple[Any, SmallFcLoptState]:
-        del value
-        rate = common.learning_rate_at(learning_rate, state.count)
-        decay = common.weight_decay_of_tensors(
-            weight_decay, weight_decay_mask, params, stacked_axes
-        )
-        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
-        updates, accumulators, _ = engine.second_pass(
-            rule,
-            prepared,
-            network(meta_parameters["mlp"], len(rule.features), state.count),
-            mlp_per_tensor=False,
-            decays=decays(meta_parameters, config),
-            scale=rate * step_mult,
-            weight_decay=rate * decay,
-        )
-        return updates, SmallFcLoptState(optax.safe_increment(state.count), accumulators)
-
-    return common.transformation(init, update, weights.params)
+    return small_fc_rule(
+        resolve(weights, ARCHITECTURES), options, lambda rate, decay, _: (rate, decay)
+    )
 
 
-def decays(meta_parameters: Any, config: Any) -> Decays:
+def small_fc_rule(
+    weights: Weights,
+    options: common.Options,
+    scales: Callable[[jax.Array, jax.Array, Any], tuple[Any, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """The rule of small_fc_lopt and mulo.
+
+    Args:
+      weights: weights of one of `ARCHITECTURES`.
+      options: the arguments that all optimizers share.
+      scales: as in `per_parameter`; the step is multiplied by the config's step_mult as well.
+
+    Returns:
+      The transformation.
+    """
+    config = weights.config
+    rule = Rule(
+        features=small_fc_features(len(config["initial_momentum_decays"])),
+        exp_mult=config["exp_mult"],
+        precision=options.precision,
+    )
+
+    def step_scales(rate: jax.Array, decay: jax.Array, params: Any) -> tuple[Any, Any]:
+        scale, decay = scales(rate, decay, params)
+        return scale * config["step_mult"], decay
+
+    return per_parameter(
+        weights,
+        rule,
+        options,
+        network=lambda meta, count: timed_network(meta["mlp"], len(rule.features), count),
+        decays=lambda meta: learned_decays(meta, config),
+        scales=step_scales,
+    )
+
+
+def learned_decays(meta_parameters: Any, config: Any) -> Decays:
     """Learned decay rates: offsets in the logarithm of one minus the decay.
 
     Args:
@@ -122,24 +129,4 @@ def decays(meta_parameters: Any, config: Any) -> Decays:
         momentum=decay("initial_momentum_decays", "momentum_decays"),
         second_moment=jnp.clip(decay("initial_rms_decays", "rms_decays")[0], 0.0, 1.0),
         factored=jnp.clip(decay("initial_adafactor_decays", "adafactor_decays"), 0.0, 1.0),
-    )
-
-
-def network(mlp: Any, tensor_features: int, count: jax.Array) -> MLP:
-    """The network at a step: the time features become part of the first bias.
-
-    Args:
-      mlp: {"w0": (features + 11, H), "b0": (H,), ...}.
-      tensor_features: number of features that vary with the tensor; the time features follow.
-      count: () int32, updates made so far.
-
-    Returns:
-      The network; its first layer has `tensor_features` rows.
-    """
-    layers = range(len(mlp) // 2)
-    first = mlp["w0"]
-    time = jnp.dot(time_features(count), first[tensor_features:], precision="highest")
-    return MLP(
-        weights=(first[:tensor_features], *(mlp[f"w{i}"] for i in layers[1:])),
-        biases=(mlp["b0"] + time, *(mlp[f"b{i}"] for i in layers[1:])),
     )

@@ -2,34 +2,24 @@
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lopt_jax import controller, engine
-from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.accumulation import accumulate_gradients
+from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule, Statistics
 from lopt_jax.weights import Weights, resolve
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
 _BANK_GAIN = 100.0
 _BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decays for ten steps
-
-
-class VeloState(NamedTuple):
-    """State of VeLO."""
-
-    count: jax.Array  # () int32, updates made so far
-    accumulators: Accumulators  # trees like the params
-    statistics: Statistics  # of the accumulators, a row a tensor
-    lstm: controller.LSTMState
-    loss: controller.LossBuffer
 
 
 def velo(
@@ -77,90 +67,52 @@ def velo(
       `research/general_lopt/hyper_v2.py`, and `prefab.py` for the gradient accumulation.
     """
     common.check_num_steps(num_steps)
-    common.check_learning_rate(learning_rate)
-    common.check_number("weight_decay", weight_decay)
-    dtype = common.check_dtype(accumulator_dtype)
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
+    )
     every = _accumulation(gradient_accumulation, num_steps)
     if every > 1:
         num_steps = max(num_steps // every, 1)
     weights = resolve(weights, ("velo",))
     config = weights.config
-    momenta = len(config["initial_momentum_decays"])
     rule = Rule(
-        features=velo_features(momenta),
+        features=velo_features(len(config["initial_momentum_decays"])),
         exp_mult=config["exp_mult"],
         gradient_clip=1000.0,
         parameter_scale=True,
         accumulator_statistics=True,
-        precision=common.check_precision(precision),
+        precision=options.precision,
     )
-    decays = fixed_decays(config)
-    loss_horizon = _BUGGED_LOSS_HORIZON if config["use_bugged_loss_features"] else num_steps
-    keeps_lstm_state = not config["use_bugged_next_lstm_state"]
-    step_mult = config["step_mult"]
 
-    def init(params: Any) -> VeloState:
-        accumulators = engine.init_accumulators(params, momenta, momenta, dtype, stacked_axes)
-        tensors = engine.count_tensors(params, stacked_axes)
-        return VeloState(
-            count=jnp.zeros((), jnp.int32),
-            accumulators=accumulators,
-            statistics=engine.init_statistics(tensors, momenta),
-            lstm=controller.init_lstm(weights.params, tensors),
-            loss=controller.init_loss_buffer(),
-        )
-
-    def update(
-        meta_parameters: Any, gradients: Any, state: VeloState, params: Any, value: Any
-    ) -> tuple[Any, VeloState]:
-        loss_decays = controller.loss_decays(loss_horizon)
-        loss = controller.update_loss_buffer(
-            state.loss, common.require_value("velo", value), loss_decays
-        )
-        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
-        inputs = controller.tensor_features(
+    def inputs(
+        prepared: engine.Prepared, statistics: Statistics | None, shared: Sequence[jax.Array]
+    ) -> jax.Array:
+        return controller.tensor_features(
             engine.tensor_shapes(prepared.tensors),
-            state.statistics,
+            statistics,
             engine.parameter_mean_squares(prepared),
-            [
-                controller.fraction_features(state.count, num_steps),
-                controller.loss_features(loss, loss_decays),
-            ],
-        )
-        controls = controller.run_lstm(meta_parameters, inputs, state.lstm)
-        rate = common.learning_rate_at(learning_rate, state.count)
-        decay = common.weight_decay_of_tensors(
-            weight_decay, weight_decay_mask, params, stacked_axes
-        )
-        updates, accumulators, statistics = engine.second_pass(
-            rule,
-            prepared,
-            controller.mix_banks(meta_parameters["mlp"], _BANK_GAIN * controls.banks),
-            mlp_per_tensor=True,
-            decays=decays,
-            scale=rate * step_mult * controls.step_size,
-            weight_decay=rate * decay,
-            statistics=state.statistics,
-        )
-        return updates, VeloState(
-            count=optax.safe_increment(state.count),
-            accumulators=accumulators,
-            statistics=statistics,
-            lstm=controls.state if keeps_lstm_state else state.lstm,
-            loss=loss,
+            shared,
         )
 
-    out = common.transformation(init, update, weights.params)
-    return accumulate_gradients(out, every) if every > 1 else out
-
-
-def fixed_decays(config: Any) -> Decays:
-    """Decay rates that are not learned, from a config's initial decays."""
-    return Decays(
-        momentum=np.asarray(config["initial_momentum_decays"], np.float32),
-        second_moment=np.float32(config["initial_rms_decays"][0]),
-        factored=np.asarray(config["initial_adafactor_decays"], np.float32),
+    out = controlled(
+        "velo",
+        num_steps,
+        weights,
+        rule,
+        options,
+        inputs=inputs,
+        banks=lambda controls: _BANK_GAIN * controls,
+        step_size=lambda output: output,
+        loss_horizon=_BUGGED_LOSS_HORIZON if config["use_bugged_loss_features"] else None,
+        keeps_lstm_state=not config["use_bugged_next_lstm_state"],
     )
+    return accumulate_gradients(out, every) if every > 1 else out
 
 
 def _accumulation(gradient_accumulation: int | None, num_steps: Any) -> int:

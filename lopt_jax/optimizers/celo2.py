@@ -1,0 +1,136 @@
+"""Celo2: a learned direction for every matrix, normalised or orthogonalised (arXiv 2602.19142)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt_jax import engine
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
+from lopt_jax.weights import Weights, resolve
+
+
+def celo2(
+    learning_rate: common.ScalarOrSchedule = 0.001,
+    weights: str | Weights = "celo2",
+    *,
+    label_fn: LabelFn | None = None,
+    adam_learning_rate_mult: float | jax.Array = 1.0,
+    adam_weight_decay: float | jax.Array | None = None,
+    adam_betas: tuple[float, float] = (0.9, 0.95),
+    adam_epsilon: float = 1e-8,
+    max_gradient_norm: float | None = None,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: engine.StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """Celo2: a learned rule for matrices, AdamW for the rest.
+
+    A small MLP proposes the direction of every matrix (the last two axes of a tensor);
+    Newton-Schulz iterations make it nearly orthogonal; it is scaled to root mean square one. So the
+    learning rate is the size of the step, as with other optimizers that normalise.
+
+    Args:
+      learning_rate: multiplies the step; a number or an optax schedule.
+      weights: a registered name, a path to a checkpoint, or `Weights`.
+      label_fn: from the path and the leaf to "learned" or "adamw": leaves of rank two and more
+        that AdamW should update, such as embeddings. Tensors of rank below two always are AdamW's.
+      adam_learning_rate_mult: AdamW's learning rate is this times `learning_rate`.
+      adam_weight_decay: AdamW's weight decay; None: `weight_decay`.
+      adam_betas: AdamW's decays.
+      adam_epsilon: added to AdamW's denominator.
+      max_gradient_norm: gradients are scaled down to this global norm; None: not.
+      weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
+      weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
+      accumulator_dtype: dtype of the learned rule's momentum and second moments in the state.
+      stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
+        model): an int, a tree of ints, or a function of path and leaf.
+      backend: "auto", "xla" or "pallas".
+      precision: of the products of Newton-Schulz and of hidden layers of 16 or more, as
+        `small_fc_lopt`'s.
+
+    Returns:
+      An optax transformation. It does not read the loss.
+
+    Raises:
+      WeightsError: the weights are missing, damaged, or of another architecture.
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Reference:
+      Moudgil et al., arXiv 2602.19142; amoudgl/celo, `celo/optimizers/celo2_optax.py`;
+      Belilovsky-Lab/pylo, `pylo/optim/CELO2_naive.py`, for AdamW and the clipping.
+    """
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
+    )
+    adam = AdamW(
+        adam_learning_rate_mult,
+        weight_decay if adam_weight_decay is None else adam_weight_decay,
+        adam_betas,
+        adam_epsilon,
+    )
+    return matrix_optimizer(
+        resolve(weights, ARCHITECTURES),
+        options,
+        adam,
+        label_fn=label_fn,
+        max_gradient_norm=max_gradient_norm,
+        orthogonal=True,
+    )
+
+
+def celo2_base(
+    learning_rate: common.ScalarOrSchedule = 0.001,
+    weights: str | Weights = "celo2_base",
+    *,
+    label_fn: LabelFn | None = None,
+    adam_learning_rate_mult: float | jax.Array = 1.0,
+    adam_weight_decay: float | jax.Array | None = None,
+    adam_betas: tuple[float, float] = (0.9, 0.95),
+    adam_epsilon: float = 1e-8,
+    max_gradient_norm: float | None = None,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: engine.StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """Celo2 without orthogonalisation: directions of matrices are normalised alone.
+
+    Arguments, result and references are those of `celo2`.
+    """
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
+    )
+    adam = AdamW(
+        adam_learning_rate_mult,
+        weight_decay if adam_weight_decay is None else adam_weight_decay,
+        adam_betas,
+        adam_epsilon,
+    )
+    return matrix_optimizer(
+        resolve(weights, ARCHITECTURES),
+        options,
+        adam,
+        label_fn=label_fn,
+        max_gradient_norm=max_gradient_norm,
+        orthogonal=False,
+    )

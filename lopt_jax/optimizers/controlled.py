@@ -1,0 +1,138 @@
+"""A rule that a learned controller steers, one LSTM row a tensor: what VeLO and Celo share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt_jax import controller, engine
+from lopt_jax.accumulators import Accumulators
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.per_parameter import fixed_decays
+from lopt_jax.rule import Rule, Statistics
+from lopt_jax.weights import Weights
+
+
+class ControlledState(NamedTuple):
+    """State of VeLO and Celo."""
+
+    count: jax.Array  # () int32, updates made so far
+    accumulators: Accumulators  # trees like the params
+    statistics: Statistics | None  # of the accumulators, a row a tensor; None: not read
+    lstm: controller.LSTMState
+    loss: controller.LossBuffer
+    step_size: jax.Array  # (tensors,), the controller's last: read by diagnostics alone
+
+
+def observe_loss(
+    name: str,
+    buffer: controller.LossBuffer,
+    value: Any,
+    count: jax.Array,
+    num_steps: Any,
+    loss_horizon: Any = None,
+) -> tuple[controller.LossBuffer, list[jax.Array]]:
+    """Takes in this step's loss.
+
+    Args:
+      name: the optimizer's, for the message where the loss is missing.
+      buffer: before this step.
+      value: the loss, a scalar.
+      count: () int32, updates made so far.
+      num_steps: updates of the whole training.
+      loss_horizon: the longest time scale of the averages; None: num_steps.
+
+    Returns:
+      The new buffer; the features that every tensor shares, of the fraction of training done (9,)
+      and of the loss (9,).
+    """
+    decays = controller.loss_decays(num_steps if loss_horizon is None else loss_horizon)
+    buffer = controller.update_loss_buffer(buffer, common.require_value(name, value), decays)
+    return buffer, [
+        controller.fraction_features(count, num_steps),
+        controller.loss_features(buffer, decays),
+    ]
+
+
+def controlled(
+    name: str,
+    num_steps: Any,
+    weights: Weights,
+    rule: Rule,
+    options: common.Options,
+    *,
+    inputs: Callable[[engine.Prepared, Statistics | None, Sequence[jax.Array]], jax.Array],
+    banks: Callable[[jax.Array], jax.Array],
+    step_size: Callable[[jax.Array], jax.Array],
+    loss_horizon: Any = None,
+    keeps_lstm_state: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs an LSTM over tensors, which mixes every tensor's network and sets its step size.
+
+    Args:
+      name: the optimizer's, for the message where the loss is missing.
+      num_steps: updates of the whole training.
+      weights: the weights.
+      rule: what is fixed of the rule.
+      options: the arguments that all optimizers share.
+      inputs: from the prepared step, the statistics, and the features that every tensor shares
+        to the LSTM's inputs (tensors, features).
+      banks: from the LSTM's controls to the weights of the banks, each (tensors, K).
+      step_size: from the LSTM's output to what multiplies the step, each (tensors,).
+      loss_horizon: as in `observe_loss`.
+      keeps_lstm_state: whether the LSTM's state is carried from step to step.
+
+    Returns:
+      An optax transformation with state `ControlledState`. It reads the loss.
+    """
+    config = weights.config
+    momenta = len(config["initial_momentum_decays"])
+    factored = len(config["initial_adafactor_decays"])
+    stacked_axes = options.stacked_axes
+
+    def init(params: Any) -> ControlledState:
+        tensors = engine.count_tensors(params, stacked_axes)
+        statistics = engine.init_statistics(tensors, momenta)
+        return ControlledState(
+            count=jnp.zeros((), jnp.int32),
+            accumulators=engine.init_accumulators(
+                params, momenta, factored, options.accumulator_dtype, stacked_axes
+            ),
+            statistics=statistics if rule.accumulator_statistics else None,
+            lstm=controller.init_lstm(weights.params, tensors),
+            loss=controller.init_loss_buffer(),
+            step_size=jnp.zeros((tensors,), jnp.float32),
+        )
+
+    def update(
+        meta_parameters: Any, gradients: Any, state: ControlledState, params: Any, value: Any
+    ) -> tuple[Any, ControlledState]:
+        loss, shared = observe_loss(name, state.loss, value, state.count, num_steps, loss_horizon)
+        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
+        controls = controller.run_lstm(
+            meta_parameters, inputs(prepared, state.statistics, shared), state.lstm
+        )
+        sizes = step_size(controls.step_size)
+        rate, decay = options.rates(state.count, params)
+        updates, accumulators, statistics = engine.second_pass(
+            rule,
+            prepared,
+            controller.mix_banks(meta_parameters["mlp"], banks(controls.banks)),
+            mlp_per_tensor=True,
+            decays=fixed_decays(config),
+            scale=rate * config["step_mult"] * sizes,
+            weight_decay=decay,
+            statistics=state.statistics,
+        )
+        return updates, ControlledState(
+            count=optax.safe_increment(state.count),
+            accumulators=accumulators,
+            statistics=statistics,
+            lstm=controls.state if keeps_lstm_state else state.lstm,
+            loss=loss,
+            step_size=sizes.astype(state.step_size.dtype),
+        )
+
+    return common.transformation(init, update, weights.params)

@@ -1,0 +1,84 @@
+"""ELO-CELO2: Celo2's rule, meta-trained with an expert's help (PyLO, arXiv 2506.10315)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt_jax import engine
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
+from lopt_jax.weights import Weights, resolve
+
+
+def elo_celo2(
+    learning_rate: common.ScalarOrSchedule = 0.001,
+    weights: str | Weights = "elo_celo2",
+    *,
+    label_fn: LabelFn | None = None,
+    adam_learning_rate_mult: float | jax.Array = 1.0,
+    adam_weight_decay: float | jax.Array | None = None,
+    max_gradient_norm: float | None = 1.0,
+    weight_decay: float | jax.Array = 0.1,
+    weight_decay_mask: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: engine.StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """ELO-CELO2: `celo2` with other weights, weight decay, and clipped gradients.
+
+    In the original AdamW reads the learned rule's own accumulators. The same numbers come from
+    accumulators of AdamW's own with the rule's first momentum decay and its second moment decay, so
+    here it has those, and leaves that are AdamW's keep nothing else.
+
+    Args:
+      learning_rate: multiplies the step; a number or an optax schedule.
+      weights: a registered name, a path to a checkpoint, or `Weights`.
+      label_fn: as `celo2`'s.
+      adam_learning_rate_mult: AdamW's learning rate is this times `learning_rate`.
+      adam_weight_decay: AdamW's weight decay; None: `weight_decay`.
+      max_gradient_norm: gradients are scaled down to this global norm; None: not.
+      weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
+      weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
+      accumulator_dtype: dtype of the learned rule's momentum and second moments in the state.
+      stacked_axes: how many leading axes of a leaf hold separate tensors, as `celo2`'s.
+      backend: "auto", "xla" or "pallas".
+      precision: as `celo2`'s.
+
+    Returns:
+      An optax transformation. It does not read the loss.
+
+    Raises:
+      WeightsError: the weights are missing, damaged, or of another architecture.
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Reference:
+      Belilovsky-Lab/pylo, `pylo/optim/ELO_CELO2_naive.py`.
+    """
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
+    )
+    weights = resolve(weights, ARCHITECTURES)
+    config = weights.config
+    adam = AdamW(
+        adam_learning_rate_mult,
+        weight_decay if adam_weight_decay is None else adam_weight_decay,
+        betas=(config["initial_momentum_decays"][0], config["initial_rms_decays"][-1]),
+        epsilon=1e-8,
+    )
+    return matrix_optimizer(
+        weights,
+        options,
+        adam,
+        label_fn=label_fn,
+        max_gradient_norm=max_gradient_norm,
+        orthogonal=True,
+    )

@@ -1,0 +1,113 @@
+"""A rule whose network is the same for every tensor, as an optax transformation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt_jax import engine
+from lopt_jax.accumulators import Accumulators, Decays
+from lopt_jax.features import time_features
+from lopt_jax.optimizers import common
+from lopt_jax.rule import MLP, Rule
+from lopt_jax.weights import Weights
+
+
+class PerParameterState(NamedTuple):
+    """State of small_fc_lopt, mulo, elo, and of the rule of celo2."""
+
+    count: jax.Array  # () int32, updates made so far
+    accumulators: Accumulators  # trees like the params
+
+
+def per_parameter(
+    weights: Weights,
+    rule: Rule,
+    options: common.Options,
+    *,
+    network: Callable[[Any, jax.Array], MLP],
+    decays: Callable[[Any], Decays],
+    scales: Callable[[jax.Array, jax.Array, Any], tuple[Any, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    """Runs one network on every element of every tensor.
+
+    Args:
+      weights: the weights.
+      rule: what is fixed of the rule.
+      options: the arguments that all optimizers share.
+      network: from the meta-parameters and the step count to the network.
+      decays: from the meta-parameters to the decay rates.
+      scales: from the learning rate, weight decay times learning rate, and the params to what
+        multiplies the step and what multiplies the parameter, each () or (tensors,).
+
+    Returns:
+      An optax transformation with state `PerParameterState`. It does not read the loss.
+    """
+    momenta = len(weights.config["initial_momentum_decays"])
+    factored = len(weights.config["initial_adafactor_decays"])
+    stacked_axes = options.stacked_axes
+
+    def init(params: Any) -> PerParameterState:
+        accumulators = engine.init_accumulators(
+            params, momenta, factored, options.accumulator_dtype, stacked_axes
+        )
+        return PerParameterState(jnp.zeros((), jnp.int32), accumulators)
+
+    def update(
+        meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
+    ) -> tuple[Any, PerParameterState]:
+        del value
+        scale, weight_decay = scales(*options.rates(state.count, params), params)
+        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
+        updates, accumulators, _ = engine.second_pass(
+            rule,
+            prepared,
+            network(meta_parameters, state.count),
+            mlp_per_tensor=False,
+            decays=decays(meta_parameters),
+            scale=scale,
+            weight_decay=weight_decay,
+        )
+        return updates, PerParameterState(optax.safe_increment(state.count), accumulators)
+
+    return common.transformation(init, update, weights.params)
+
+
+def fixed_decays(config: Any) -> Decays:
+    """Decay rates that are not learned, from a config's initial decays."""
+    return Decays(
+        momentum=np.asarray(config["initial_momentum_decays"], np.float32),
+        second_moment=np.float32(config["initial_rms_decays"][0]),
+        factored=np.asarray(config["initial_adafactor_decays"], np.float32),
+    )
+
+
+def network(mlp: Any) -> MLP:
+    """The network of meta-parameters {"w0": (features, H), "b0": (H,), ...}."""
+    layers = range(len(mlp) // 2)
+    return MLP(
+        weights=tuple(mlp[f"w{i}"] for i in layers),
+        biases=tuple(mlp[f"b{i}"] for i in layers),
+    )
+
+
+def timed_network(mlp: Any, tensor_features: int, count: jax.Array) -> MLP:
+    """The network at a step: the time features become part of the first bias.
+
+    Args:
+      mlp: {"w0": (features + 11, H), "b0": (H,), ...}.
+      tensor_features: number of features that vary with the tensor; the time features follow.
+      count: () int32, updates made so far.
+
+    Returns:
+      The network; its first layer has `tensor_features` rows.
+    """
+    weights, biases = network(mlp)
+    first = weights[0]
+    time = jnp.dot(time_features(count), first[tensor_features:], precision="highest")
+    return MLP(
+        weights=(first[:tensor_features], *weights[1:]), biases=(biases[0] + time, *biases[1:])
+    )
