@@ -133,8 +133,12 @@ def update_factored(average: jax.Array, mean_square: jax.Array, decays: jax.Arra
     Returns:
       The new accumulator, (n, *V).
     """
-    decays = decays.reshape((-1,) + (1,) * mean_square.ndim)
-    return decays * average + (1 - decays) * (mean_square + FACTORED_EPSILON)
+    return update_average(average, mean_square, decays.reshape((-1,) + (1,) * mean_square.ndim))
+
+
+def update_average(average: jax.Array, mean_square: jax.Array, decay: jax.Array) -> jax.Array:
+    """One step of the row or column accumulator of one decay; all shapes broadcast."""
+    return decay * average + (1 - decay) * (mean_square + FACTORED_EPSILON)
 
 
 def safe_rsqrt(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ the column alone become two vectors of biases. No (elements x features) array ex
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -186,10 +186,17 @@ def second_pass(
     dtypes = jax.tree.map(lambda x: x.dtype, accumulators)
     new = Accumulators(operands.momentum, operands.second_moment, row, column)
     return TensorUpdate(
-        update=-(scale * step + weight_decay * operands.parameter),
+        update=parameter_update(step, operands.parameter, scale, weight_decay),
         accumulators=jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes),
         statistics=accumulator_statistics(new) if rule.accumulator_statistics else None,
     )
+
+
+def parameter_update(
+    step: jax.Array, parameter: jax.Array, scale: jax.Array, weight_decay: jax.Array
+) -> jax.Array:
+    """What is added to the parameter; all shapes broadcast."""
+    return -(scale * step + weight_decay * parameter)
 
 
 def parameter_scale(mean_square: jax.Array) -> jax.Array:
@@ -232,22 +239,51 @@ def operands_after(
         row = update_factored(wide(accumulators.row), moments.row, decays.factored)
         column = update_factored(wide(accumulators.column), moments.column, decays.factored)
         vectors = factored_vectors(row, column, dims)
-    operands = Operands(
+    operands = element_operands(
+        gradient,
+        wide(parameter),
+        tuple(map(wide, accumulators.momentum)),
+        wide(accumulators.second_moment),
+        decays,
+        vectors,
+    )
+    return operands, row, column
+
+
+def element_operands(
+    gradient: jax.Array,
+    parameter: jax.Array,
+    momentum: Sequence[jax.Array],
+    second_moment: jax.Array,
+    decays: Decays,
+    vectors: "FactoredVectors",
+) -> Operands:
+    """The operands of the features, from one tensor's arrays or from blocks of them.
+
+    Args:
+      gradient: S, of `prepare_gradient`.
+      parameter: S, in the gradient's dtype, as the following two.
+      momentum: S each, before this step.
+      second_moment: S, before this step.
+      decays: decay rates.
+      vectors: after this step; they broadcast against S.
+
+    Returns:
+      The operands.
+    """
+    return Operands(
         gradient=gradient,
-        parameter=wide(parameter),
+        parameter=parameter,
         momentum=tuple(
-            update_momentum(wide(m), gradient, decay)
-            for m, decay in zip(accumulators.momentum, decays.momentum, strict=True)
+            update_momentum(m, gradient, decay)
+            for m, decay in zip(momentum, decays.momentum, strict=True)
         ),
-        second_moment=update_second_moment(
-            wide(accumulators.second_moment), gradient, decays.second_moment
-        ),
+        second_moment=update_second_moment(second_moment, gradient, decays.second_moment),
         row=vectors.row,
         column=vectors.column,
         row_factor=vectors.row_factor,
         column_factor=vectors.column_factor,
     )
-    return operands, row, column
 
 
 class FactoredVectors(NamedTuple):
@@ -298,21 +334,43 @@ def normalize(rule: Rule, features: Sequence[Feature], operands: Operands) -> tu
       1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
     """
     axes = normalizer_axes(rule, operands.gradient.ndim)
-    values = [feature.formula(operands) for feature in features]
     shape = operands.gradient.shape
-    element = [k for k, feature in enumerate(features) if feature.varies == "element"]
-    mean_squares = dict(
-        zip(
-            element,
-            means([jnp.broadcast_to(jnp.square(values[k]), shape) for k in element], axes),
-            strict=True,
-        )
-    )
-    for k, value in enumerate(values):
-        if k not in mean_squares:  # its mean over the vector is its mean over the tensor
-            mean_squares[k] = jnp.mean(jnp.square(value), axes, keepdims=True)
-    epsilon = rule.features.normalizer_epsilon
-    return tuple(jax.lax.rsqrt(mean_squares[k] + epsilon) for k in range(len(features)))
+    squares = [
+        jnp.broadcast_to(jnp.square(feature.formula(operands)), shape)
+        for feature in features
+        if feature.varies == "element"
+    ]
+    return normalizers(rule, features, means(squares, axes), operands, axes)
+
+
+def normalizers(
+    rule: Rule,
+    features: Sequence[Feature],
+    element_mean_squares: Sequence[jax.Array],
+    operands: Operands,
+    axes: Sequence[int],
+) -> tuple[jax.Array, ...]:
+    """The normalisers from the mean squares of the features that vary with the element.
+
+    Args:
+      rule: the rule.
+      features: the features of this tensor.
+      element_mean_squares: one array an element feature, reduced axes kept with size 1.
+      operands: the operands; only their row and column vectors are read.
+      axes: the axes that are reduced over.
+
+    Returns:
+      1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
+    """
+    known = iter(element_mean_squares)
+    # a row or column feature's mean over its vector is its mean over the tensor
+    mean_squares = [
+        next(known)
+        if feature.varies == "element"
+        else jnp.mean(jnp.square(feature.formula(operands)), axes, keepdims=True)
+        for feature in features
+    ]
+    return tuple(jax.lax.rsqrt(x + rule.features.normalizer_epsilon) for x in mean_squares)
 
 
 def fold(
@@ -390,22 +448,33 @@ def network_outputs(inputs: Sequence[jax.Array], folded: Folded) -> tuple[jax.Ar
     Returns:
       Direction and magnitude, each S.
     """
-    hidden = []
-    for j in range(folded.row_bias.shape[0]):
-        total = folded.row_bias[j]
-        if folded.column_bias is not None:
-            total = total + folded.column_bias[j]
-        for x, weight in zip(inputs, folded.weights, strict=True):
-            total = total + x * weight[j]
-        hidden.append(total)
-    for weight, bias in folded.layers:
-        # only direction and magnitude are read of the last layer
-        outputs = 2 if weight is folded.layers[-1][0] else bias.shape[0]
-        hidden = [jnp.maximum(h, 0) for h in hidden]
-        hidden = [
-            sum((h * weight[k, j] for k, h in enumerate(hidden)), bias[j]) for j in range(outputs)
-        ]
-    return hidden[0], hidden[1]
+    hidden: Iterable[jax.Array] = _first_layer(inputs, folded)
+    for weight, bias in folded.layers[:-1]:
+        hidden = _layer(hidden, weight, bias)
+    weight, bias = folded.layers[-1]
+    direction, magnitude = bias[0], bias[1]
+    for k, h in enumerate(hidden):
+        h = jnp.maximum(h, 0)
+        direction, magnitude = direction + h * weight[k, 0], magnitude + h * weight[k, 1]
+    return direction, magnitude
+
+
+def _first_layer(inputs: Sequence[jax.Array], folded: Folded) -> list[jax.Array]:
+    hidden = [folded.row_bias[j] for j in range(folded.row_bias.shape[0])]
+    if folded.column_bias is not None:
+        hidden = [h + folded.column_bias[j] for j, h in enumerate(hidden)]
+    for x, weight in zip(inputs, folded.weights, strict=True):
+        hidden = [h + x * weight[j] for j, h in enumerate(hidden)]
+    return hidden
+
+
+def _layer(
+    inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array
+) -> Iterator[jax.Array]:
+    # One output at a time: the last layer takes it up at once, so that few values are alive.
+    inputs = [jnp.maximum(h, 0) for h in inputs]
+    for j in range(bias.shape[0]):
+        yield sum((h * weight[k, j] for k, h in enumerate(inputs)), bias[j])
 
 
 def _matrix_step(
