@@ -11,6 +11,8 @@ from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.engine import tensors_of
 
+BACKENDS = ("auto", "xla", "pallas")
+
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
 
@@ -45,6 +47,12 @@ def check_dtype(dtype: Any) -> jnp.dtype:
             f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
         )
     return out
+
+
+def check_backend(backend: Any) -> None:
+    """Raises ValueError unless it is one of the backends."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {backend!r}.")
 
 
 def check_num_steps(num_steps: Any) -> None:

@@ -27,7 +27,7 @@ def small_fc_lopt(
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
@@ -62,6 +62,7 @@ def small_fc_lopt(
     """
     common.check_learning_rate(learning_rate)
     common.check_number("weight_decay", weight_decay)
+    common.check_backend(backend)
     dtype = common.check_dtype(accumulator_dtype)
     weights = resolve(weights, ("small_fc_lopt", "mulo"))
     config = weights.config

@@ -40,7 +40,7 @@ def velo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     gradient_accumulation: int | None = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
@@ -79,6 +79,7 @@ def velo(
     common.check_num_steps(num_steps)
     common.check_learning_rate(learning_rate)
     common.check_number("weight_decay", weight_decay)
+    common.check_backend(backend)
     dtype = common.check_dtype(accumulator_dtype)
     every = _accumulation(gradient_accumulation, num_steps)
     if every > 1:
