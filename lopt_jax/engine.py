@@ -317,7 +317,8 @@ class Prepared(NamedTuple):
     inputs: list[GroupInputs]
     moments: list[Moments]  # each with a leading axis of tensors
     out: Leaves
-    treedef: Any
+    treedef: Any  # of the params
+    accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
     has_gradient: list[bool]
 
 
@@ -358,10 +359,10 @@ def first_pass(
     gradient_leaves = treedef.flatten_up_to(gradients)
     tensors = tensors_of(params, stacked_axes)
     lists = Accumulators(
-        momentum=tuple(treedef.flatten_up_to(m) for m in accumulators.momentum),
-        second_moment=treedef.flatten_up_to(accumulators.second_moment),
-        row=treedef.flatten_up_to(accumulators.row),
-        column=treedef.flatten_up_to(accumulators.column),
+        momentum=tuple(jax.tree.leaves(m) for m in accumulators.momentum),
+        second_moment=jax.tree.leaves(accumulators.second_moment),
+        row=jax.tree.leaves(accumulators.row),
+        column=jax.tree.leaves(accumulators.column),
     )
     groups = make_groups(tensors, leaves, gradient_leaves)
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
@@ -376,6 +377,7 @@ def first_pass(
         moments=moments,
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
+        accumulators_treedef=jax.tree.structure(accumulators),
         has_gradient=[g is not None for g in gradient_leaves],
     )
 
@@ -450,13 +452,8 @@ def second_pass(
         )
         scatter(group, prepared.tensors, result.update, result.accumulators, prepared.out)
         new_statistics.append(result.statistics)
-    unflatten = prepared.treedef.unflatten
-    old = prepared.out.accumulators
-    accumulators = Accumulators(
-        momentum=tuple(unflatten(m) for m in old.momentum),
-        second_moment=unflatten(old.second_moment),
-        row=unflatten(old.row),
-        column=unflatten(old.column),
+    accumulators = prepared.accumulators_treedef.unflatten(
+        jax.tree.leaves(prepared.out.accumulators)
     )
     if statistics is not None and new_statistics:
         statistics = jax.tree.map(
@@ -466,7 +463,7 @@ def second_pass(
         u if has else None
         for u, has in zip(prepared.out.updates, prepared.has_gradient, strict=True)
     ]
-    return unflatten(updates), accumulators, statistics
+    return prepared.treedef.unflatten(updates), accumulators, statistics
 
 
 def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:

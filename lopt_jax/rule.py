@@ -468,9 +468,7 @@ def _first_layer(inputs: Sequence[jax.Array], folded: Folded) -> list[jax.Array]
     return hidden
 
 
-def _layer(
-    inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array
-) -> Iterator[jax.Array]:
+def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> Iterator[jax.Array]:
     # One output at a time: the last layer takes it up at once, so that few values are alive.
     inputs = [jnp.maximum(h, 0) for h in inputs]
     for j in range(bias.shape[0]):

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lopt_jax import engine
@@ -24,7 +23,7 @@ def celo2(
     max_gradient_norm: float | None = None,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
@@ -102,7 +101,7 @@ def celo2_base(
     max_gradient_norm: float | None = None,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",

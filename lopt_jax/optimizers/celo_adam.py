@@ -35,7 +35,7 @@ def celo_adam(
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",

@@ -12,6 +12,8 @@ from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.engine import tensors_of
 
+BACKENDS = ("auto", "xla", "pallas")
+
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
 
@@ -46,6 +48,12 @@ def check_dtype(dtype: Any) -> jnp.dtype:
             f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
         )
     return out
+
+
+def check_backend(backend: Any) -> None:
+    """Raises ValueError unless it is one of the backends."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {backend!r}.")
 
 
 def check_num_steps(num_steps: Any) -> None:
@@ -131,7 +139,7 @@ class Options:
     learning_rate: ScalarOrSchedule = 1.0
     weight_decay: Any = 0.0
     weight_decay_mask: Any = None
-    accumulator_dtype: Any = jnp.float32
+    accumulator_dtype: Any = "float32"
     stacked_axes: Any = None
     backend: str = "auto"
     precision: Any = "highest"
@@ -139,6 +147,7 @@ class Options:
     def __post_init__(self) -> None:
         check_learning_rate(self.learning_rate)
         check_number("weight_decay", self.weight_decay)
+        check_backend(self.backend)
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,7 +19,7 @@ def mulo(
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller, engine
@@ -30,7 +29,7 @@ def velo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     gradient_accumulation: int | None = None,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",

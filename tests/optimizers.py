@@ -1,0 +1,88 @@
+"""Every optimizer with tiny random weights: the table that the tests of shared behaviour run over.
+
+A new optimizer is one more entry of `OPTIMIZERS`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import lopt_jax
+from lopt_jax.weights.schema import expected_shapes
+
+NUM_STEPS = 20
+
+MLP = {"hidden_size": 2, "hidden_layers": 1}
+LSTM = {"lstm_hidden_size": 4, "param_inits": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer.
+
+    Attributes:
+      constructor: the public function.
+      architecture: of its weights.
+      config: what of its weights' config is not the default; small sizes, so that tests are fast.
+      arguments: those that the constructor requires.
+      reads_loss: whether its update needs `value`.
+    """
+
+    constructor: Callable[..., optax.GradientTransformationExtraArgs]
+    architecture: str
+    config: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    reads_loss: bool = False
+
+    def make(self, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+        """Builds the optimizer."""
+        return self.constructor(**{**self.arguments, **arguments})
+
+
+OPTIMIZERS = {
+    "small_fc_lopt": Case(lopt_jax.small_fc_lopt, "small_fc_lopt", MLP),
+    "velo": Case(lopt_jax.velo, "velo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
+}
+
+
+@functools.cache
+def weights(name: str) -> lopt_jax.Weights:
+    """Random weights of an optimizer, the same in every process."""
+    case = OPTIMIZERS[name]
+    shapes, treedef = jax.tree.flatten(
+        expected_shapes(case.architecture, case.config), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    generator = np.random.default_rng(0)
+    arrays = [0.3 * generator.standard_normal(shape, np.float32) for shape in shapes]
+    params = treedef.unflatten(arrays)
+    for key in params:
+        if key.endswith("_decays"):  # offsets of the logarithm: small, or nothing is averaged
+            params[key] = 0.03 * params[key]
+    return lopt_jax.Weights(case.architecture, case.config, params)
+
+
+def make(name: str, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Builds an optimizer with its random weights."""
+    return OPTIMIZERS[name].make(weights=weights(name), **arguments)
+
+
+@functools.cache
+def plain(name: str) -> optax.GradientTransformationExtraArgs:
+    """An optimizer with default arguments, one object for all tests: it is compiled once."""
+    return make(name)
+
+
+def random_like(params: Any, seed: int, scale: float = 1.0) -> Any:
+    """A tree of normal random arrays of the shapes and dtypes of params."""
+    generator = np.random.default_rng(seed)
+
+    def one(x: Any) -> jax.Array:
+        values = scale * generator.standard_normal(x.shape)
+        return jax.numpy.asarray(values, x.dtype)
+
+    return jax.tree.map(one, params)
