@@ -298,9 +298,9 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, url: str
     ) -> Any:
-        http_address(url)
-        if scheme_of(url) not in ("http", "https"):
-            raise weights_error(req.full_url, expected="a redirection to https", found=url[:80])
+        local = urlsplit(url).hostname in _LOCAL_HOSTS
+        if scheme_of(url) != "https" and not (scheme_of(url) == "http" and local):
+            raise urllib.error.URLError(f"redirected to {url[:80]}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, url)
 
 

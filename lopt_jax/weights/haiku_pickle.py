@@ -14,6 +14,7 @@ bentherien/mu_learned_optimization (the layout).
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickletools
 from typing import Any
 
@@ -155,22 +156,35 @@ class _Interpreter:
         )
 
     def run(self, data: bytes) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if count > _MAX_OPCODES:
-                raise self.refuse(f"more than {_MAX_OPCODES} opcodes")
-            if opcode.name == "STOP":
+        stream = io.BytesIO(data)
+        for _ in range(_MAX_OPCODES):
+            code = stream.read(1).decode("latin1")
+            opcode = pickletools.code2op.get(code)
+            name = "no end" if opcode is None else opcode.name
+            action = getattr(self, f"op_{name.lower()}", None)
+            if opcode is None or (action is None and name not in _PUSHES | _IGNORED):
+                raise self.refuse(f"the opcode {name}" if code else "no end")
+            # Only now: even reading the argument of another opcode can do work.
+            if name == "GLOBAL":
+                argument: Any = (self.line(stream), self.line(stream))
+            else:
+                argument = opcode.arg.reader(stream) if opcode.arg is not None else None
+            if name == "STOP":
                 result = self.pop()
                 if self.stack:
                     raise self.refuse("objects left over")
                 return self.plain(result)
-            action = getattr(self, f"op_{opcode.name.lower()}", None)
             if action is not None:
                 action(argument)
-            elif opcode.name in _PUSHES:
+            elif name in _PUSHES:
                 self.stack.append(argument)
-            elif opcode.name not in ("PROTO", "FRAME"):
-                raise self.refuse(f"the opcode {opcode.name}")
-        raise self.refuse("no end")
+        raise self.refuse(f"more than {_MAX_OPCODES} opcodes")
+
+    def line(self, stream: io.BytesIO) -> str:
+        text = stream.readline(_MAX_TEXT)
+        if not text.endswith(b"\n"):
+            raise self.refuse("a name without end")
+        return text[:-1].decode("utf-8")
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
@@ -295,23 +309,22 @@ class _Interpreter:
     def op_memoize(self, _: Any) -> None:
         self.memo[len(self.memo)] = self.top()
 
-    def op_put(self, index: Any) -> None:
+    def op_binput(self, index: Any) -> None:
         self.memo[index] = self.top()
 
-    op_binput = op_long_binput = op_put
+    op_long_binput = op_binput
 
-    def op_get(self, index: Any) -> None:
+    def op_binget(self, index: Any) -> None:
         if index not in self.memo:
             raise self.refuse(f"no object {index} in the memo")
         self.stack.append(self.memo[index])
 
-    op_binget = op_long_binget = op_get
+    op_long_binget = op_binget
 
     # Names and calls.
 
     def op_global(self, argument: Any) -> None:
-        module, _, name = str(argument).partition(" ")
-        self.push_global(module, name)
+        self.push_global(*argument)
 
     def op_stack_global(self, _: Any) -> None:
         name, module = self.pop(), self.pop()
@@ -403,8 +416,10 @@ class _Interpreter:
         return declared_array(_CODES[dtype.code], reverse, buffer, self.source).T
 
 
-# Opcodes whose argument is the object itself.
-_PUSHES = frozenset(
-    """INT LONG LONG1 LONG4 BININT BININT1 BININT2 FLOAT BINFLOAT UNICODE BINUNICODE
-    SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8""".split()  # noqa: SIM905
-)
+# Opcodes whose argument is the object itself; those of protocols 0 and 1, which are text, are
+# not among them.
+_INTEGERS = {"LONG1", "LONG4", "BININT", "BININT1", "BININT2"}
+_TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_PUSHES = frozenset(_INTEGERS | _TEXTS | _BYTES | {"BINFLOAT"})
+_IGNORED = frozenset({"PROTO", "FRAME", "STOP"})

@@ -112,8 +112,11 @@ def _neighbour(path: Path, source: str) -> bytes | None:
 
 def _read(path: Path, source: str, limit: int) -> bytes:
     try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise weights_error(source, expected="a file", found="something else of that name")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            data = file.read(min(size, limit) + 1)
     except OSError as error:
         raise weights_error(
             source,

@@ -1,6 +1,6 @@
 """Our own checkpoints: an Orbax checkpoint of the arrays, and one JSON file beside it.
 
-    <path>/weights.json   format, version, architecture, config, metadata
+    <path>/weights.json   format, version, architecture, config, metadata, sha256 of the files
     <path>/params/        Orbax PyTree checkpoint of the meta-parameters
 
 Orbax is imported inside the functions: `import lopt_jax` does not need it.
@@ -8,12 +8,13 @@ Orbax is imported inside the functions: `import lopt_jax` does not need it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -72,6 +73,7 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
             "architecture": weights.architecture,
             "config": thaw(weights.config),
             "metadata": thaw(weights.metadata),
+            "files": _digests(temporary),
         }
         text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False)
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
@@ -106,6 +108,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
         architecture = description["architecture"]
         config = complete_config(architecture, description["config"], folder)
         _check_size(folder)
+        _check_digests(folder, description.get("files", {}))
         params = checked_params(
             architecture, config, _restore(folder / PARAMS, architecture, config), folder
         )
@@ -179,6 +182,35 @@ def _check_size(folder: Path) -> None:
                     expected=f"at most {MAX_BYTES} bytes in at most {MAX_LEAVES} files",
                     found="more",
                 )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_digests(folder: Path, digests: Any) -> None:
+    """Finds damaged files by their digests: a clear message, and no work for Orbax.
+
+    This is no protection against somebody who changes the digests too; the checks of shapes,
+    sizes and values do not rely on it.
+    """
+    if not isinstance(digests, dict) or len(digests) > MAX_LEAVES:
+        raise weights_error(folder, expected="digests of files", found=brief(digests))
+    for name, digest in digests.items():
+        path = folder / name
+        inside = PurePosixPath(name).parts[:1] == (PARAMS,) and ".." not in name
+        if not inside or not path.is_file() or _digest(path) != digest:
+            raise weights_error(
+                path,
+                expected=f"sha256 {brief(digest)}",
+                found="another content" if inside and path.is_file() else "no such file",
+                advice="The checkpoint is damaged: fetch or convert it again.",
+            )
 
 
 def _restore(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:

@@ -1,0 +1,377 @@
+"""Conversions of foreign formats, against independent readers of the same files."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.serialization import msgpack_restore, msgpack_serialize
+from safetensors.numpy import load_file, save_file
+
+from lopt_jax.weights import (
+    WeightsError,
+    convert_weights,
+    export_weights,
+    load_weights,
+    save_weights,
+)
+from lopt_jax.weights.gin import parse_gin
+
+FIXTURES = Path(__file__).parent / "fixtures"
+# The released Celo weights lie outside the project, where there are any.
+REAL = next(
+    (p / "shared" / "weights" for p in FIXTURES.parents if (p / "shared" / "weights").is_dir()),
+    FIXTURES,
+)
+
+THETA = sorted(path.parent.name for path in FIXTURES.glob("*/theta.state"))
+ARCHITECTURES = {"small_fc_lopt_h4": "small_fc_lopt", "small_fc_lopt_h32": "small_fc_lopt"}
+ARCHITECTURES |= {"celo2": "celo2", "celo2_base": "celo2"}
+
+
+def canonical(theta):
+    """The canonical tree of an original one, written down once more from the layout's text."""
+    tree = {}
+    if "nn" in theta:
+        tree["mlp"] = dict(theta["nn"]["~"])
+    if "ff_mod_stack" in theta:
+        stack = theta["ff_mod_stack"]["~"]
+        groups = [stack[f"w0__{index}"] for index in range(14)]
+        tree["mlp"] = {"w0": np.concatenate(groups, axis=-2)}
+        tree["mlp"] |= {key: stack[key] for key in ("b0", "w1", "b1", "w2", "b2")}
+    tree |= {key: value for key, value in theta.items() if key.endswith("_decays")}
+    if "rnn_params" in theta:
+        rnn = theta["rnn_params"]
+        tree["lstm"] = {
+            "initial_hidden": theta["lstm_init_state"]["hidden"][0],
+            "initial_cell": theta["lstm_init_state"]["cell"][0],
+            **rnn["rnn/linear"],
+        }
+        tree["mix"], tree["input"] = rnn["linear_1"], rnn["linear_2"]
+        tree["step_size"] = rnn["step_size"]
+        if "rnn_to_controls" in rnn:
+            tree["controls"] = rnn["rnn_to_controls"]
+    return tree
+
+
+def assert_bitwise(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype == np.float32
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("name", THETA)
+def test_theta_state(name):
+    file = FIXTURES / name / "theta.state"
+    weights = convert_weights(file)
+    assert weights.architecture == ARCHITECTURES.get(name, "velo")
+    assert_bitwise(weights.params, canonical(msgpack_restore(file.read_bytes())))
+    assert isinstance(jax.tree.leaves(weights)[0], jax.Array)
+    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
+    for key in ("lstm_hidden_size", "param_inits", "hidden_size"):
+        if key in kwargs:
+            assert weights.config[key] == kwargs[key]
+
+
+def test_checkpoint_with_gin():
+    folder = FIXTURES / "original_checkpoint"
+    weights = convert_weights(folder / "params")
+    restored = msgpack_restore((folder / "params").read_bytes())
+    assert_bitwise(weights.params, canonical(restored["params"]))
+    assert weights.config["step_mult"] == 0.002
+    assert weights.config["use_bugged_loss_features"] is False
+    assert weights.config["use_bugged_next_lstm_state"] is False
+    assert weights.metadata["gen_id"] == "f3a1c9d2"
+    assert weights.metadata["step"] == "61204"
+    assert re.fullmatch("[0-9a-f]{64}", weights.metadata["sha256"])
+    assert weights == convert_weights(folder)
+    assert weights == convert_weights(str(folder / "params"), architecture="velo")
+    assert_bitwise(convert_weights((folder / "params").resolve().as_uri()).params, weights.params)
+
+
+def test_tuple_without_config_has_both_flags():
+    file = FIXTURES / "original_checkpoint_no_config" / "params.checkpoint"
+    weights = convert_weights(file)
+    assert_bitwise(weights.params, canonical(msgpack_restore(file.read_bytes())["0"]))
+    assert weights.config["use_bugged_loss_features"] is True
+    assert weights.config["use_bugged_next_lstm_state"] is True
+    assert weights.config["lstm_hidden_size"] == 32
+
+
+def test_explicit_config_wins():
+    folder = FIXTURES / "original_checkpoint"
+    config = {"step_mult": 0.5, "use_bugged_loss_features": True, "param_inits": 16}
+    weights = convert_weights(folder, config=config)
+    assert (weights.config["step_mult"], weights.config["param_inits"]) == (0.5, 16)
+    assert weights.config["use_bugged_loss_features"] is True
+    with pytest.raises(WeightsError, match=r"param_inits = 8.*param_inits = 16"):
+        convert_weights(folder, config={"param_inits": 8})
+    with pytest.raises(WeightsError, match="no_such"):
+        convert_weights(folder, config={"no_such": 8})
+
+
+def test_interpolation_multiplier_is_folded_into_the_banks():
+    # VeLO's network is 100 * mean(controls * bank); that of amoudgl/velo-s multiplies by 1.
+    file = FIXTURES / "velo" / "theta.state"
+    plain, scaled = convert_weights(file), convert_weights(file, config={"ff_mult": 1.0})
+    np.testing.assert_allclose(
+        100 * scaled.params["mlp"]["w0"], plain.params["mlp"]["w0"], rtol=1e-6
+    )
+    assert_bitwise(scaled.params["lstm"], plain.params["lstm"])
+    with pytest.raises(WeightsError, match="ff_mult"):
+        convert_weights(FIXTURES / "celo2" / "theta.state", config={"ff_mult": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [("small_fc_lopt_h4", "velo"), ("velo", "celo"), ("celo2", "elo"), ("velo", "no_such")],
+)
+def test_wrong_architecture(file, architecture):
+    with pytest.raises(WeightsError, match=architecture):
+        convert_weights(FIXTURES / file / "theta.state", architecture)
+
+
+def test_same_layout_serves_both_optimizers():
+    assert convert_weights(FIXTURES / "small_fc_lopt_h4", "mulo").architecture == "mulo"
+    assert convert_weights(FIXTURES / "celo2", "elo_celo2").architecture == "elo_celo2"
+
+
+@pytest.mark.parametrize("name", ["celo", "celo_adam"])
+def test_real_weights(name):
+    file = REAL / name / "theta.state"
+    if REAL == FIXTURES or not file.exists():
+        pytest.skip("the released weights are not on this machine")
+    weights = convert_weights(file)
+    assert weights.architecture == name
+    assert_bitwise(weights.params, canonical(msgpack_restore(file.read_bytes())))
+
+
+def test_missing_file_and_wrong_scheme(tmp_path):
+    with pytest.raises(WeightsError, match="No such file"):
+        convert_weights(tmp_path / "absent")
+    with pytest.raises(WeightsError, match="a weights file"):
+        convert_weights(tmp_path)
+    with pytest.raises(WeightsError, match="scheme"):
+        convert_weights("ftp://example.org/params")
+    with pytest.raises(WeightsError, match="scheme"):
+        convert_weights("http://example.org/params")
+    with pytest.raises(WeightsError, match="owner"):
+        convert_weights("hf://only-owner")
+    (tmp_path / "weights.pt").write_bytes(b"PK\x03\x04rest")
+    with pytest.raises(WeightsError, match="zip"):
+        convert_weights(tmp_path / "weights.pt")
+
+
+def test_unsupported_optimizer_is_named(tmp_path):
+    file = tmp_path / "theta.state"
+    file.write_bytes(msgpack_serialize({"ffmod_params": {}, "rnn_params": {}}))
+    with pytest.raises(WeightsError, match="RNNMLPLOpt"):
+        convert_weights(file)
+
+
+# gin
+
+
+def test_gin_values():
+    text = """
+# a comment with = in it
+import some.module
+MACRO = 3
+HyperV2.a = (0.9,  # first
+             0.99)
+scope/module.HyperV2.b = 'x # no comment'
+HyperV2.c = %MACRO
+HyperV2.d = @some.function()
+HyperV2.e = __import__('os').system('echo no')
+HyperV2.f = \\
+    -1.5e-3
+run_train.lopt = @learned.HyperV2()
+"""
+    assert parse_gin(text, "test") == {
+        ("HyperV2", "a"): (0.9, 0.99),
+        ("HyperV2", "b"): "x # no comment",
+        ("HyperV2", "d"): "@function",
+        ("HyperV2", "f"): -1.5e-3,
+        ("run_train", "lopt"): "@HyperV2",
+    }
+
+
+def test_gin_argument_that_is_not_implemented(tmp_path):
+    source = FIXTURES / "original_checkpoint"
+    (tmp_path / "params").write_bytes((source / "params").read_bytes())
+    gin = (source / "config.gin").read_text() + "\nHyperV2.param_scale_mult = False\n"
+    (tmp_path / "config.gin").write_text(gin)
+    with pytest.raises(WeightsError, match=r"HyperV2\.param_scale_mult = True"):
+        convert_weights(tmp_path / "params")
+    (tmp_path / "config.gin").write_text("HyperV2.step_mult = 'much'")
+    with pytest.raises(WeightsError, match="step_mult"):
+        convert_weights(tmp_path / "params")
+    (tmp_path / "config.gin").write_bytes(b"\xff\xfe")
+    with pytest.raises(WeightsError, match="UTF-8"):
+        convert_weights(tmp_path / "params")
+
+
+# PyLO
+
+
+def test_meta_mlp_needs_a_choice():
+    with pytest.raises(WeightsError, match="architecture="):
+        convert_weights(FIXTURES / "elo")
+
+
+@pytest.mark.parametrize("architecture", ["elo", "mulo", "small_fc_lopt"])
+def test_meta_mlp(architecture):
+    weights = convert_weights(FIXTURES / "mulo", architecture)
+    tensors = load_file(FIXTURES / "mulo" / "model.safetensors")
+    expected = {
+        "mlp": {
+            "w0": tensors["network.input.weight"].T,
+            "b0": tensors["network.input.bias"],
+            "w1": tensors["network.linear_0.weight"].T,
+            "b1": tensors["network.linear_0.bias"],
+            "w2": tensors["network.output.weight"].T,
+            "b2": tensors["network.output.bias"],
+        }
+    }
+    if architecture != "elo":
+        text = (FIXTURES / "mulo" / "config.json").read_text()
+        for key in ("momentum_decays", "rms_decays", "adafactor_decays"):
+            values = json.loads(re.search(rf"{key}=(\[[^\]]*\])", text).group(1))
+            expected[key] = np.asarray(values, np.float32)
+        assert weights.config["step_mult"] == 0.01
+    assert_bitwise(weights.params, expected)
+    assert weights.config["exp_mult"] == 0.001
+
+
+def test_meta_mlp_takes_decays():
+    decays = {"momentum_decays": [0.1, 0.2, 0.3], "step_mult": 0.5}
+    weights = convert_weights(FIXTURES / "mulo", "mulo", config=decays)
+    np.testing.assert_array_equal(weights.params["momentum_decays"], np.float32([0.1, 0.2, 0.3]))
+    assert weights.config["step_mult"] == 0.5
+    with pytest.raises(WeightsError, match="momentum_decays"):
+        convert_weights(FIXTURES / "mulo", "mulo", config={"momentum_decays": "many"})
+
+
+def test_celo2_mlp():
+    weights = convert_weights(FIXTURES / "celo2_adamw")
+    tensors = load_file(FIXTURES / "celo2_adamw" / "model.safetensors")
+    assert weights.architecture == "celo2"
+    assert weights.params["mlp"]["w0"].shape == (30, 8)
+    np.testing.assert_array_equal(weights.params["mlp"]["w0"][3:6], tensors["w0.3"])
+    np.testing.assert_array_equal(weights.params["mlp"]["w2"], tensors["dense_w.1"])
+    assert weights.config["exp_mult"] == 0.0
+
+
+ROUND_TRIPS = {
+    "small_fc_lopt_h4": "small_fc_lopt",
+    "small_fc_lopt_h32": "mulo",
+    "velo": "velo",
+    "original_checkpoint": "velo",
+    "original_checkpoint_no_config": "velo",
+    "celo2": "celo2",
+    "celo2_base": "elo_celo2",
+    "elo": "elo",
+    "mulo": "mulo",
+}
+
+
+@pytest.mark.parametrize("name", ROUND_TRIPS)
+def test_original_to_ours_to_pylo_to_ours(name, tmp_path):
+    original = convert_weights(FIXTURES / name, ROUND_TRIPS[name])
+    save_weights(tmp_path / "ours", original)
+    ours = load_weights(tmp_path / "ours")
+    assert ours == original
+    export_weights(ours, tmp_path / "pylo")
+    back = convert_weights(tmp_path / "pylo")
+    assert (back.architecture, back.config) == (original.architecture, original.config)
+    assert_bitwise(back.params, original.params)
+
+
+def test_export_has_the_names_and_shapes_of_pylo(tmp_path):
+    export_weights(convert_weights(FIXTURES / "elo", "elo"), tmp_path / "elo")
+    assert_same_tensors(tmp_path / "elo", FIXTURES / "elo")
+    config = json.loads((tmp_path / "elo" / "config.json").read_text())
+    assert (config["input_size"], config["hidden_size"], config["hidden_layers"]) == (39, 32, 1)
+    export_weights(convert_weights(FIXTURES / "celo2_adamw"), tmp_path / "celo2")
+    assert_same_tensors(tmp_path / "celo2", FIXTURES / "celo2_adamw")
+    export_weights(convert_weights(FIXTURES / "velo"), tmp_path / "velo")
+    rnn = load_file(tmp_path / "velo" / "VeLO_RNN" / "model.safetensors")
+    theta = msgpack_restore((FIXTURES / "velo" / "theta.state").read_bytes())
+    np.testing.assert_array_equal(
+        rnn["lstm.linear.weight"], theta["rnn_params"]["rnn/linear"]["w"].T
+    )
+    np.testing.assert_array_equal(rnn["mix_layer2.bias"], theta["rnn_params"]["linear_1"]["b"])
+    assert not rnn["mix_layer1.weight"].any()  # computed and discarded there
+    mlp = load_file(tmp_path / "velo" / "VeLO_MLP" / "model.safetensors")
+    assert mlp["input_weights_"].shape == (16, 4, 30)
+    assert mlp["input_weights"].shape == (4, 30)
+    np.testing.assert_array_equal(
+        mlp["hidden_weights_.0"], theta["ff_mod_stack"]["~"]["w1"].swapaxes(1, 2)
+    )
+
+
+def assert_same_tensors(ours, theirs):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (ours, theirs))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor)
+
+
+def test_export_refuses_what_pylo_has_not(tmp_path):
+    weights = convert_weights(FIXTURES / "velo")
+    with pytest.raises(ValueError, match="format"):
+        export_weights(weights, tmp_path, format="torch")
+    celo = type(weights)("celo_adam", {}, {})
+    with pytest.raises(WeightsError):
+        export_weights(celo, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_of_velo_pair(tmp_path):
+    export_weights(convert_weights(FIXTURES / "velo"), tmp_path)
+    with pytest.raises(WeightsError, match="both parts"):
+        convert_weights(tmp_path / "VeLO_RNN")
+
+
+def test_bfloat16_safetensors(tmp_path):
+    import ml_dtypes
+
+    tensors = load_file(FIXTURES / "elo" / "model.safetensors")
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
+    save_file(half, tmp_path / "model.safetensors")
+    weights = convert_weights(tmp_path / "model.safetensors", "elo")
+    expected = half["network.input.weight"].T.astype(np.float32)
+    np.testing.assert_array_equal(weights.params["mlp"]["w0"], expected)
+
+
+# Haiku pickles
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["numpy", "fortran", "jax"])
+def test_haiku_pickle(protocol, kind, tmp_path):
+    make = {"numpy": np.asarray, "fortran": np.asfortranarray, "jax": jnp.asarray}[kind]
+    theta = msgpack_restore((FIXTURES / "small_fc_lopt_h32" / "theta.state").read_bytes())
+    file = tmp_path / "global_step5000.pickle"
+    file.write_bytes(pickle.dumps(jax.tree.map(make, theta), protocol=protocol))
+    weights = convert_weights(file, config={"step_mult": 0.01})
+    assert weights.architecture == "small_fc_lopt"
+    assert_bitwise(weights.params, canonical(theta))
+    assert convert_weights(file, "mulo").architecture == "mulo"
+
+
+def test_haiku_pickle_of_velo_and_elo(tmp_path):
+    theta = msgpack_restore((FIXTURES / "velo" / "theta.state").read_bytes())
+    file = tmp_path / "theta.pickle"
+    file.write_bytes(pickle.dumps(theta))
+    assert_bitwise(convert_weights(file).params, canonical(theta))
+    small = msgpack_restore((FIXTURES / "small_fc_lopt_h4" / "theta.state").read_bytes())
+    file.write_bytes(pickle.dumps({"nn": {"any_name": small["nn"]["~"]}}))
+    assert convert_weights(file).architecture == "elo"

@@ -1,0 +1,199 @@
+"""Our Orbax checkpoints: whole or not there, readable anywhere, cheap to import."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lopt_jax.weights import Weights, WeightsError, convert_weights, load_weights, save_weights
+from lopt_jax.weights import store as store_module
+
+FIXTURES = Path(__file__).parent / "fixtures"
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return convert_weights(FIXTURES / "velo_bugged_flags")
+
+
+@pytest.fixture
+def saved(weights, tmp_path):
+    save_weights(tmp_path / "w", weights)
+    return tmp_path / "w"
+
+
+def test_round_trip(weights, saved):
+    loaded = load_weights(saved)
+    assert loaded == weights
+    assert loaded.metadata["sha256"] == weights.metadata["sha256"]
+    assert load_weights(str(saved)) == weights
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
+
+
+def test_is_a_plain_orbax_checkpoint(weights, saved):
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(saved / "params")
+    np.testing.assert_array_equal(restored["mlp"]["w0"], weights.params["mlp"]["w0"])
+
+
+def test_loads_while_tracing(weights, saved):
+    # A constructor that is called inside jit loads its default weights there.
+    @jax.jit
+    def first():
+        loaded = load_weights(saved)
+        assert not isinstance(loaded.params["lstm"]["b"], jax.core.Tracer)
+        return loaded.params["lstm"]["b"]
+
+    np.testing.assert_array_equal(first(), weights.params["lstm"]["b"])
+
+
+def test_saving_replaces_weights_and_nothing_else(weights, saved, tmp_path):
+    other = jax.tree.map(lambda leaf: leaf + 1, weights)
+    save_weights(saved, other)
+    assert load_weights(saved) == other
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="mine"):
+        save_weights(tmp_path / "mine", weights)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    (tmp_path / "empty").mkdir()
+    save_weights(tmp_path / "empty", weights)
+    assert load_weights(tmp_path / "empty") == weights
+
+
+def test_failed_save_leaves_what_was_there(weights, saved, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(store_module, "_replace_folder", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_weights(saved, jax.tree.map(lambda leaf: leaf + 1, weights))
+    assert load_weights(saved) == weights
+    assert [path.name for path in saved.parent.iterdir()] == ["w"]
+
+
+def test_invalid_weights_are_not_saved(weights, tmp_path):
+    bad = jax.tree.map(lambda leaf: leaf * np.nan, weights)
+    with pytest.raises(WeightsError, match="NaN"):
+        save_weights(tmp_path / "bad", bad)
+    wrong = Weights(weights.architecture, weights.config, weights.params, {"x": float("nan")})
+    with pytest.raises(WeightsError, match="JSON"):
+        save_weights(tmp_path / "bad", wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def edit(path, **changes):
+    file = path / "weights.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 1"),
+        ({"format": "other"}, "format"),
+        ({"architecture": "no_such"}, "an architecture out of"),
+        ({"architecture": "small_fc_lopt"}, "config keys"),
+        ({"config": {"lstm_hidden_size": 64, "param_inits": 8}}, "initial_hidden of shape"),
+        ({"config": {"lstm_hidden_size": 32, "param_inits": 2**20}}, "bytes"),
+        ({"config": []}, "config"),
+        ({"metadata": None}, "metadata"),
+    ],
+)
+def test_wrong_descriptions(saved, changes, message):
+    edit(saved, **changes)
+    with pytest.raises(WeightsError, match=message):
+        load_weights(saved)
+
+
+def test_missing_parts(saved, tmp_path):
+    with pytest.raises(WeightsError, match="no such folder"):
+        load_weights(tmp_path / "absent")
+    with pytest.raises(WeightsError, match="convert_weights"):
+        load_weights(FIXTURES / "velo" / "theta.state")
+    with pytest.raises(WeightsError, match="neither"):
+        load_weights("no_such_name")
+    (saved / "weights.json").write_text("{")
+    with pytest.raises(WeightsError, match="a JSON file"):
+        load_weights(saved)
+    (saved / "weights.json").write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="a JSON file"):
+        load_weights(saved)
+    (saved / "weights.json").unlink()
+    with pytest.raises(WeightsError, match="no such file"):
+        load_weights(saved)
+
+
+def test_arrays_of_another_type_or_shape(weights, saved, tmp_path):
+    edit(saved, files={})
+
+    def replace_params(params):
+        shutil.rmtree(saved / "params")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(saved / "params", args=ocp.args.PyTreeSave(params))
+
+    params = jax.tree.map(np.asarray, weights.params)
+    replace_params({**params, "mix": {**params["mix"], "b": np.zeros(32, np.int32)}})
+    with pytest.raises(WeightsError, match="mix/b to be a float32 array"):
+        load_weights(saved)
+    replace_params({**params, "mix": {**params["mix"], "b": np.zeros(33, np.float32)}})
+    with pytest.raises(WeightsError, match=r"mix/b of shape \(32,\)"):
+        load_weights(saved)
+    replace_params({key: value for key, value in params.items() if key != "mix"})
+    with pytest.raises(WeightsError, match="mix/"):
+        load_weights(saved)
+    replace_params({**params, "mix": {**params["mix"], "b": np.full(32, np.inf, np.float32)}})
+    with pytest.raises(WeightsError, match="finite"):
+        load_weights(saved)
+    shutil.rmtree(saved / "params")
+    with pytest.raises(WeightsError, match="an Orbax PyTree checkpoint"):
+        load_weights(saved)
+
+
+def test_damaged_file_is_named(saved):
+    manifest = saved / "params" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"manifest\.ocdbt.*sha256.*damaged"):
+        load_weights(saved)
+    edit(saved, files={"../../x": "0"})
+    with pytest.raises(WeightsError, match="no such file"):
+        load_weights(saved)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_loads_on_another_number_of_devices(weights, saved):
+    code = (
+        "import jax, lopt_jax.weights as w;"
+        f"x = w.load_weights({str(saved)!r});"
+        "print(jax.device_count(), float(x.params['lstm']['w'].sum()))"
+    )
+    count, total = run(code, XLA_FLAGS="--xla_force_host_platform_device_count=4").split()
+    assert int(count) == 4
+    assert float(total) == pytest.approx(float(weights.params["lstm"]["w"].sum()), rel=1e-5)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, lopt_jax.weights, lopt_jax.cli;"
+        "heavy = {'orbax', 'tensorstore', 'fsspec', 'huggingface_hub', 'rich', 'safetensors'};"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    assert run(code).strip() == "[]"
