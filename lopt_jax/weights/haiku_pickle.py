@@ -159,7 +159,7 @@ class _Interpreter:
         stream = io.BytesIO(data)
         for _ in range(_MAX_OPCODES):
             code = stream.read(1).decode("latin1")
-            opcode = pickletools.code2op.get(code)
+            opcode = _OPCODES.get(code)
             name = "no end" if opcode is None else opcode.name
             action = getattr(self, f"op_{name.lower()}", None)
             if opcode is None or (action is None and name not in _PUSHES | _IGNORED):
@@ -416,6 +416,7 @@ class _Interpreter:
         return declared_array(_CODES[dtype.code], reverse, buffer, self.source).T
 
 
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 # Opcodes whose argument is the object itself; those of protocols 0 and 1, which are text, are
 # not among them.
 _INTEGERS = {"LONG1", "LONG4", "BININT", "BININT1", "BININT2"}

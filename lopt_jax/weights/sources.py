@@ -54,7 +54,7 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
         return Path(path_or_url)
     scheme = scheme_of(path_or_url)
     if not scheme:
-        return Path(path_or_url)
+        return Path(path_or_url).expanduser()
     if scheme != "file":
         return None
     parts = urlsplit(path_or_url)

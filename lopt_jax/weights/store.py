@@ -8,6 +8,7 @@ Orbax is imported inside the functions: `import lopt_jax` does not need it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -289,14 +290,14 @@ def _is_empty_folder(path: Path) -> bool:
 
 def _replace_folder(temporary: Path, target: Path) -> None:
     """Renames `temporary` to `target`; weights that are there move aside first."""
-    if target.exists():
-        aside = temporary.with_name(temporary.name + "-old")
-        os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
+    with contextlib.suppress(OSError):  # not empty: another process may just have saved there
         os.rename(temporary, target)
+        return
+    aside = temporary.with_name(temporary.name + "-old")
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
