@@ -218,6 +218,7 @@ HOSTILE_ARRAYS = {
     "number": 3,
     "nothing": None,
     "list": [1, 2],
+    "ragged list": [1, [2, 3]],
     "empty": {},
     "not finite": declared((2,), data=struct.pack("<2f", np.nan, np.inf)),
     "overflow": declared((2,), b"float64", struct.pack("<2d", 1e300, 0.0)),

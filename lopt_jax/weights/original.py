@@ -151,7 +151,13 @@ def convert_original(tree: Any, source: object) -> Converted:
         raise weights_error(
             source, expected="a dict of meta-parameters", found=f"a {type(tree).__name__}"
         )
-    dict(walk(tree, source))  # bounds depth and size before anything else looks at it
+    for path, leaf in walk(tree, source):  # bounds depth and size before anything looks at it
+        if not isinstance(leaf, np.ndarray | np.generic):
+            raise weights_error(
+                source,
+                expected=f"{'/'.join(path)} to be an array",
+                found=f"a {type(leaf).__name__}",
+            )
     if "ffmod_params" in tree:
         raise weights_error(
             source,

@@ -348,7 +348,7 @@ def inferred_sizes(architecture: str, params: Any, source: object) -> dict[str, 
       WeightsError: the arrays to read them from are missing or of another rank.
     """
     schema = schema_of(architecture, source)
-    shapes = {path: tuple(np.shape(leaf)) for path, leaf in walk(params, source)}
+    shapes = {path: _shape_of(path, leaf, source) for path, leaf in walk(params, source)}
     found: dict[str, int] = {}
     if "hidden_size" in schema.sizes:
         layers = [p[1] for p in shapes if len(p) == 2 and p[0] == "mlp" and p[1].startswith("w")]
@@ -359,6 +359,17 @@ def inferred_sizes(architecture: str, params: Any, source: object) -> dict[str, 
     if "param_inits" in schema.sizes:
         found["param_inits"] = _dimension(shapes, ("controls", "b"), 0, source)
     return found
+
+
+def _shape_of(path: tuple[str, ...], leaf: Any, source: object) -> Shape:
+    """Returns an array's shape; only of arrays, as numpy would make one of anything."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise weights_error(
+            source,
+            expected=f"{'/'.join(path) or 'the tree'} to be an array",
+            found=f"a {type(leaf).__name__}",
+        )
+    return tuple(leaf.shape)
 
 
 def _dimension(
@@ -389,14 +400,8 @@ def checked_params(
       WeightsError: wrong structure, shape or type, or a value that is not finite in float32.
     """
     leaves = dict(walk(params, source))
-    for path, leaf in leaves.items():
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise weights_error(
-                source,
-                expected=f"{'/'.join(path) or 'the tree'} to be an array",
-                found=brief(type(leaf).__name__),
-            )
-    check_shapes(architecture, config, {p: leaf.shape for p, leaf in leaves.items()}, source)
+    shapes = {path: _shape_of(path, leaf, source) for path, leaf in leaves.items()}
+    check_shapes(architecture, config, shapes, source)
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         node = tree
@@ -453,7 +458,7 @@ def check_structure(weights: Weights, source: object = "weights") -> Weights:
       WeightsError: an array is missing, unknown or of another shape, or config is not valid.
     """
     config = complete_config(weights.architecture, weights.config, source)
-    shapes = {path: np.shape(leaf) for path, leaf in walk(weights.params, source)}
+    shapes = {p: _shape_of(p, leaf, source) for p, leaf in walk(weights.params, source)}
     check_shapes(weights.architecture, config, shapes, source)
     if config == weights.config:
         return weights
