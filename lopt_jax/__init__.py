@@ -12,7 +12,10 @@ from lopt_jax.weights import (
     Weights,
     WeightsError,
     convert_weights,
+    export_weights,
+    list_weights,
     load_weights,
+    push_to_hub,
     save_weights,
 )
 
@@ -29,8 +32,11 @@ __all__ = [
     "convert_weights",
     "elo",
     "elo_celo2",
+    "export_weights",
+    "list_weights",
     "load_weights",
     "mulo",
+    "push_to_hub",
     "save_weights",
     "small_fc_lopt",
     "velo",
