@@ -11,6 +11,7 @@ _TASKS = (
     "digits_mlp_norm_32x3",
     "digits_conv_8",
     "china_autoencoder",
+    "diabetes_mlp",
     "teacher_classification",
     "bytes_rnn_32",
 )

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax import controller
+
 # Inputs passed through, most useful first, by their index: the momenta over the root of the second
 # moment, the parameter (weight decay), the momenta over the factored second moment, the gradient.
 _PASSED = {
@@ -20,7 +22,6 @@ _PASSED = {
     30: (7, 2, 27, 8, 9, 28, 29, 14),
 }
 _TIME_FEATURES = 11
-TIMESCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 
 
 def passing_mlp(
@@ -83,47 +84,19 @@ def _lstm(key: jax.Array, inputs: int, size: int) -> dict[str, Any]:
         draw = jax.random.truncated_normal(key, -2, 2, (fan_in, fan_out))
         return {"w": draw / math.sqrt(fan_in), "b": jnp.zeros((fan_out,))}
 
-    # VeLO's logarithms (inputs 18 and 24 to 29) are an order of magnitude larger than the others.
-    large = jnp.zeros((inputs,)).at[jnp.array([18, *range(24, 30)])].set(1.0, mode="drop")
-    damped = (1.0 - 0.9 * large)[:, None]
-    mix, straight = linear(keys[1], inputs, size), linear(keys[2], inputs, size)
     return {
         "lstm": {
             "initial_hidden": jnp.zeros((size,)),
             "initial_cell": jnp.zeros((size,)),
             **linear(keys[0], 2 * size, 4 * size),
         },
-        "mix": {**mix, "w": mix["w"] * damped},
-        "input": {**straight, "w": straight["w"] * damped},
+        "mix": linear(keys[1], inputs, size),
+        "input": linear(keys[2], inputs, size),
         "step_size": {
             "w": linear(keys[3], size, 1)["w"],
             "b": jnp.full((1,), 0.5 if inputs == 30 else 1.6),
         },
     }
-
-
-def lstm_step(
-    params: dict[str, Any], inputs: jax.Array, hidden: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One step of the LSTM of VeLO and Celo over the tensors of a model.
-
-    Args:
-      params: "lstm", "mix" and "input" as in `lopt_jax.Weights`.
-      inputs: (tensors, F).
-      hidden: (hidden, cell), each (tensors, N).
-
-    Returns:
-      The output (tensors, N) and the new pair.
-
-    Reference: Haiku's LSTM: gates i, g, f, o in this order, 1 added to f.
-    """
-    mixed = jax.nn.relu(inputs @ params["mix"]["w"] + params["mix"]["b"])
-    x = inputs @ params["input"]["w"] + params["input"]["b"] + jnp.max(mixed, 0, keepdims=True)
-    gated = jnp.concatenate([x, hidden[0]], -1) @ params["lstm"]["w"] + params["lstm"]["b"]
-    i, g, f, o = jnp.split(gated, 4, -1)
-    cell = jax.nn.sigmoid(f + 1.0) * hidden[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
-    new = jax.nn.sigmoid(o) * jnp.tanh(cell)
-    return new, (new, cell)
 
 
 def imagined_inputs(
@@ -145,40 +118,41 @@ def imagined_inputs(
     """
     keys = jax.random.split(key, 4)
     length = fractions.shape[0]
-    embedded = jnp.tanh((fractions[:, None] - jnp.array(TIMESCALES)) * 10.0)
+    embedded = jax.vmap(lambda fraction: controller.fraction_features(fraction, 1.0))(fractions)
     steady = jax.random.uniform(keys[0], (1, 9), minval=-1.0, maxval=1.0)
     losses = jnp.clip(steady + 0.4 * jax.random.normal(keys[1], (length, 9)), -1.0, 1.0)
     shared = jnp.concatenate([embedded, losses], -1)
     parts = [jnp.broadcast_to(shared[:, None], (length, tensors, 18))]
     if architecture == "velo":
-        logs = jax.random.uniform(keys[2], (tensors, 7), minval=-14.0, maxval=1.0)
+        logs = jax.random.uniform(keys[2], (tensors, 7), minval=-2.5, maxval=2.5)
         rank = jax.nn.one_hot(jax.random.randint(keys[3], (tensors,), 0, 5), 5)
         steady = jnp.concatenate([logs[:, :1], rank, logs[:, 1:]], -1)
         parts.append(jnp.broadcast_to(steady, (length, tensors, 12)))
     return jnp.concatenate(parts, -1)
 
 
-def learning_rate_multiplier(
-    architecture: str, params: dict[str, Any], output: jax.Array
-) -> jax.Array:
-    """The multiplier of each tensor's step: linear for VeLO, 0.1 * exp(linear) for Celo."""
-    raw = (output @ params["step_size"]["w"] + params["step_size"]["b"])[..., 0]
-    return raw if architecture == "velo" else 0.1 * jnp.exp(raw)
-
-
 def imagined_multipliers(
     architecture: str, params: dict[str, Any], inputs: jax.Array
 ) -> jax.Array:
-    """The learning rate multipliers (length, tensors) over LSTM inputs (length, tensors, F)."""
-    tensors = inputs.shape[1]
-    start = (params["lstm"]["initial_hidden"], params["lstm"]["initial_cell"])
-    hidden = tuple(jnp.broadcast_to(x, (tensors, x.shape[-1])) for x in start)
+    """The multipliers of each tensor's step: the LSTM's output for VeLO, 0.1 * exp of it for Celo.
 
-    def step(hidden: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-        output, hidden = lstm_step(params, x, hidden)
-        return hidden, learning_rate_multiplier(architecture, params, output)
+    Args:
+      architecture: "velo" or "celo".
+      params: with "lstm", "mix", "input" and "step_size".
+      inputs: (length, tensors, F).
 
-    return jax.lax.scan(step, hidden, inputs)[1]
+    Returns:
+      (length, tensors).
+    """
+
+    def step(
+        state: controller.LSTMState, x: jax.Array
+    ) -> tuple[controller.LSTMState, jax.Array]:
+        controls = controller.run_lstm(params, x, state)
+        raw = controls.step_size
+        return controls.state, raw if architecture == "velo" else 0.1 * jnp.exp(raw)
+
+    return jax.lax.scan(step, controller.init_lstm(params, inputs.shape[1]), inputs)[1]
 
 
 def fit_schedule(

@@ -1,5 +1,6 @@
 """What meta-training needs of an optimizer: build it from meta-parameters, inside jit and vmap."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax.weights import Weights
+
 MetaParameters = Any
 Schedule = Callable[[jax.Array], jax.Array]
 # (meta_parameters, num_steps, learning_rate_schedule) -> transformation; num_steps may be traced.
 MakeOptimizer = Callable[[MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs]
+
+_TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2")
+_KNOWS_HORIZON = ("velo", "celo", "celo_adam")
 
 
 def cosine_schedule(num_steps: jax.Array | int, peak: float = 1.0) -> Schedule:
@@ -92,29 +98,25 @@ def make_rule(
         return learned_adam
     if architecture == "learned_sgd":
         return learned_sgd
+    if architecture not in (*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON):
+        raise ValueError(
+            f"architecture: {architecture!r} cannot be meta-trained; "
+            f"choose one of {sorted([*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON])}"
+        )
+    module = importlib.import_module(f"lopt_jax.optimizers.{architecture}")
+    constructor = getattr(module, architecture)
 
-    import lopt_jax
-
-    def weights(meta_parameters: MetaParameters) -> Any:
-        return lopt_jax.Weights(architecture, config, meta_parameters, {})
+    def weights(meta_parameters: MetaParameters) -> Weights:
+        return Weights(architecture, config, meta_parameters, {})
 
     def scaled(schedule: Schedule) -> Schedule:
         return lambda step: learning_rate * schedule(step)
 
     # `backend="xla"`: the Pallas kernels are written for large tensors, not for vmapped small ones.
-    scheduled = {"small_fc_lopt": "small_fc_lopt", "celo2": "celo2", "celo2_base": "celo2_base"}
-    horizon = {"velo": "velo", "celo": "celo", "celo_adam": "celo_adam"}
-    if architecture in scheduled:
-        constructor = getattr(lopt_jax, scheduled[architecture])
-        return lambda theta, num_steps, schedule: constructor(
-            learning_rate=scaled(schedule), weights=weights(theta), backend="xla"
-        )
-    if architecture in horizon:
-        constructor = getattr(lopt_jax, horizon[architecture])
+    if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
             num_steps, weights=weights(theta), backend="xla"
         )
-    raise ValueError(
-        f"architecture: {architecture!r} cannot be meta-trained; "
-        f"choose one of {sorted([*scheduled, *horizon])}"
+    return lambda theta, num_steps, schedule: constructor(
+        learning_rate=scaled(schedule), weights=weights(theta), backend="xla"
     )
