@@ -27,7 +27,7 @@ def measure(architecture, config, task, pairs, repetitions):
     rule = make_rule(architecture, config)
     unroll = Unroll(training_tasks()[task], rule, 50, 10, 100, 1000)
     estimator = truncated_pes(unroll, pairs)
-    theta = initial_parameters(architecture, jax.random.key(0), config)
+    theta = initial_parameters(architecture, jax.random.key(0), config, {"rms_0": 1.0})
     state = jax.jit(estimator.init)(theta, jax.random.key(1))
 
     def step(theta, state, i):

@@ -149,7 +149,7 @@ def test_phases_train_one_part_after_the_other():
     config = dataclasses.replace(
         TINY, tasks=("quadratic",), phases=((0.5, ("log_learning_rate",)), (0.5, ("log_decay_gaps",)))
     )  # fmt: skip
-    start = initial_parameters("learned_adam", jax.random.key(0), {})
+    start = initial_parameters("learned_adam", jax.random.key(0), {}, {})
     half = Trainer(config).train(max_steps=6).meta_parameters
     whole = Trainer(config).train().meta_parameters
     np.testing.assert_array_equal(half["log_decay_gaps"], start["log_decay_gaps"])

@@ -18,7 +18,7 @@ class MetaTrainConfig:
       architecture: of `lopt_jax.Weights`.
       architecture_config: (name, value) pairs of `lopt_jax.Weights.config`.
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
-      gain: factor of the Adam-like start's step, see `initial.initial_parameters`.
+      gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`.
       learning_rate_peak: peak of the cosine schedule that rules with a learning rate are given.
       estimator: a name of `estimators.ESTIMATORS`.
       num_pairs: antithetic pairs a task and outer step.
@@ -48,7 +48,7 @@ class MetaTrainConfig:
     architecture: str
     architecture_config: tuple[tuple[str, Any], ...]
     tasks: tuple[str, ...]
-    gain: float = 1.0
+    gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
     learning_rate_peak: float = 1.0
     estimator: EstimatorName = "truncated_pes"
     num_pairs: int = 128

@@ -6,6 +6,7 @@ validation loss, the measure that all are compared by.
 
 import concurrent.futures
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ def run_curves(
 
     results = {}
     # Programs compile ahead in threads while earlier ones run.
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         programs = [pool.submit(build, job) for job in jobs]
         for (name, contender), future in zip(jobs, programs, strict=True):
             program = future.result()

@@ -1,12 +1,17 @@
 """Where meta-training starts: a rule that already is an Adam, under the cosine schedule.
 
 A learned rule's MLP has relu units, so a feature passes through a pair of them, one for each sign:
-x = relu(x) - relu(-x). The first hidden units pass chosen features through both hidden layers; the
-first of these features, the rms-normalised momentum, is the direction at the start, the others have
-no weight at the output yet. The remaining hidden units are random and have no output weight either.
+x = relu(x) - relu(-x). The first hidden units pass chosen features through both hidden layers, and
+the direction at the start is a sum of these features with given gains: the rms-normalised momentum
+alone is a kind of Adam. The remaining hidden units are random and have no output weight yet.
+
+Every feature is divided by the root of (1e-5 + its mean square over the tensor). So the
+rms-normalised momentum takes steps of one size however small the gradient has become, unlike
+Adam's, while the plain momentum shrinks with the gradient once that is below 3e-3.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,12 +20,20 @@ import optax
 
 from lopt_jax import controller
 
-# Inputs passed through, most useful first, by their index: the momenta over the root of the second
-# moment, the parameter (weight decay), the momenta over the factored second moment, the gradient.
-_PASSED = {
-    28: (6, 1, 25, 7, 8, 26, 27, 0),
-    30: (7, 2, 27, 8, 9, 28, 29, 14),
+# The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30 of
+# VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"), over
+# that of the factored one ("factored"), and plain.
+FEATURES = {
+    "rms_0": (6, 7),
+    "parameter": (1, 2),
+    "momentum_0": (2, 3),
+    "factored_0": (25, 27),
+    "rms_1": (7, 8),
+    "momentum_1": (3, 4),
+    "factored_1": (26, 28),
+    "rms_2": (8, 9),
 }
+Gains = Mapping[str, float]
 _TIME_FEATURES = 11
 
 
@@ -31,9 +44,9 @@ def passing_mlp(
     hidden_size: int,
     hidden_layers: int,
     num_outputs: int,
-    gain: float,
+    gains: Gains,
 ) -> dict[str, jax.Array]:
-    """An MLP whose first output is `gain` times the rms-normalised momentum, its others zero.
+    """An MLP whose first output is a weighted sum of features, its others zero.
 
     Args:
       key: for the random units.
@@ -42,18 +55,27 @@ def passing_mlp(
       hidden_size: width of a hidden layer, at least 2.
       hidden_layers: number of hidden layers.
       num_outputs: outputs.
-      gain: the direction's factor.
+      gains: weights by name of `FEATURES`; they are passed first.
 
     Returns:
       {"w0": (num_inputs, hidden_size), "b0": (hidden_size,), ...} in float32.
 
     Raises:
-      ValueError: if the hidden layer cannot hold one pair.
+      ValueError: if the hidden layer cannot hold the features, or one is unknown.
     """
-    if hidden_size < 2:
-        raise ValueError(f"hidden_size: expected at least 2, found {hidden_size}")
-    # At most half of the units pass features through, so that there are others to learn with.
-    passed = _PASSED[num_features][: max(1, min(8, hidden_size // 4))]
+    unknown = sorted(set(gains) - set(FEATURES))
+    if unknown:
+        raise ValueError(f"gains: unknown features {unknown}; known: {sorted(FEATURES)}")
+    if hidden_size < 2 * len(gains):
+        raise ValueError(
+            f"hidden_size: expected at least {2 * len(gains)} for {sorted(gains)}, "
+            f"found {hidden_size}"
+        )
+    # At most half of the units pass features through, so that there are others to learn with; but
+    # those with a gain always do.
+    order = [*gains, *(name for name in FEATURES if name not in gains)]
+    names = order[: max(len(gains), min(8, hidden_size // 4))]
+    passed = [FEATURES[name][0 if num_features == 28 else 1] for name in names]
     keys = jax.random.split(key, hidden_layers)
     sizes = [num_inputs] + [hidden_size] * hidden_layers
     count = 2 * len(passed)
@@ -71,7 +93,8 @@ def passing_mlp(
         params[f"w{i}"] = weights.astype(jnp.float32)
         params[f"b{i}"] = jnp.zeros((hidden_size,), jnp.float32)
     output = jnp.zeros((hidden_size, num_outputs), jnp.float32)
-    output = output.at[0, 0].set(gain).at[1, 0].set(-gain)
+    for j, name in enumerate(gains):
+        output = output.at[2 * j, 0].set(gains[name]).at[2 * j + 1, 0].set(-gains[name])
     params[f"w{hidden_layers}"] = output
     params[f"b{hidden_layers}"] = jnp.zeros((num_outputs,), jnp.float32)
     return params
@@ -205,16 +228,17 @@ def fit_schedule(
 
 
 def initial_parameters(
-    architecture: str, key: jax.Array, config: dict[str, Any], gain: float = 1.0
+    architecture: str, key: jax.Array, config: Mapping[str, Any], gains: Gains
 ) -> dict[str, Any]:
     """The meta-parameters that meta-training starts from.
 
     Args:
       architecture: a name of `lopt_jax.Weights.architecture`, "learned_adam" or "learned_sgd".
       key: for what is random.
-      config: the architecture's config; the rule's start is an Adam whose step has the root mean
-        square gain * step_mult (times the tensor's root mean square for VeLO and Celo).
-      gain: see `config`.
+      config: the architecture's config.
+      gains: of the features whose sum is the direction at the start, by name of `FEATURES`; with
+        {"rms_0": 1.0} every step has the root mean square step_mult (times the tensor's for VeLO
+        and Celo).
 
     Returns:
       Nested dictionaries of float32 arrays, laid out as `lopt_jax.Weights.params`.
@@ -232,7 +256,7 @@ def initial_parameters(
     hidden = int(config.get("hidden_size", 4))
     layers = int(config.get("hidden_layers", 2))
     if architecture == "small_fc_lopt":
-        mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gain)
+        mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gains)
         return {
             "mlp": mlp,
             "momentum_decays": jnp.zeros((3,)),
@@ -240,7 +264,7 @@ def initial_parameters(
             "adafactor_decays": jnp.zeros((3,)),
         }
     if architecture in ("celo2", "celo2_base"):
-        return {"mlp": passing_mlp(key, 30, 30, hidden, layers, 3, gain)}
+        return {"mlp": passing_mlp(key, 30, 30, hidden, layers, 3, gains)}
     if architecture in ("celo", "velo"):
         size = int(config["lstm_hidden_size"])
         banks = int(config["param_inits"])
@@ -248,7 +272,7 @@ def initial_parameters(
         spread = 0.0 if banks == 1 else (0.3 if architecture == "celo" else 0.003)
         key_mlp, key_lstm, key_fit, key_controls = jax.random.split(key, 4)
         keys = jax.random.split(key_mlp, banks)
-        mlps = [passing_mlp(k, 30, 30, hidden, layers, 3, gain) for k in keys]
+        mlps = [passing_mlp(k, 30, 30, hidden, layers, 3, gains) for k in keys]
         params: dict[str, Any] = {
             "mlp": jax.tree.map(lambda *x: jnp.stack(x), *mlps),
             **_lstm(key_lstm, features, size),

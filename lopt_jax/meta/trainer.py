@@ -77,6 +77,10 @@ def learning_rate(config: MetaTrainConfig, step: jax.Array, total: jax.Array) ->
     return config.outer_learning_rate * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * fraction))
 
 
+def _norm(tree: Any) -> jax.Array:
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
 def _phase_mask(
     config: MetaTrainConfig, meta_parameters: MetaParameters, step: jax.Array, total: jax.Array
 ) -> MetaParameters:
@@ -176,7 +180,7 @@ class Trainer:
         else:
             key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
             start = initial_parameters(
-                config.architecture, key, dict(config.architecture_config), config.gain
+                config.architecture, key, dict(config.architecture_config), dict(config.gains)
             )
         start = self._rescale(start, {k: 1.0 / v for k, v in config.scales})
         start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
@@ -217,7 +221,7 @@ class Trainer:
             mask = _phase_mask(config, theta, step, total)
             rate = learning_rate(config, step, total)
             theta = jax.tree.map(lambda t, u, m: t - rate * m * u, theta, updates, mask)
-            return theta, optimizer_state, optax.global_norm(gradient)
+            return theta, optimizer_state, _norm(gradient)
 
         gradients = [state.meta_parameters] * len(self.tasks)
         lowered = [estimate(i) for i in range(len(self.tasks))]
