@@ -126,11 +126,13 @@ def test_every_task_has_finite_losses_and_gradients(name):
 
 def test_held_out_tasks_are_held_out_by_kind():
     assert not set(TRAINING) & set(HELD_OUT)
-    trained_tables = {n for t in TRAINING.values() for n in getattr(t.source, "names", ())} if (
-        all(hasattr(t, "source") for t in TRAINING.values())
-    ) else {
-        n for t in TRAINING.values() for n in getattr(getattr(t, "source", None), "names", ())
-    }
+    trained_tables = (
+        {n for t in TRAINING.values() for n in getattr(t.source, "names", ())}
+        if (all(hasattr(t, "source") for t in TRAINING.values()))
+        else {
+            n for t in TRAINING.values() for n in getattr(getattr(t, "source", None), "names", ())
+        }
+    )
     assert "breast_cancer" not in trained_tables
     assert "flower" not in trained_tables
     kinds = {type(getattr(t, "network", None)).__name__ for t in TRAINING.values()}

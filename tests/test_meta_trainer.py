@@ -147,8 +147,10 @@ def test_learned_adam_finds_a_larger_learning_rate():
 
 def test_phases_train_one_part_after_the_other():
     config = dataclasses.replace(
-        TINY, tasks=("quadratic",), phases=((0.5, ("log_learning_rate",)), (0.5, ("log_decay_gaps",)))
-    )  # fmt: skip
+        TINY,
+        tasks=("quadratic",),
+        phases=((0.5, ("log_learning_rate",)), (0.5, ("log_decay_gaps",))),
+    )
     start = initial_parameters("learned_adam", jax.random.key(0), {}, {})
     half = Trainer(config).train(max_steps=6).meta_parameters
     whole = Trainer(config).train().meta_parameters

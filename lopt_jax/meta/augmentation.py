@@ -59,7 +59,9 @@ class Reparametrised:
             exponents = single
         else:
             choice = jax.random.randint(keys[3], (), 0, 3)
-            exponents = jnp.select([choice == 0, choice == 1], [0.0 * single, 0.0 * single + shared], single)
+            exponents = jnp.select(
+                [choice == 0, choice == 1], [0.0 * single, 0.0 * single + shared], single
+            )
         return ReparametrisedContent(content, structure.unflatten(list(jnp.exp(exponents))))
 
     def init(self, key: jax.Array, content: ReparametrisedContent) -> Params:

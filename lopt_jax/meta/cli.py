@@ -22,7 +22,9 @@ def add_commands(subparsers: Any) -> None:
     train.add_argument("config", help="a name (see --list) or a JSON file of MetaTrainConfig")
     train.add_argument("--out", default=None, help="folder for checkpoints, weights and curves")
     train.add_argument("--seconds", type=float, default=None, help="wall-clock budget")
-    train.add_argument("--steps", type=int, default=None, help="outer steps, instead of the config's")
+    train.add_argument(
+        "--steps", type=int, default=None, help="outer steps, instead of the config's"
+    )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
     train.add_argument("--weights", default=None, help="start from these weights (name or path)")
@@ -105,9 +107,7 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
             )
         initial = start.params
         # The weights only work with the config they came with.
-        config = dataclasses.replace(
-            config, architecture_config=tuple(dict(start.config).items())
-        )
+        config = dataclasses.replace(config, architecture_config=tuple(dict(start.config).items()))
     device = jax.devices()[0]
     print(f"{config.name}: {len(config.tasks)} tasks, {config.num_pairs} pairs each, "
           f"on {len(jax.devices())} {device.device_kind}; compiling", flush=True)  # fmt: skip
@@ -248,9 +248,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         records = list(unique.values())
     else:
         known = {**training_tasks(), **held_out_tasks()}
-        names = _parse_list(
-            arguments.tasks or ",".join(held_out_tasks()), list(known), "--tasks"
-        )
+        names = _parse_list(arguments.tasks or ",".join(held_out_tasks()), list(known), "--tasks")
         horizons = [int(text) for text in arguments.horizons.split(",")]
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")

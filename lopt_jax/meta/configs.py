@@ -106,7 +106,11 @@ _TINY = MetaTrainConfig(
     name="tiny",
     architecture="small_fc_lopt",
     architecture_config=(
-        *(pair for pair in _SMALL_FC_LOPT.architecture_config if pair[0] not in ("hidden_size", "step_mult")),
+        *(
+            pair
+            for pair in _SMALL_FC_LOPT.architecture_config
+            if pair[0] not in ("hidden_size", "step_mult")
+        ),
         ("hidden_size", 4),
         # Far too small a step, so that there is something to learn in a minute.
         ("step_mult", 0.0005),

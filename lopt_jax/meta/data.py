@@ -66,7 +66,9 @@ def load_tabular(name: str) -> Dataset:
         "wine": datasets.load_wine,
     }
     if name not in loaders:
-        raise ValueError(f"name: unknown data set {name!r}; known: {sorted(loaders)} and 'diabetes'")
+        raise ValueError(
+            f"name: unknown data set {name!r}; known: {sorted(loaders)} and 'diabetes'"
+        )
     inputs, labels = loaders[name](return_X_y=True)
     return _split(inputs, labels.astype(np.int32), int(labels.max()) + 1)
 

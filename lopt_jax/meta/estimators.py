@@ -71,7 +71,9 @@ def perturb(
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b)
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        )
 
     return jax.tree.map(choose, new, old)
 
@@ -230,7 +232,9 @@ def full_es(
         meta_parameters: MetaParameters, key: jax.Array, state: tuple[()], mask: MetaParameters
     ) -> tuple[Estimate, tuple[()]]:
         noise_keys, keys = (jax.random.split(k, num_pairs) for k in jax.random.split(key))
-        noise = jax.vmap(lambda k: perturb(meta_parameters, k, standard_deviation, mask))(noise_keys)
+        noise = jax.vmap(lambda k: perturb(meta_parameters, k, standard_deviation, mask))(
+            noise_keys
+        )
 
         def life(e: MetaParameters, k: jax.Array) -> tuple[jax.Array, UnrollMetrics]:
             return _whole_life(unroll, _add(meta_parameters, e), k)

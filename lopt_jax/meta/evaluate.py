@@ -195,7 +195,7 @@ def run_curves(
 
 
 def best_rate(curves: Curves) -> int:
-    """Index of the learning rate with the lowest mean final validation loss; nan counts as worst."""
+    """Index of the learning rate with the lowest mean final validation loss; nan is the worst."""
     final = curves.valid[..., -1].mean(-1)
     return int(np.argmin(np.where(np.isfinite(final), final, np.inf)))
 
@@ -303,7 +303,9 @@ def bootstrap_interval(
     generator = np.random.default_rng(seed)
     runs, tasks = scores.shape
     means = [
-        interquartile_mean(np.take_along_axis(scores, generator.integers(0, runs, (runs, tasks)), 0))
+        interquartile_mean(
+            np.take_along_axis(scores, generator.integers(0, runs, (runs, tasks)), 0)
+        )
         for _ in range(repetitions)
     ]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -20,8 +20,8 @@ import optax
 
 from lopt_jax import controller
 
-# The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30 of
-# VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"), over
+# The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
+# of VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"), over
 # that of the factored one ("factored"), and plain.
 FEATURES = {
     "rms_0": (6, 7),
@@ -154,9 +154,7 @@ def imagined_inputs(
     return jnp.concatenate(parts, -1)
 
 
-def imagined_multipliers(
-    architecture: str, params: dict[str, Any], inputs: jax.Array
-) -> jax.Array:
+def imagined_multipliers(architecture: str, params: dict[str, Any], inputs: jax.Array) -> jax.Array:
     """The multipliers of each tensor's step: the LSTM's output for VeLO, 0.1 * exp of it for Celo.
 
     Args:
@@ -168,9 +166,7 @@ def imagined_multipliers(
       (length, tensors).
     """
 
-    def step(
-        state: controller.LSTMState, x: jax.Array
-    ) -> tuple[controller.LSTMState, jax.Array]:
+    def step(state: controller.LSTMState, x: jax.Array) -> tuple[controller.LSTMState, jax.Array]:
         controls = controller.run_lstm(params, x, state)
         raw = controls.step_size
         return controls.state, raw if architecture == "velo" else 0.1 * jnp.exp(raw)

@@ -119,7 +119,9 @@ def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     patches = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     height, width = x.shape[1], x.shape[2]
     columns = [
-        patches[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)
+        patches[:, i : i + height : stride, j : j + width : stride]
+        for i in range(3)
+        for j in range(3)
     ]
     stacked = jnp.concatenate(columns, -1)
     return stacked @ kernel.reshape(-1, kernel.shape[-1])

@@ -13,7 +13,9 @@ from lopt_jax.weights import Weights
 MetaParameters = Any
 Schedule = Callable[[jax.Array], jax.Array]
 # (meta_parameters, num_steps, learning_rate_schedule) -> transformation; num_steps may be traced.
-MakeOptimizer = Callable[[MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs]
+MakeOptimizer = Callable[
+    [MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs
+]
 
 _TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2")
 _KNOWS_HORIZON = ("velo", "celo", "celo_adam")
@@ -75,7 +77,9 @@ def learned_sgd(
       The transformation.
     """
     del num_steps, learning_rate
-    return optax.with_extra_args_support(optax.scale(-jnp.exp(meta_parameters["log_learning_rate"])))
+    return optax.with_extra_args_support(
+        optax.scale(-jnp.exp(meta_parameters["log_learning_rate"]))
+    )
 
 
 def make_rule(

@@ -21,7 +21,7 @@ class ShampooState(NamedTuple):
 
 
 def inverse_root(matrix: jax.Array, order: int, iterations: int = 30) -> jax.Array:
-    """matrix ** (-1 / order) of a symmetric positive definite matrix.
+    """The power -1 / order of a symmetric positive definite matrix.
 
     Args:
       matrix: (d, d) float32.
@@ -124,4 +124,3 @@ def shampoo(
         )
 
     return optax.GradientTransformation(init, update)
-

@@ -371,7 +371,9 @@ class Quadratic:
         return 0.5 * jnp.mean(content.curvature * jnp.square(params["x"] - content.minimum))
 
 
-def _classifier(name: str, source: Source, network: Network, batch: int, **kw: Any) -> SupervisedTask:
+def _classifier(
+    name: str, source: Source, network: Network, batch: int, **kw: Any
+) -> SupervisedTask:
     return SupervisedTask(name, source, network, cross_entropy, batch, **kw)
 
 
