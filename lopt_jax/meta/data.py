@@ -1,4 +1,4 @@
-"""Data for meta-training that needs no network: scikit-learn's data sets and Python's own source."""
+"""Data that needs no network: scikit-learn's data sets and Python's own source."""
 
 import functools
 import os
@@ -8,8 +8,8 @@ import numpy as np
 
 VOCABULARY = 96  # the printable ASCII bytes 32..126 as 1..95, everything else as 0
 _MODULES = (
-    "argparse.py", "ast.py", "bdb.py", "cgitb.py", "cmd.py", "code.py", "configparser.py", "copy.py",
-    "csv.py", "dataclasses.py", "datetime.py", "decimal.py", "difflib.py", "dis.py", "doctest.py",
+    "argparse.py", "ast.py", "bdb.py", "cmd.py", "code.py", "configparser.py", "copy.py", "csv.py",
+    "dataclasses.py", "datetime.py", "decimal.py", "difflib.py", "dis.py", "doctest.py",
     "enum.py", "fractions.py", "ftplib.py", "functools.py", "gzip.py", "heapq.py", "inspect.py",
 )  # fmt: skip
 _VALID_FRACTION = 0.2

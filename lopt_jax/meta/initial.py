@@ -21,8 +21,8 @@ import optax
 from lopt_jax import controller
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
-# of VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"), over
-# that of the factored one ("factored"), and plain.
+# of VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"),
+# over that of the factored one ("factored"), and plain.
 FEATURES = {
     "rms_0": (6, 7),
     "parameter": (1, 2),
