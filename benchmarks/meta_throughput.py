@@ -1,0 +1,95 @@
+"""Inner steps a second of meta-training, against the same unroll with a hand-written adam.
+
+One outer step unrolls `--pairs` antithetic pairs of `--task` for one truncation. The comparison
+replaces the learned rule by Adam with a learned learning rate: same task, same batches, same
+perturbations, same measurements.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax.meta.configs import CONFIGS
+from lopt_jax.meta.estimators import no_mask, truncated_pes
+from lopt_jax.meta.initial import initial_parameters
+from lopt_jax.meta.rules import make_rule
+from lopt_jax.meta.tasks import training_tasks
+from lopt_jax.meta.unroll import Unroll
+
+
+def measure(architecture, config, task, pairs, repetitions):
+    rule = make_rule(architecture, config)
+    unroll = Unroll(training_tasks()[task], rule, 50, 10, 100, 1000)
+    estimator = truncated_pes(unroll, pairs)
+    theta = initial_parameters(architecture, jax.random.key(0), config, {"rms_0": 1.0})
+    state = jax.jit(estimator.init)(theta, jax.random.key(1))
+
+    def step(theta, state, i):
+        key = jax.random.fold_in(jax.random.key(2), i)
+        estimate, state = estimator.estimate(theta, key, state, no_mask(theta))
+        return estimate.loss, state
+
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=1).lower(theta, state, jnp.int32(0)).compile()
+    compile_seconds = time.perf_counter() - began
+    loss, state = compiled(theta, state, jnp.int32(0))
+    jax.block_until_ready(loss)
+    seconds = []
+    for i in range(1, repetitions + 1):
+        began = time.perf_counter()
+        loss, state = compiled(theta, state, jnp.int32(i))
+        jax.block_until_ready((loss, state))
+        seconds.append(time.perf_counter() - began)
+    median = float(np.median(seconds))
+    return {
+        "architecture": architecture,
+        "task": task,
+        "pairs": pairs,
+        "inner_steps_per_second": 2 * pairs * unroll.truncation_length / median,
+        "milliseconds_per_outer_step": 1e3 * median,
+        "compile_seconds": compile_seconds,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", default="digits_mlp_64")
+    parser.add_argument("--pairs", default="128")
+    parser.add_argument("--configs", default="small_fc_lopt,small_fc_lopt_h4,velo_small")
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--json", default=None)
+    arguments = parser.parse_args()
+    rows = []
+    for task in arguments.tasks.split(","):
+        for pairs in map(int, arguments.pairs.split(",")):
+            adam = measure("learned_adam", {}, task, pairs, arguments.repetitions)
+            rows.append({"config": "adam", **adam, "times_adam": 1.0})
+            for name in arguments.configs.split(","):
+                config = dataclasses.replace(CONFIGS[name])
+                row = measure(
+                    config.architecture, dict(config.architecture_config), task, pairs,
+                    arguments.repetitions,
+                )  # fmt: skip
+                ratio = row["milliseconds_per_outer_step"] / adam["milliseconds_per_outer_step"]
+                rows.append({"config": name, **row, "times_adam": ratio})
+            for row in rows[-1 - len(arguments.configs.split(",")) :]:
+                print(
+                    f"{task} {pairs} pairs {row['config']:18} "
+                    f"{row['inner_steps_per_second']:12,.0f} inner steps/s "
+                    f"{row['times_adam']:6.2f} times adam's time "
+                    f"(compiled in {row['compile_seconds']:.0f} s)",
+                    flush=True,
+                )
+    if arguments.json:
+        record = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows}
+        Path(arguments.json).write_text(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

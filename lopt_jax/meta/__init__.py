@@ -1,0 +1,1 @@
+"""Meta-training: tasks, unrolls, gradient estimators and the outer loop."""

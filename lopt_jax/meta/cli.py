@@ -1,0 +1,356 @@
+"""The commands `lopt meta-train` and `lopt meta-eval`."""
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(subparsers: Any) -> None:
+    """Adds `meta-train` and `meta-eval` to the command line.
+
+    Args:
+      subparsers: of an argparse parser; each command sets `run`, a function of the arguments that
+        returns the exit status.
+    """
+    train = subparsers.add_parser("meta-train", help="meta-train a learned optimizer")
+    train.add_argument("config", help="a name (see --list) or a JSON file of MetaTrainConfig")
+    train.add_argument("--out", default=None, help="folder for checkpoints, weights and curves")
+    train.add_argument("--seconds", type=float, default=None, help="wall-clock budget")
+    train.add_argument(
+        "--steps", type=int, default=None, help="outer steps, instead of the config's"
+    )
+    train.add_argument("--seed", type=int, default=None, help="instead of the config's")
+    train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
+    train.add_argument("--weights", default=None, help="start from these weights (name or path)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="override a setting; VALUE is JSON, for instance --set num_pairs=256",
+    )  # fmt: skip
+    train.set_defaults(run=run_meta_train)
+
+    evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
+    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH to name")
+    evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
+    evaluate.add_argument("--horizons", default="200,1000,5000")
+    evaluate.add_argument("--seeds", type=int, default=5)
+    evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
+    evaluate.add_argument("--json", default=None, help="write the records here")
+    evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
+    evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
+    evaluate.add_argument(
+        "--merge", nargs="*", default=None, metavar="JSON",
+        help="summarise these record files instead of running anything",
+    )  # fmt: skip
+    evaluate.set_defaults(run=run_meta_eval)
+
+
+def _load_config(arguments: argparse.Namespace) -> Any:
+    from lopt_jax.meta.config import from_json, to_json
+    from lopt_jax.meta.configs import CONFIGS
+
+    name = arguments.config
+    if name in CONFIGS:
+        config = CONFIGS[name]
+    elif Path(name).is_file():
+        config = from_json(Path(name).read_text())
+    else:
+        raise ValueError(f"config: {name!r} is no file and none of {sorted(CONFIGS)}")
+    fields = json.loads(to_json(config))
+    for item in arguments.set:
+        key, found, value = item.partition("=")
+        if not found or key not in fields:
+            raise ValueError(f"--set: expected NAME=VALUE with NAME in {sorted(fields)}: {item!r}")
+        try:
+            fields[key] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[key] = value
+    if arguments.steps is not None:
+        fields["outer_steps"] = arguments.steps
+    if arguments.seed is not None:
+        fields["seed"] = arguments.seed
+    return from_json(json.dumps(fields))
+
+
+def run_meta_train(arguments: argparse.Namespace) -> int:
+    """Runs `lopt meta-train`.
+
+    Args:
+      arguments: see `add_commands`.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ValueError: for wrong arguments, naming them.
+    """
+    import jax
+
+    from lopt_jax.meta.config import to_json
+    from lopt_jax.meta.trainer import Trainer
+    from lopt_jax.weights import Weights, load_weights, save_weights
+
+    config = _load_config(arguments)
+    out = Path(arguments.out or f"outputs/meta/{config.name}")
+    initial = None
+    if arguments.weights is not None:
+        start = load_weights(arguments.weights)
+        if start.architecture != config.architecture:
+            raise ValueError(
+                f"--weights: {arguments.weights} holds {start.architecture!r}, "
+                f"the config trains {config.architecture!r}"
+            )
+        initial = start.params
+        # The weights only work with the config they came with.
+        config = dataclasses.replace(config, architecture_config=tuple(dict(start.config).items()))
+    device = jax.devices()[0]
+    print(f"{config.name}: {len(config.tasks)} tasks, {config.num_pairs} pairs each, "
+          f"on {len(jax.devices())} {device.device_kind}; compiling", flush=True)  # fmt: skip
+    trainer = Trainer(config, initial)
+    with _progress(config.outer_steps) as on_report:
+        result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
+
+    record = {
+        **json.loads(to_json(config)),
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "finished": result.finished,
+        "hardware": f"{len(jax.devices())} {device.device_kind}",
+        "jax": jax.__version__,
+        "platform": platform.platform(),
+        "final_loss": result.history[-1].loss,
+        "not_good_for": config.notes,
+        "started_from": arguments.weights or "an Adam-like start",
+    }
+    (out / "config.json").write_text(to_json(config))
+    (out / "history.json").write_text(
+        json.dumps([report._asdict() for report in result.history], indent=0)
+    )
+    if config.architecture not in ("learned_adam", "learned_sgd"):
+        metadata = {"source": "meta-trained with lopt_jax.meta", "licence": "Apache-2.0",
+                    "meta_training": record}  # fmt: skip
+        weights = Weights(
+            config.architecture, dict(config.architecture_config), result.meta_parameters, metadata
+        )
+        save_weights(out / "weights", weights)
+        print(f"weights: {out / 'weights'}")
+    _plot_history(result.history, config, out / "curves.png")
+    return 0
+
+
+class _progress:
+    """A progress bar on a terminal, lines of text elsewhere."""
+
+    def __init__(self, total: int):
+        self._total = total
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Any:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(),
+                TextColumn("meta-loss {task.fields[loss]:.4f} at the end {task.fields[final]:.4f}"),
+                TextColumn("{task.fields[rate]:.1f} steps/s"),
+                TimeRemainingColumn(),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "", total=self._total, loss=math.nan, final=math.nan, rate=0.0
+            )
+        return self._report
+
+    def __exit__(self, *unused: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _report(self, report: Any, total: int, left: float) -> None:
+        rate = (total - report.step) / left if left > 0 else 0.0
+        if self._bar is not None:
+            self._bar.update(
+                self._task, completed=report.step, total=total, loss=report.loss,
+                final=report.final_score, rate=rate,
+            )  # fmt: skip
+            return
+        print(
+            f"step {report.step}/{total} {report.seconds:.0f}s meta-loss {report.loss:.4f} "
+            f"at the end {report.final_score:.4f} diverged {report.diverged:.3f} "
+            f"rejected {report.rejected:.3f} gradient {report.gradient_norm:.3g} "
+            f"{rate:.2f} steps/s, {left:.0f} s left",
+            flush=True,
+        )
+
+
+def _plot_history(history: Sequence[Any], config: Any, path: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = [report.step for report in history]
+    axes[0].plot(steps, [report.loss for report in history], alpha=0.5, label="mean over a life")
+    axes[0].plot(steps, [report.final_score for report in history], label="near the horizon")
+    axes[0].set_ylabel("meta-loss")
+    axes[0].legend()
+    for i, task in enumerate(config.tasks):
+        axes[1].plot(steps, [report.task_scores[i] for report in history], label=task)
+    axes[1].set_ylabel("score near the horizon")
+    axes[1].legend(fontsize="x-small")
+    for axis in axes:
+        axis.set_xlabel("outer step")
+    figure.suptitle(config.name)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _parse_list(text: str, known: Sequence[str], argument: str) -> list[str]:
+    names = list(known) if text in ("all", None) else text.split(",")
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ValueError(f"{argument}: unknown {missing}; known: {list(known)}")
+    return names
+
+
+def run_meta_eval(arguments: argparse.Namespace) -> int:
+    """Runs `lopt meta-eval`.
+
+    Args:
+      arguments: see `add_commands`.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ValueError: for wrong arguments, naming them.
+    """
+    from lopt_jax.meta import evaluate
+    from lopt_jax.meta.tasks import held_out_tasks, training_tasks
+    from lopt_jax.weights import load_weights
+
+    if arguments.merge is not None:
+        records = [row for path in arguments.merge for row in json.loads(Path(path).read_text())]
+        unique = {
+            (r["task"], r["optimizer"], r["horizon"], r["learning_rate"], r["seed"]): r
+            for r in records
+        }
+        records = list(unique.values())
+    else:
+        known = {**training_tasks(), **held_out_tasks()}
+        names = _parse_list(arguments.tasks or ",".join(held_out_tasks()), list(known), "--tasks")
+        horizons = [int(text) for text in arguments.horizons.split(",")]
+        every = evaluate.baselines()
+        wanted = _parse_list(arguments.baselines, list(every), "--baselines")
+        if "adamw" not in wanted:
+            wanted.insert(0, "adamw")  # what the others are measured against
+        contenders = [every[name] for name in wanted]
+        for item in arguments.weights:
+            name, found, path = item.partition("=")
+            path = path if found else name
+            label = name if found else Path(name).name
+            contenders.append(evaluate.learned(label, load_weights(path)))
+        curves = evaluate.run_curves(
+            {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
+            lambda text: print(text, flush=True),
+        )  # fmt: skip
+        records = evaluate.make_records(curves, contenders, arguments.all_rates)
+    if arguments.json:
+        lines = ",\n".join(json.dumps(record) for record in records)
+        Path(arguments.json).write_text(f"[\n{lines}\n]\n")
+    summaries = evaluate.summarise(records)
+    print(format_table(summaries))
+    print(format_tasks(records))
+    if arguments.plot:
+        plot_speed_ups(summaries, Path(arguments.plot))
+    return 0
+
+
+def format_table(summaries: Sequence[Any]) -> str:
+    """The summaries as a Markdown table."""
+    lines = [
+        "| steps | optimizer | tasks | speed-up over tuned adamw (interquartile mean, 95%) "
+        "| at or below adamw | training loss / adamw's | validation loss / adamw's | diverged |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for s in summaries:
+        lines.append(
+            f"| {s.horizon} | {s.optimizer} | {s.tasks} | {s.speed_up:.2f} "
+            f"({s.low:.2f} to {s.high:.2f}) | {s.wins:.0%} | {s.train_ratio:.3g} "
+            f"| {s.valid_ratio:.3g} | {s.diverged} |"
+        )
+    return "\n".join(lines)
+
+
+def format_tasks(records: Sequence[Any]) -> str:
+    """Mean final validation (and training) losses by task and optimizer as a Markdown table."""
+    optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
+    cells: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    for record in records:
+        row = cells.setdefault((record["task"], record["horizon"]), {})
+        row.setdefault(record["optimizer"], []).append(record)
+
+    def mean(rows: Sequence[Any], field: str) -> float:
+        values = [math.inf if row[field] is None else row[field] for row in rows]
+        return sum(values) / len(values) if values else math.nan
+
+    lines = ["| task | steps | " + " | ".join(optimizers) + " |",
+             "| --- | --- |" + " --- |" * len(optimizers)]  # fmt: skip
+    for (task, horizon), row in sorted(cells.items()):
+        text = " | ".join(
+            f"{mean(row.get(o, []), 'valid_loss'):.4g} ({mean(row.get(o, []), 'train_loss'):.2g})"
+            for o in optimizers
+        )
+        lines.append(f"| {task} | {horizon} | {text} |")
+    return "\n".join(lines)
+
+
+def plot_speed_ups(summaries: Sequence[Any], path: Path) -> None:
+    """A bar of each optimizer's speed-up with its interval, one panel a horizon."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    horizons = sorted({s.horizon for s in summaries})
+    figure, axes = plt.subplots(
+        1, len(horizons), figsize=(5 * len(horizons), 5), layout="constrained", squeeze=False
+    )
+    for axis, horizon in zip(axes[0], horizons, strict=True):
+        rows = sorted((s for s in summaries if s.horizon == horizon), key=lambda s: s.speed_up)
+        places = range(len(rows))
+        errors = [[s.speed_up - s.low for s in rows], [s.high - s.speed_up for s in rows]]
+        axis.barh(places, [s.speed_up for s in rows], xerr=errors, height=0.7)
+        axis.set_yticks(places, [s.optimizer for s in rows])
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_title(f"{horizon} steps")
+        axis.set_xlabel("speed-up over tuned adamw")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The two commands on their own: `python -m lopt_jax.meta.cli meta-train ...`."""
+    parser = argparse.ArgumentParser(prog="lopt_jax.meta.cli")
+    add_commands(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

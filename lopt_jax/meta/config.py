@@ -1,0 +1,113 @@
+"""Every setting of one meta-training, in one dataclass that its checkpoints record."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lopt_jax.meta.estimators import EstimatorName
+from lopt_jax.meta.unroll import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrainConfig:
+    """Settings of one meta-training.
+
+    Args:
+      name: of the weights it makes.
+      architecture: of `lopt_jax.Weights`.
+      architecture_config: (name, value) pairs of `lopt_jax.Weights.config`.
+      tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
+      gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`.
+      learning_rate_peak: peak of the cosine schedule that rules with a learning rate are given.
+      estimator: a name of `estimators.ESTIMATORS`.
+      num_pairs: antithetic pairs a task and outer step.
+      standard_deviation: of the perturbations.
+      truncation_length: inner steps a truncation.
+      measure_every: inner steps between measurements of the held-out loss.
+      min_horizon: the shortest inner training, in steps.
+      max_horizon: the longest inner training, in steps.
+      objective: how held-out losses become the meta-loss.
+      reparametrise: scales of the reparametrisation are in [1 / reparametrise, reparametrise];
+        1.0 turns it off.
+      outer_steps: steps of the outer optimizer.
+      outer_learning_rate: its peak; it falls to a tenth along a cosine.
+      outer_warmup: its warm-up steps.
+      gradient_clip: global norm that the meta-gradient is clipped to.
+      phases: ((fraction of the outer steps, top-level keys of the meta-parameters that are
+        trained), ...); no keys means all. The fractions are of the whole and sum to 1.
+      scales: (top-level key, factor) pairs: these meta-parameters are trained in units of the
+        factor, so that a perturbation of them is that much smaller or larger.
+      seed: of everything random.
+      log_every: outer steps between reports; a wall-clock limit is checked as often.
+      checkpoint_seconds: time between checkpoints.
+      notes: what the model card says the weights are not good for.
+    """
+
+    name: str
+    architecture: str
+    architecture_config: tuple[tuple[str, Any], ...]
+    tasks: tuple[str, ...]
+    gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
+    learning_rate_peak: float = 1.0
+    estimator: EstimatorName = "truncated_pes"
+    num_pairs: int = 128
+    standard_deviation: float = 0.01
+    truncation_length: int = 50
+    measure_every: int = 10
+    min_horizon: int = 100
+    max_horizon: int = 2000
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    reparametrise: float = 1.0
+    reparametrise_level: Literal["global", "tensor", "mixed"] = "mixed"
+    outer_steps: int = 4000
+    outer_learning_rate: float = 1e-3
+    outer_warmup: int = 50
+    gradient_clip: float = 1.0
+    phases: tuple[tuple[float, tuple[str, ...]], ...] = ((1.0, ()),)
+    scales: tuple[tuple[str, float], ...] = ()
+    seed: int = 0
+    log_every: int = 20
+    checkpoint_seconds: float = 180.0
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks: expected at least one name, found none")
+        total = sum(fraction for fraction, _ in self.phases)
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"phases: expected fractions that sum to 1, found a sum of {total}")
+
+
+def to_json(config: MetaTrainConfig) -> str:
+    """The config as JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def from_json(text: str) -> MetaTrainConfig:
+    """Reads what `to_json` wrote; missing fields have their defaults.
+
+    Raises:
+      ValueError: for text that is not such a config, naming what is wrong.
+    """
+    try:
+        fields: Mapping[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"config: expected a JSON object, found {type(fields).__name__}")
+    known = {field.name for field in dataclasses.fields(MetaTrainConfig)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"config: unknown settings {unknown}; known: {sorted(known)}")
+    values = {name: _tuples(value) for name, value in fields.items()}
+    if "objective" in values:
+        values["objective"] = Objective(**values["objective"])
+    try:
+        return MetaTrainConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"config: {error}") from error

@@ -1,0 +1,149 @@
+"""The meta-trainings behind the shipped weights, and a tiny one that a CPU finishes in minutes."""
+
+import dataclasses
+
+from lopt_jax.meta.config import MetaTrainConfig
+from lopt_jax.meta.unroll import Objective
+
+_TASKS = (
+    "tables_mlp_32x2",
+    "digits_mlp_64",
+    "digits_mlp_norm_32x3",
+    "digits_conv_8",
+    "china_autoencoder",
+    "diabetes_mlp",
+    "teacher_classification",
+    "bytes_rnn_32",
+)
+# Half an Adam, whose steps keep their size, and half the plain momentum, which vanishes with the
+# gradient: the first alone runs on when the training loss is gone, and overfits.
+_GAINS = (("rms_0", 0.6), ("momentum_0", 0.4))
+_NOTES = (
+    "Meta-trained on networks of about ten thousand parameters for at most 2,000 steps with small "
+    "batches of small data; longer trainings, larger models and other kinds of data are untested "
+    "unless the documentation says otherwise."
+)
+
+_SMALL_FC_LOPT = MetaTrainConfig(
+    name="small_fc_lopt",
+    architecture="small_fc_lopt",
+    architecture_config=(
+        ("hidden_size", 32),
+        ("hidden_layers", 2),
+        ("exp_mult", 0.1),
+        ("step_mult", 0.002),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.999,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    tasks=_TASKS,
+    gains=_GAINS,
+    reparametrise=1.5,
+    notes=_NOTES,
+)
+
+_CELO = MetaTrainConfig(
+    name="celo_small",
+    architecture="celo",
+    architecture_config=(
+        ("hidden_size", 8),
+        ("hidden_layers", 2),
+        ("lstm_hidden_size", 64),
+        ("param_inits", 1),
+        ("exp_mult", 0.1),
+        ("step_mult", 0.02),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.999,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    tasks=_TASKS,
+    gains=_GAINS,
+    reparametrise=10.0,
+    phases=((0.5, ("mlp",)), (0.5, ("lstm", "mix", "input", "step_size"))),
+    notes=_NOTES,
+)
+
+_VELO = dataclasses.replace(
+    _CELO,
+    name="velo_small",
+    architecture="velo",
+    architecture_config=(
+        ("hidden_size", 4),
+        ("hidden_layers", 2),
+        ("lstm_hidden_size", 64),
+        ("param_inits", 16),
+        ("exp_mult", 0.1),
+        ("step_mult", 0.02),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.999,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+        ("use_bugged_next_lstm_state", False),
+        ("use_bugged_loss_features", False),
+    ),
+    phases=((1.0, ()),),
+    scales=(("controls", 0.01),),
+)
+
+_CELO2 = MetaTrainConfig(
+    name="celo2_small",
+    architecture="celo2",
+    architecture_config=(
+        ("hidden_size", 8),
+        ("hidden_layers", 2),
+        ("exp_mult", 0.1),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.95,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    tasks=_TASKS,
+    gains=_GAINS,
+    learning_rate_peak=0.003,
+    reparametrise=1.5,
+    notes=_NOTES,
+)
+
+_TINY = MetaTrainConfig(
+    name="tiny",
+    architecture="small_fc_lopt",
+    architecture_config=(
+        *(
+            pair
+            for pair in _SMALL_FC_LOPT.architecture_config
+            if pair[0] not in ("hidden_size", "step_mult")
+        ),
+        ("hidden_size", 4),
+        # Far too small a step, so that there is something to learn in a minute.
+        ("step_mult", 0.0005),
+    ),
+    tasks=("tables_mlp_16",),
+    num_pairs=8,
+    truncation_length=20,
+    measure_every=10,
+    min_horizon=40,
+    max_horizon=100,
+    standard_deviation=0.03,
+    outer_steps=200,
+    outer_learning_rate=0.03,
+    outer_warmup=5,
+    objective=Objective(floor=0.03),
+    notes="A demonstration for CPUs; not for use.",
+)
+
+CONFIGS: dict[str, MetaTrainConfig] = {
+    config.name: config
+    for config in (
+        _TINY,
+        _SMALL_FC_LOPT,
+        dataclasses.replace(
+            _SMALL_FC_LOPT,
+            name="small_fc_lopt_h4",
+            architecture_config=(
+                ("hidden_size", 4),
+                *(pair for pair in _SMALL_FC_LOPT.architecture_config if pair[0] != "hidden_size"),
+            ),
+        ),
+        _CELO,
+        _VELO,
+        _CELO2,
+    )
+}

@@ -1,0 +1,118 @@
+"""Data that needs no network: scikit-learn's data sets and Python's own source."""
+
+import functools
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+VOCABULARY = 96  # the printable ASCII bytes 32..126 as 1..95, everything else as 0
+_MODULES = (
+    "argparse.py", "ast.py", "bdb.py", "cmd.py", "code.py", "configparser.py", "copy.py", "csv.py",
+    "dataclasses.py", "datetime.py", "decimal.py", "difflib.py", "dis.py", "doctest.py",
+    "enum.py", "fractions.py", "ftplib.py", "functools.py", "gzip.py", "heapq.py", "inspect.py",
+)  # fmt: skip
+_VALID_FRACTION = 0.2
+
+
+class Dataset(NamedTuple):
+    """Examples in one fixed shuffled order: the first `num_train` are for training.
+
+    Fields:
+      inputs: (N, D) float32, each feature standardised over the training examples.
+      targets: (N,) int32 class indices, or (N, K) float32 for regression.
+      num_classes: number of classes, 0 for regression.
+      num_train: examples [0, num_train) are for training, the rest for validation.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    num_classes: int
+    num_train: int
+
+
+def _split(inputs: np.ndarray, targets: np.ndarray, num_classes: int, seed: int = 0) -> Dataset:
+    order = np.random.default_rng(seed).permutation(len(inputs))
+    num_train = len(inputs) - round(_VALID_FRACTION * len(inputs))
+    inputs = inputs[order].astype(np.float32)
+    mean = inputs[:num_train].mean(0)
+    deviation = inputs[:num_train].std(0)
+    inputs = (inputs - mean) / np.where(deviation > 1e-3, deviation, 1.0)
+    return Dataset(np.clip(inputs, -5.0, 5.0), targets[order], num_classes, num_train)
+
+
+@functools.cache
+def load_tabular(name: str) -> Dataset:
+    """Loads one of scikit-learn's bundled tables.
+
+    Args:
+      name: "digits", "breast_cancer", "wine" or "diabetes".
+
+    Returns:
+      The data set; "diabetes" is a regression onto one standardised target.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    from sklearn import datasets
+
+    if name == "diabetes":
+        inputs, targets = datasets.load_diabetes(return_X_y=True)
+        targets = ((targets - targets.mean()) / targets.std()).astype(np.float32)[:, None]
+        return _split(inputs / inputs.std(0), targets, 0)
+    loaders = {
+        "digits": datasets.load_digits,
+        "breast_cancer": datasets.load_breast_cancer,
+        "wine": datasets.load_wine,
+    }
+    if name not in loaders:
+        raise ValueError(
+            f"name: unknown data set {name!r}; known: {sorted(loaders)} and 'diabetes'"
+        )
+    inputs, labels = loaders[name](return_X_y=True)
+    return _split(inputs, labels.astype(np.int32), int(labels.max()) + 1)
+
+
+@functools.cache
+def load_patches(photograph: str, side: int = 8) -> Dataset:
+    """Cuts a sample photograph into grey patches, each its own target.
+
+    Args:
+      photograph: "china" or "flower".
+      side: height and width of a patch, in pixels.
+
+    Returns:
+      inputs and targets (N, side * side), with zero mean and unit variance over all pixels.
+    """
+    from sklearn.datasets import load_sample_image
+
+    image = load_sample_image(f"{photograph}.jpg").astype(np.float32).mean(-1)
+    rows, columns = image.shape[0] // side, image.shape[1] // side
+    patches = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
+    patches = patches.transpose(0, 2, 1, 3).reshape(-1, side * side)
+    patches = (patches - patches.mean()) / patches.std()
+    order = np.random.default_rng(0).permutation(len(patches))
+    patches = patches[order]
+    num_train = len(patches) - round(_VALID_FRACTION * len(patches))
+    return Dataset(patches, patches, 0, num_train)
+
+
+@functools.cache
+def load_source_code(num_bytes: int = 400_000) -> tuple[np.ndarray, int]:
+    """Reads source files of the Python standard library as one sequence of tokens.
+
+    Args:
+      num_bytes: length to keep.
+
+    Returns:
+      tokens (num_bytes,) int32 in [0, VOCABULARY), and how many of them are for training: the rest,
+      from the end of the sequence, is for validation.
+    """
+    folder = os.path.dirname(os.__file__)
+    paths = [os.path.join(folder, module) for module in _MODULES]
+    text = b"".join(open(path, "rb").read() for path in paths if os.path.exists(path))  # noqa: SIM115
+    if len(text) < 10_000:
+        raise FileNotFoundError(f"no standard library sources found in {folder}")
+    raw = np.frombuffer(text[:num_bytes], np.uint8).astype(np.int32)
+    tokens = np.where((raw >= 32) & (raw < 127), raw - 31, 0).astype(np.int32)
+    return tokens, int(len(tokens) * (1 - _VALID_FRACTION))

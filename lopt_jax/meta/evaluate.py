@@ -1,0 +1,368 @@
+"""Evaluation: learned optimizers, untuned, against the usual ones, each tuned, on held-out tasks.
+
+The tuned optimizers get the best of twelve learning rates by the mean over seeds of the final
+validation loss, the measure that all are compared by.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt_jax.meta.rules import cosine_schedule, make_rule
+from lopt_jax.meta.shampoo import shampoo
+from lopt_jax.meta.tasks import Task, held_out_tasks
+from lopt_jax.weights import Weights
+
+HORIZONS = (200, 1000, 5000)
+POINTS = 40  # measurements a run; divides every horizon
+_EXAMPLES = 512  # of each split a measurement
+
+# (learning_rate, num_steps) -> transformation; both may be traced.
+Build = Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An optimizer with the learning rates it may choose from.
+
+    Args:
+      name: for tables.
+      build: from a learning rate and a number of steps.
+      learning_rates: candidates; one for an untuned optimizer.
+      evaluation_params: maps state and params to the params to measure, where they differ.
+    """
+
+    name: str
+    build: Build
+    learning_rates: tuple[float, ...]
+    evaluation_params: Callable[[Any, Any], Any] | None = None
+
+
+def _grid(low: float, high: float) -> tuple[float, ...]:
+    return tuple(float(x) for x in np.geomspace(low, high, 12))
+
+
+def _schedule_free(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+    # A constant rate after a warm-up of 5%: the schedule it is made for.
+    def schedule(step: jax.Array) -> jax.Array:
+        return rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(0.05 * steps, 1.0))
+
+    base = optax.adamw(schedule, b1=0.0)
+    return optax.contrib.schedule_free(base, schedule, b1=0.9)
+
+
+def baselines() -> dict[str, Contender]:
+    """The tuned optimizers by name, under a cosine schedule (but for schedule-free adamw)."""
+
+    def cosine(make: Callable[[Any], optax.GradientTransformation]) -> Build:
+        return lambda rate, steps: make(lambda step: rate * cosine_schedule(steps)(step))
+
+    contenders = [
+        Contender("adamw", cosine(optax.adamw), _grid(1e-4, 0.3)),
+        Contender("adam", cosine(optax.adam), _grid(1e-4, 0.3)),
+        Contender("sgd", cosine(lambda s: optax.sgd(s, momentum=0.9)), _grid(1e-3, 3.0)),
+        Contender("adagrad", cosine(optax.adagrad), _grid(1e-3, 3.0)),
+        Contender("rmsprop", cosine(optax.rmsprop), _grid(3e-5, 0.1)),
+        Contender("adadelta", cosine(optax.adadelta), _grid(0.03, 100.0)),
+        Contender("adafactor", cosine(optax.adafactor), _grid(3e-4, 1.0)),
+        Contender("lion", cosine(optax.lion), _grid(1e-5, 0.03)),
+        Contender("muon", cosine(optax.contrib.muon), _grid(3e-4, 1.0)),
+        Contender("shampoo", cosine(shampoo), _grid(1e-4, 0.3)),
+        Contender(
+            "schedule_free_adamw", _schedule_free, _grid(1e-4, 0.3),
+            optax.contrib.schedule_free_eval_params,
+        ),
+    ]  # fmt: skip
+    return {contender.name: contender for contender in contenders}
+
+
+def learned(name: str, weights: Weights) -> Contender:
+    """A learned optimizer as it comes: one learning rate, the one it was meta-trained for."""
+    record = weights.metadata.get("meta_training", {})
+    peak = float(record.get("learning_rate_peak", 1.0))
+    rule = make_rule(weights.architecture, weights.config)
+
+    def build(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
+        return rule(weights.params, steps, lambda step: rate * cosine_schedule(steps)(step))
+
+    return Contender(name, build, (peak,))
+
+
+class Curves(NamedTuple):
+    """Losses along runs of one contender on one task: (rates, seeds, POINTS) each."""
+
+    train: np.ndarray
+    valid: np.ndarray
+    initial_valid: np.ndarray  # (rates, seeds)
+
+
+def _run_program(task: Task, contender: Contender) -> Callable[..., Any]:
+    """A function (rates, seeds, num_steps) of losses along runs, to be compiled."""
+    content = task.sample(jax.random.key(0))
+    splits = {split: task.examples(content, split, _EXAMPLES) for split in ("train", "valid")}
+
+    def one(rate: jax.Array, seed: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, ...]:
+        key_init, key_batches = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
+        params = task.init(key_init, content)
+        optimizer = optax.with_extra_args_support(contender.build(rate, num_steps))
+
+        def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            params, state = carry
+            batch = task.batch(jax.random.fold_in(key_batches, i), content, "train")
+            loss, gradient = jax.value_and_grad(task.loss)(params, content, batch)
+            updates, state = optimizer.update(gradient, state, params, value=loss)
+            return optax.apply_updates(params, updates), state
+
+        def measured(params: Any, state: Any) -> tuple[jax.Array, jax.Array]:
+            if contender.evaluation_params is not None:
+                params = contender.evaluation_params(state, params)
+            train = task.loss(params, content, splits["train"])
+            return train, task.loss(params, content, splits["valid"])
+
+        def point(carry: Any, i: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+            count = num_steps // POINTS
+            carry = jax.lax.fori_loop(i * count, (i + 1) * count, step, carry)
+            return carry, measured(*carry)
+
+        state = optimizer.init(params)
+        initial = task.loss(params, content, splits["valid"])
+        _, (train, valid) = jax.lax.scan(point, (params, state), jnp.arange(POINTS))
+        return train, valid, initial
+
+    over_seeds = jax.vmap(one, (None, 0, None))
+    return jax.vmap(over_seeds, (0, None, None))
+
+
+def run_curves(
+    tasks: Mapping[str, Task],
+    contenders: Sequence[Contender],
+    horizons: Sequence[int] = HORIZONS,
+    seeds: int = 5,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[tuple[str, str, int], Curves]:
+    """Trains every contender on every task at every horizon.
+
+    Args:
+      tasks: by name.
+      contenders: the optimizers.
+      horizons: numbers of steps, multiples of POINTS.
+      seeds: runs a learning rate.
+      on_progress: called with a line of text now and then.
+
+    Returns:
+      Curves by (task, contender, horizon).
+
+    Raises:
+      ValueError: for a horizon that is no multiple of POINTS.
+    """
+    bad = [horizon for horizon in horizons if horizon % POINTS or horizon <= 0]
+    if bad:
+        raise ValueError(f"horizons: expected positive multiples of {POINTS}, found {bad}")
+    say = on_progress or (lambda text: None)
+    jobs = [(name, contender) for name in tasks for contender in contenders]
+    seed_array = jnp.arange(seeds, dtype=jnp.uint32)
+
+    def build(job: tuple[str, Contender]) -> Any:
+        name, contender = job
+        rates = jnp.array(contender.learning_rates, jnp.float32)
+        program = jax.jit(_run_program(tasks[name], contender))
+        # num_steps is traced: one program serves all horizons.
+        return program.lower(rates, seed_array, jnp.int32(horizons[0])).compile()
+
+    results = {}
+    # Programs compile ahead in threads while earlier ones run.
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        programs = [pool.submit(build, job) for job in jobs]
+        for (name, contender), future in zip(jobs, programs, strict=True):
+            program = future.result()
+            rates = jnp.array(contender.learning_rates, jnp.float32)
+            for horizon in horizons:
+                train, valid, initial = jax.device_get(
+                    program(rates, seed_array, jnp.int32(horizon))
+                )
+                results[name, contender.name, horizon] = Curves(train, valid, initial)
+            final = results[name, contender.name, horizons[-1]].valid[..., -1].mean(-1)
+            best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
+            say(f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps")
+    return results
+
+
+def best_rate(curves: Curves) -> int:
+    """Index of the learning rate with the lowest mean final validation loss; nan is the worst."""
+    final = curves.valid[..., -1].mean(-1)
+    return int(np.argmin(np.where(np.isfinite(final), final, np.inf)))
+
+
+def first_step_below(curve: np.ndarray, level: float, horizon: int) -> int | None:
+    """Steps until a loss curve (POINTS,) is at or below a level; None if it never is."""
+    below = np.flatnonzero(curve <= level)
+    return None if not len(below) else int((below[0] + 1) * horizon // len(curve))
+
+
+def make_records(
+    curves: Mapping[tuple[str, str, int], Curves],
+    contenders: Sequence[Contender],
+    all_rates: bool = False,
+) -> list[dict[str, Any]]:
+    """One record a run: the table that `meta-eval` writes.
+
+    Args:
+      curves: of `run_curves`, adamw's among them.
+      contenders: the optimizers.
+      all_rates: also the runs of learning rates that were not the best.
+
+    Returns:
+      Dictionaries with task, held_out, horizon, optimizer, learning_rate, seed, train_loss,
+      valid_loss, initial_loss, steps_to_adamw (None if never) and adamw_steps (steps adamw needed
+      to this run's final validation loss; None if never). Losses that are not finite are None.
+    """
+    by_name = {contender.name: contender for contender in contenders}
+    held_out = set(held_out_tasks())
+
+    def number(x: Any) -> float | None:
+        return float(x) if np.isfinite(x) else None
+
+    records = []
+    for (task, name, horizon), found in curves.items():
+        reference = curves.get((task, "adamw", horizon))
+        level = np.inf
+        adamw = None
+        if reference is not None:
+            adamw = reference.valid[best_rate(reference)]
+            level = float(adamw[:, -1].mean())
+        rates = range(found.valid.shape[0]) if all_rates else [best_rate(found)]
+        for rate in rates:
+            for seed in range(found.valid.shape[1]):
+                final = found.valid[rate, seed, -1]
+                curve = found.valid[rate, seed]
+                reached = back = None
+                if adamw is not None:
+                    reached = first_step_below(curve, level, horizon)
+                    back = first_step_below(adamw.mean(0), float(final), horizon)
+                records.append(
+                    {
+                        "task": task,
+                        "held_out": task in held_out,
+                        "horizon": int(horizon),
+                        "optimizer": name,
+                        "learning_rate": by_name[name].learning_rates[rate],
+                        "seed": seed,
+                        "train_loss": number(found.train[rate, seed, -1]),
+                        "valid_loss": number(final),
+                        "initial_loss": number(found.initial_valid[rate, seed]),
+                        "steps_to_adamw": reached,
+                        "adamw_steps": back,
+                    }
+                )
+    return records
+
+
+def speed_up(record: Mapping[str, Any]) -> float:
+    """How many times faster than tuned adamw a run was.
+
+    Where the run reached adamw's final validation loss: horizon / steps it took. Where it did not:
+    steps adamw took to the run's final loss / horizon, below 1. A run that is not finite counts as
+    the smallest step, 1 / POINTS.
+    """
+    horizon = record["horizon"]
+    if record["steps_to_adamw"] is not None:
+        return horizon / record["steps_to_adamw"]
+    if record["valid_loss"] is None:
+        return 1.0 / POINTS
+    back = record["adamw_steps"]
+    return (back if back is not None else horizon) / horizon
+
+
+def interquartile_mean(values: np.ndarray) -> float:
+    """Mean of the middle half, as rliable defines it (a 25% trimmed mean)."""
+    ordered = np.sort(np.asarray(values, np.float64).ravel())
+    cut = int(0.25 * len(ordered))
+    return float(ordered[cut : len(ordered) - cut].mean())
+
+
+def bootstrap_interval(
+    scores: np.ndarray, repetitions: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """A 95% interval of the interquartile mean by the stratified bootstrap over runs.
+
+    Args:
+      scores: (runs, tasks); runs are drawn with replacement within each task.
+      repetitions: bootstrap samples.
+      seed: of the draws.
+
+    Returns:
+      The 2.5% and 97.5% percentiles.
+    """
+    generator = np.random.default_rng(seed)
+    runs, tasks = scores.shape
+    means = [
+        interquartile_mean(
+            np.take_along_axis(scores, generator.integers(0, runs, (runs, tasks)), 0)
+        )
+        for _ in range(repetitions)
+    ]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Summary(NamedTuple):
+    """One optimizer at one horizon over all tasks."""
+
+    optimizer: str
+    horizon: int
+    tasks: int
+    speed_up: float  # interquartile mean over runs
+    low: float
+    high: float
+    wins: float  # fraction of tasks with a mean final validation loss at or below tuned adamw's
+    train_ratio: float  # geometric mean over tasks of final training loss / tuned adamw's
+    valid_ratio: float  # likewise of validation losses
+    diverged: int  # tasks with a run that is not finite or not below its initial loss
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """Summaries by optimizer and horizon, the fastest first within a horizon."""
+    groups: dict[tuple[int, str], dict[str, list[Mapping[str, Any]]]] = {}
+    for record in records:
+        key = (record["horizon"], record["optimizer"])
+        groups.setdefault(key, {}).setdefault(record["task"], []).append(record)
+
+    def mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:
+        values = [np.inf if row[field] is None else row[field] for row in rows]
+        return float(np.mean(values))
+
+    summaries = []
+    for (horizon, name), by_task in groups.items():
+        reference = groups.get((horizon, "adamw"), {})
+        shared = [task for task in by_task if task in reference]
+        if not shared:
+            continue
+        scores = np.array([[speed_up(row) for row in by_task[task]] for task in shared]).T
+        valid = np.array([mean(by_task[t], "valid_loss") for t in shared])
+        adamw = np.array([mean(reference[t], "valid_loss") for t in shared])
+        train = np.array([mean(by_task[t], "train_loss") for t in shared])
+        adamw_train = np.array([mean(reference[t], "train_loss") for t in shared])
+        bad = [
+            any(r["valid_loss"] is None or r["valid_loss"] >= r["initial_loss"] for r in by_task[t])
+            for t in shared
+        ]
+        low, high = bootstrap_interval(scores)
+        with np.errstate(divide="ignore", over="ignore"):
+            ratios = [
+                float(np.exp(np.mean(np.log(np.maximum(a, 1e-12) / np.maximum(b, 1e-12)))))
+                for a, b in ((train, adamw_train), (valid, adamw))
+            ]
+        summaries.append(
+            Summary(
+                name, horizon, len(shared), interquartile_mean(scores), low, high,
+                float(np.mean(valid <= adamw)), ratios[0], ratios[1], int(sum(bad)),
+            )
+        )  # fmt: skip
+    return sorted(summaries, key=lambda s: (s.horizon, -s.speed_up))

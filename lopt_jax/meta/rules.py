@@ -1,0 +1,126 @@
+"""What meta-training needs of an optimizer: build it from meta-parameters, inside jit and vmap."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt_jax.weights import Weights
+
+MetaParameters = Any
+Schedule = Callable[[jax.Array], jax.Array]
+# (meta_parameters, num_steps, learning_rate_schedule) -> transformation; num_steps may be traced.
+MakeOptimizer = Callable[
+    [MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs
+]
+
+_TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2")
+_KNOWS_HORIZON = ("velo", "celo", "celo_adam")
+
+
+def cosine_schedule(num_steps: jax.Array | int, peak: float = 1.0) -> Schedule:
+    """The schedule users are told to use: half a cosine from `peak` to 0, without warm-up.
+
+    Args:
+      num_steps: the horizon, in steps; may be traced.
+      peak: the value at step 0.
+
+    Returns:
+      A function from the step to the value, both scalars.
+    """
+
+    def schedule(step: jax.Array) -> jax.Array:
+        fraction = jnp.clip(step / num_steps, 0.0, 1.0)
+        return jnp.float32(peak) * 0.5 * (1.0 + jnp.cos(jnp.pi * fraction))
+
+    return schedule
+
+
+def learned_adam(
+    meta_parameters: MetaParameters, num_steps: jax.Array, learning_rate: Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Adam whose log learning rate and log (1 - decay)s are the meta-parameters: for tests.
+
+    Args:
+      meta_parameters: {"log_learning_rate": (), "log_decay_gaps": (2,)}.
+      num_steps: unused.
+      learning_rate: multiplies the learned learning rate.
+
+    Returns:
+      The transformation.
+    """
+    del num_steps
+    gaps = jnp.exp(meta_parameters["log_decay_gaps"])
+    rate = jnp.exp(meta_parameters["log_learning_rate"])
+    chain = optax.chain(
+        optax.scale_by_adam(b1=1 - gaps[0], b2=1 - gaps[1]),
+        optax.scale_by_schedule(learning_rate),
+        optax.scale(-rate),
+    )
+    return optax.with_extra_args_support(chain)
+
+
+def learned_sgd(
+    meta_parameters: MetaParameters, num_steps: jax.Array, learning_rate: Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """Gradient descent whose log learning rate is the meta-parameter, with no schedule: for tests.
+
+    Args:
+      meta_parameters: {"log_learning_rate": ()}.
+      num_steps: unused.
+      learning_rate: unused.
+
+    Returns:
+      The transformation.
+    """
+    del num_steps, learning_rate
+    return optax.with_extra_args_support(
+        optax.scale(-jnp.exp(meta_parameters["log_learning_rate"]))
+    )
+
+
+def make_rule(
+    architecture: str, config: Mapping[str, Any], learning_rate: float = 1.0
+) -> MakeOptimizer:
+    """The optimizer of an architecture as a function of its meta-parameters.
+
+    Args:
+      architecture: a name of `lopt_jax.Weights.architecture`, or "learned_adam", "learned_sgd".
+      config: the architecture's config, as in `lopt_jax.Weights.config`.
+      learning_rate: the peak of the schedule, for rules that are given one.
+
+    Returns:
+      A function that builds the optimizer.
+
+    Raises:
+      ValueError: for an architecture that cannot be meta-trained.
+    """
+    if architecture == "learned_adam":
+        return learned_adam
+    if architecture == "learned_sgd":
+        return learned_sgd
+    if architecture not in (*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON):
+        raise ValueError(
+            f"architecture: {architecture!r} cannot be meta-trained; "
+            f"choose one of {sorted([*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON])}"
+        )
+    module = importlib.import_module(f"lopt_jax.optimizers.{architecture}")
+    constructor = getattr(module, architecture)
+
+    def weights(meta_parameters: MetaParameters) -> Weights:
+        return Weights(architecture, config, meta_parameters, {})
+
+    def scaled(schedule: Schedule) -> Schedule:
+        return lambda step: learning_rate * schedule(step)
+
+    # `backend="xla"`: the Pallas kernels are written for large tensors, not for vmapped small ones.
+    if architecture in _KNOWS_HORIZON:
+        return lambda theta, num_steps, schedule: constructor(
+            num_steps, weights=weights(theta), backend="xla"
+        )
+    return lambda theta, num_steps, schedule: constructor(
+        learning_rate=scaled(schedule), weights=weights(theta), backend="xla"
+    )

@@ -1,0 +1,441 @@
+"""Tasks: what an optimizer is trained on. A task has static shapes and random content.
+
+One compiled program therefore serves every sample of a task under `vmap`: which rows of the data,
+which labels, which activation, which scale at the start are all traced values.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax.meta import data
+from lopt_jax.meta.networks import ConvNet, Mlp, Network, Params, Rnn, Transformer
+
+Content = Any
+Batch = Any
+Split = Literal["train", "valid"]
+
+
+class Task(Protocol):
+    """A family of optimization problems of one shape."""
+
+    @property
+    def name(self) -> str:
+        """A short name for tables."""
+        ...
+
+    def sample(self, key: jax.Array) -> Content:
+        """Draws the random content of one problem: a pytree of arrays."""
+        ...
+
+    def init(self, key: jax.Array, content: Content) -> Params:
+        """Draws initial parameters."""
+        ...
+
+    def batch(self, key: jax.Array, content: Content, split: Split) -> Batch:
+        """Draws a batch of training or of held-out examples."""
+        ...
+
+    def examples(self, content: Content, split: Split, limit: int) -> Batch:
+        """The first examples of a split, at most `limit`, always the same: for evaluation."""
+        ...
+
+    def loss(self, params: Params, content: Content, batch: Batch) -> jax.Array:
+        """The mean loss on a batch, a scalar."""
+        ...
+
+
+class Example(NamedTuple):
+    """A batch: inputs (batch, ...) and targets (batch, ...)."""
+
+    inputs: jax.Array
+    targets: jax.Array
+
+
+class Source(Protocol):
+    """Where a task's examples come from."""
+
+    def sample(self, key: jax.Array) -> Any:
+        """Draws the content: which examples, in which disguise."""
+        ...
+
+    def batch(self, key: jax.Array, content: Any, split: Split, size: int) -> Example:
+        """Draws `size` examples."""
+        ...
+
+    def examples(self, content: Any, split: Split, limit: int) -> Example:
+        """The first examples of a split."""
+        ...
+
+
+class TableContent(NamedTuple):
+    """Which table, which of its training rows, and how its columns and labels are disguised."""
+
+    start: jax.Array  # () int32: first row of the table in the pool
+    num_train: jax.Array  # () int32: training rows used
+    valid_start: jax.Array  # () int32
+    num_valid: jax.Array  # () int32
+    feature_order: jax.Array  # (D,) int32
+    feature_sign: jax.Array  # (D,) float32
+    label_order: jax.Array  # (K,) int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """One or several tables padded to one shape: classification, or reconstruction of the input.
+
+    Args:
+      names: data sets of `data.load_tabular`, or "china" and "flower" for patches.
+      width: columns; narrower tables are padded with zeros.
+      num_classes: label_order's length; tables with fewer classes use the first ones.
+      disguise: permute columns and labels, flip signs, use a random part of the training rows.
+      keep_places: do not permute columns (for convolutions).
+    """
+
+    names: tuple[str, ...]
+    width: int
+    num_classes: int
+    disguise: bool = True
+    keep_places: bool = False
+
+    def _pool(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        inputs, targets, rows = [], [], []
+        start = 0
+        for name in self.names:
+            patches = name in ("china", "flower")
+            table = data.load_patches(name) if patches else data.load_tabular(name)
+            padding = ((0, 0), (0, self.width - table.inputs.shape[1]))
+            inputs.append(np.pad(table.inputs, padding))
+            if table.num_classes:
+                targets.append(table.targets)
+            elif patches:
+                targets.append(np.zeros(len(table.inputs), np.int32))
+            else:
+                targets.append(table.targets[:, 0])
+            rows.append((start, table.num_train, len(table.inputs) - table.num_train))
+            start += len(table.inputs)
+        return np.concatenate(inputs), np.concatenate(targets), np.array(rows, np.int32)
+
+    def sample(self, key: jax.Array) -> TableContent:
+        """Draws a table and its disguise."""
+        keys = jax.random.split(key, 5)
+        rows = jnp.asarray(self._pool()[2])
+        start, num_train, num_valid = rows[jax.random.randint(keys[0], (), 0, len(self.names))]
+        order = jnp.arange(self.width)
+        sign = jnp.ones((self.width,))
+        labels = jnp.arange(self.num_classes)
+        used = num_train
+        if self.disguise:
+            labels = jax.random.permutation(keys[1], labels)
+            # Half of the problems see all training rows, the others down to a fifth of them.
+            fraction = jnp.exp(jax.random.uniform(keys[2], (), minval=jnp.log(0.2), maxval=0.7))
+            used = (num_train * jnp.minimum(fraction, 1.0)).astype(jnp.int32)
+            if not self.keep_places:
+                order = jax.random.permutation(keys[3], order)
+                sign = jax.random.rademacher(keys[4], (self.width,), jnp.float32)
+        return TableContent(start, used, start + num_train, num_valid, order, sign, labels)
+
+    def _take(self, content: TableContent, rows: jax.Array) -> Example:
+        inputs, targets, _ = self._pool()
+        x = jnp.asarray(inputs)[rows][:, content.feature_order] * content.feature_sign
+        if self.num_classes == 0:
+            y = jnp.asarray(targets)[rows]
+            return Example(x, x if y.dtype == jnp.int32 else y[:, None])
+        return Example(x, content.label_order[jnp.asarray(targets)[rows]])
+
+    def batch(self, key: jax.Array, content: TableContent, split: Split, size: int) -> Example:
+        """Draws rows with replacement."""
+        start = content.start if split == "train" else content.valid_start
+        count = content.num_train if split == "train" else content.num_valid
+        return self._take(content, start + jax.random.randint(key, (size,), 0, count))
+
+    def examples(self, content: TableContent, split: Split, limit: int) -> Example:
+        """The first rows of a split; of several pooled tables the smallest says how many."""
+        counts = self._pool()[2][:, 1 if split == "train" else 2]
+        start = content.start if split == "train" else content.valid_start
+        return self._take(content, start + jnp.arange(min(limit, int(counts.min()))))
+
+
+class TeacherContent(NamedTuple):
+    """A random network that labels Gaussian inputs, and how noisy its labels are."""
+
+    params: Params
+    spread: jax.Array  # (D,) float32: standard deviation of each input
+    noise: jax.Array  # () float32: standard deviation of the noise on the teacher's outputs
+    examples_key: jax.Array  # (2,) uint32
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Inputs drawn afresh, labelled by a random network with noise.
+
+    Args:
+      sizes: the teacher's widths.
+      classify: the label is the largest output's index; else the outputs are the target.
+    """
+
+    sizes: tuple[int, ...]
+    classify: bool
+
+    def sample(self, key: jax.Array) -> TeacherContent:
+        """Draws a teacher."""
+        keys = jax.random.split(key, 4)
+        params = Mlp(self.sizes).init(keys[0], jnp.float32(1.5))
+        spread = jnp.exp(0.7 * jax.random.normal(keys[1], (self.sizes[0],)))
+        noise = jnp.exp(jax.random.uniform(keys[2], (), minval=jnp.log(0.01), maxval=jnp.log(0.5)))
+        return TeacherContent(params, spread, noise, jax.random.key_data(keys[3]))
+
+    def batch(self, key: jax.Array, content: TeacherContent, split: Split, size: int) -> Example:
+        """Draws inputs and labels them; training labels carry noise, held-out ones do not."""
+        key_input, key_noise = jax.random.split(key)
+        inputs = jax.random.normal(key_input, (size, self.sizes[0])) * content.spread
+        outputs = Mlp(self.sizes).apply(content.params, inputs, jnp.int32(1))
+        if split == "train":
+            outputs = outputs + content.noise * jax.random.normal(key_noise, outputs.shape)
+        targets = jnp.argmax(outputs, -1) if self.classify else outputs
+        return Example(inputs, targets)
+
+    def examples(self, content: TeacherContent, split: Split, limit: int) -> Example:
+        """Inputs of a fixed key of the content."""
+        key = jax.random.wrap_key_data(content.examples_key)
+        return self.batch(jax.random.fold_in(key, split == "train"), content, split, limit)
+
+
+class TextContent(NamedTuple):
+    """Which stretch of the text is for training, and how its tokens are renamed."""
+
+    start: jax.Array  # () int32
+    length: jax.Array  # () int32
+    names: jax.Array  # (VOCABULARY,) int32
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceCode:
+    """Windows of Python source; the target is the next byte."""
+
+    length: int
+    disguise: bool = True
+
+    def sample(self, key: jax.Array) -> TextContent:
+        """Draws a stretch of the training text and a renaming of the tokens."""
+        _, num_train = data.load_source_code()
+        names = jnp.arange(data.VOCABULARY)
+        if not self.disguise:
+            return TextContent(jnp.int32(0), jnp.int32(num_train), names)
+        keys = jax.random.split(key, 3)
+        fraction = jnp.exp(jax.random.uniform(keys[0], (), minval=jnp.log(0.05), maxval=0.0))
+        length = (num_train * fraction).astype(jnp.int32)
+        start = jax.random.randint(keys[1], (), 0, num_train - length + 1)
+        return TextContent(start, length, jax.random.permutation(keys[2], names))
+
+    def _windows(self, content: TextContent, starts: jax.Array) -> Example:
+        tokens = jnp.asarray(data.load_source_code()[0])
+        windows = tokens[starts[:, None] + jnp.arange(self.length + 1)]
+        windows = content.names[windows]
+        return Example(windows[:, :-1], windows[:, 1:])
+
+    def batch(self, key: jax.Array, content: TextContent, split: Split, size: int) -> Example:
+        """Draws windows at random places."""
+        tokens, num_train = data.load_source_code()
+        if split == "train":
+            last = content.length - self.length - 1
+            return self._windows(content, content.start + jax.random.randint(key, (size,), 0, last))
+        last_place = len(tokens) - self.length - 1
+        return self._windows(content, jax.random.randint(key, (size,), num_train, last_place))
+
+    def examples(self, content: TextContent, split: Split, limit: int) -> Example:
+        """Evenly spaced windows."""
+        tokens, num_train = data.load_source_code()
+        limit = min(limit, 128)
+        first, last = (0, num_train) if split == "train" else (num_train, len(tokens))
+        places = np.linspace(first, last - self.length - 1, limit).astype(np.int32)
+        return self._windows(content, jnp.asarray(places))
+
+
+class SupervisedContent(NamedTuple):
+    """A supervised task's content: the source's, the activation and the scale at the start."""
+
+    source: Any
+    activation: jax.Array  # () int32
+    init_scale: jax.Array  # () float32
+
+
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean of -log softmax at the target's index; outputs (..., K), targets (...) int."""
+    hot = jax.nn.one_hot(targets, outputs.shape[-1])
+    return -jnp.mean(jnp.sum(hot * jax.nn.log_softmax(outputs), -1))
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over all elements of the squared difference."""
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisedTask:
+    """A source of examples, a network and a loss.
+
+    Args:
+      name: for tables.
+      source: where examples come from.
+      network: what is trained.
+      loss_function: maps outputs and targets to a scalar.
+      batch_size: examples a training step.
+      valid_size: held-out examples a measurement during meta-training.
+      activation: index of `networks.activate`, or None for a random one a problem.
+      log_init_spread: the weights' scale at the start is exp of a uniform number in
+        [-log_init_spread, log_init_spread].
+    """
+
+    name: str
+    source: Source
+    network: Network
+    loss_function: Callable[[jax.Array, jax.Array], jax.Array]
+    batch_size: int
+    valid_size: int = 128
+    activation: int | None = None
+    log_init_spread: float = 0.5
+
+    def sample(self, key: jax.Array) -> SupervisedContent:
+        """Draws a problem."""
+        keys = jax.random.split(key, 3)
+        if self.activation is None:
+            activation = jax.random.randint(keys[1], (), 0, 4)
+        else:
+            activation = jnp.int32(self.activation)
+        spread = self.log_init_spread
+        init_scale = jnp.exp(jax.random.uniform(keys[2], (), minval=-spread, maxval=spread))
+        return SupervisedContent(self.source.sample(keys[0]), activation, init_scale)
+
+    def init(self, key: jax.Array, content: SupervisedContent) -> Params:
+        """Draws the network's parameters."""
+        return self.network.init(key, content.init_scale)
+
+    def batch(self, key: jax.Array, content: SupervisedContent, split: Split) -> Example:
+        """Draws examples from the source."""
+        size = self.batch_size if split == "train" else self.valid_size
+        return self.source.batch(key, content.source, split, size)
+
+    def examples(self, content: SupervisedContent, split: Split, limit: int) -> Example:
+        """The source's first examples of a split."""
+        return self.source.examples(content.source, split, limit)
+
+    def loss(self, params: Params, content: SupervisedContent, batch: Example) -> jax.Array:
+        """The loss of the network's outputs."""
+        outputs = self.network.apply(params, batch.inputs, content.activation)
+        return self.loss_function(outputs, batch.targets)
+
+
+class QuadraticContent(NamedTuple):
+    """A diagonal quadratic bowl: curvature and minimum of each coordinate."""
+
+    curvature: jax.Array
+    minimum: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """0.5 * mean(curvature * (x - minimum)^2): small, exact, for tests of the estimators."""
+
+    dimension: int = 4
+    name: str = "quadratic"
+
+    def sample(self, key: jax.Array) -> QuadraticContent:
+        """Draws curvatures in [0.5, 2] and a minimum."""
+        keys = jax.random.split(key)
+        curvature = jax.random.uniform(keys[0], (self.dimension,), minval=0.5, maxval=2.0)
+        return QuadraticContent(curvature, jax.random.normal(keys[1], (self.dimension,)))
+
+    def init(self, key: jax.Array, content: QuadraticContent) -> Params:
+        """Draws the starting point."""
+        del content
+        return {"x": jax.random.normal(key, (self.dimension,))}
+
+    def batch(self, key: jax.Array, content: QuadraticContent, split: Split) -> Batch:
+        """No data."""
+        del key, content, split
+        return ()
+
+    def examples(self, content: QuadraticContent, split: Split, limit: int) -> Batch:
+        """No data."""
+        del content, split, limit
+        return ()
+
+    def loss(self, params: Params, content: QuadraticContent, batch: Batch) -> jax.Array:
+        """The bowl's height."""
+        del batch
+        return 0.5 * jnp.mean(content.curvature * jnp.square(params["x"] - content.minimum))
+
+
+def _classifier(
+    name: str, source: Source, network: Network, batch: int, **kw: Any
+) -> SupervisedTask:
+    return SupervisedTask(name, source, network, cross_entropy, batch, **kw)
+
+
+def _digits(disguise: bool = True) -> Tables:
+    return Tables(("digits",), 64, 10, disguise, keep_places=not disguise)
+
+
+def training_tasks() -> dict[str, Task]:
+    """The tasks meta-training may use, by name."""
+    pooled = Tables(("digits", "wine"), 64, 10)
+    places = Tables(("digits",), 64, 10, keep_places=True)
+    china = Tables(("china",), 64, 0)
+    mse = squared_error
+    tasks = [
+        Quadratic(),
+        _classifier("tables_mlp_16", pooled, Mlp((64, 16, 10)), 32, valid_size=128),
+        _classifier("tables_mlp_32x2", pooled, Mlp((64, 32, 32, 10)), 64, valid_size=256),
+        _classifier("digits_mlp_64", _digits(), Mlp((64, 64, 10)), 128, valid_size=256),
+        _classifier("digits_mlp_norm_32x3", _digits(), Mlp((64, 32, 32, 32, 10), True), 32),
+        _classifier("digits_conv_8", places, ConvNet(8, (8, 16), 10), 32, valid_size=128),
+        SupervisedTask("china_autoencoder", china, Mlp((64, 48, 12, 48, 64)), mse, 32),
+        SupervisedTask(
+            "diabetes_mlp", Tables(("diabetes",), 10, 0), Mlp((10, 32, 16, 1)), mse, 16, 128
+        ),
+        SupervisedTask(
+            "teacher_regression", Teacher((16, 32, 4), False), Mlp((16, 32, 32, 4)), mse, 64
+        ),
+        _classifier("teacher_classification", Teacher((16, 32, 8), True), Mlp((16, 48, 8)), 32),
+        _classifier("bytes_rnn_32", SourceCode(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
+    ]
+    return {task.name: task for task in tasks}
+
+
+def held_out_tasks() -> dict[str, Task]:
+    """The tasks meta-training never sees, by name.
+
+    Held out by kind: every transformer, the breast cancer table, the photograph "flower", and the
+    widest models. Their content is not disguised.
+    """
+    vocabulary = data.VOCABULARY
+    cancer = Tables(("breast_cancer",), 30, 2, disguise=False)
+    flower = Tables(("flower",), 64, 0, disguise=False)
+    fixed: dict[str, Any] = {"activation": 0, "log_init_spread": 0.0}
+    tasks = [
+        _classifier("digits_mlp_128", _digits(False), Mlp((64, 128, 10)), 128, **fixed),
+        _classifier("digits_mlp_512x2", _digits(False), Mlp((64, 512, 512, 10)), 128, **fixed),
+        _classifier("cancer_mlp_32x2", cancer, Mlp((30, 32, 32, 2)), 32, **fixed),
+        _classifier("cancer_mlp_norm_64x3", cancer, Mlp((30, 64, 64, 64, 2), True), 64, **fixed),
+        _classifier("digits_conv_32", _digits(False), ConvNet(8, (32, 64), 10), 64, **fixed),
+        SupervisedTask(
+            "flower_autoencoder", flower, Mlp((64, 256, 16, 256, 64)), squared_error, 64, **fixed
+        ),
+        _classifier(
+            "digits_transformer", _digits(False), Transformer(10, 32, 2, 2, 8, 8), 64, **fixed
+        ),
+        _classifier(
+            "bytes_transformer_32", SourceCode(32, False), Transformer(vocabulary, 32, 2, 2, 32),
+            16, **fixed,
+        ),
+        _classifier(
+            "bytes_transformer_64", SourceCode(32, False), Transformer(vocabulary, 64, 2, 4, 32),
+            32, **fixed,
+        ),
+    ]  # fmt: skip
+    return {task.name: task for task in tasks}

@@ -1,0 +1,188 @@
+"""Tasks' losses against plain numpy, and augmentation against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lopt_jax.meta import data
+from lopt_jax.meta.augmentation import Reparametrised, Stacked
+from lopt_jax.meta.networks import ConvNet, Rnn, Transformer
+from lopt_jax.meta.tasks import held_out_tasks, training_tasks
+
+TRAINING, HELD_OUT = training_tasks(), held_out_tasks()
+
+
+def softmax_loss(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    picked = np.take_along_axis(log_probabilities, np.asarray(targets)[..., None], -1)
+    return -picked.mean()
+
+
+def numpy_activation(x, index):
+    if index == 0:
+        return np.maximum(x, 0)
+    if index == 1:
+        return np.tanh(x)
+    if index == 2:  # gelu, tanh form
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return x / (1 + np.exp(-x))
+
+
+def to_numpy(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+@pytest.mark.parametrize("name", ["tables_mlp_32x2", "digits_mlp_64", "diabetes_mlp"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mlp_losses_equal_numpy(name, seed):
+    task = TRAINING[name]
+    keys = jax.random.split(jax.random.key(seed), 3)
+    content = task.sample(keys[0])
+    params = task.init(keys[1], content)
+    batch = task.batch(keys[2], content, "train")
+    x = np.asarray(batch.inputs, np.float64)
+    layers = to_numpy(params)
+    count = len(layers)
+    for i in range(count):
+        x = x @ layers[f"layer{i}"]["w"] + layers[f"layer{i}"]["b"]
+        if i < count - 1:
+            x = numpy_activation(x, int(content.activation))
+    if name == "diabetes_mlp":
+        expected = np.mean((x - np.asarray(batch.targets)) ** 2)
+    else:
+        expected = softmax_loss(x, batch.targets)
+    assert float(task.loss(params, content, batch)) == pytest.approx(expected, rel=2e-5)
+
+
+def test_convolution_equals_direct_sums():
+    network = ConvNet(8, (3, 4), 5)
+    params = network.init(jax.random.key(0), jnp.float32(1.0))
+    inputs = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    x = inputs.reshape(2, 8, 8, 1).astype(np.float64)
+    tree = to_numpy(params)
+    for i, stride in ((0, 1), (1, 2)):
+        kernel, bias = tree[f"conv{i}"]["w"], tree[f"conv{i}"]["b"]
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        size = x.shape[1] // stride
+        out = np.zeros((2, size, size, kernel.shape[-1]))
+        for row in range(size):
+            for column in range(size):
+                window = padded[:, row * stride : row * stride + 3, column * stride :][:, :, :3]
+                out[:, row, column] = np.einsum("bijc,ijcd->bd", window, kernel) + bias
+        x = np.maximum(out, 0)
+    expected = x.mean((1, 2)) @ tree["head"]["w"] + tree["head"]["b"]
+    found = network.apply(params, jnp.asarray(inputs), jnp.int32(0))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recurrent_network_equals_a_loop():
+    network = Rnn(7, 5)
+    params = network.init(jax.random.key(1), jnp.float32(1.0))
+    tokens = np.array([[1, 3, 2, 6], [0, 0, 5, 4]])
+    tree = to_numpy(params)
+
+    def dense(layer, x):
+        return x @ layer["w"] + layer["b"]
+
+    hidden = np.zeros((2, 5))
+    logits = []
+    for t in range(4):
+        x = tree["embedding"][tokens[:, t]]
+        gates = 1 / (1 + np.exp(-dense(tree["gates"], np.concatenate([x, hidden], -1))))
+        reset, update = gates[:, :5], gates[:, 5:]
+        candidate = np.tanh(dense(tree["candidate"], np.concatenate([x, reset * hidden], -1)))
+        hidden = update * hidden + (1 - update) * candidate
+        logits.append(dense(tree["head"], hidden))
+    found = network.apply(params, jnp.asarray(tokens), jnp.int32(0))
+    np.testing.assert_allclose(found, np.stack(logits, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_transformer_is_causal_over_tokens():
+    network = Transformer(11, 8, 2, 2, 6)
+    params = network.init(jax.random.key(0), jnp.float32(1.0))
+    tokens = jnp.array([[1, 2, 3, 4, 5, 6]])
+    changed = tokens.at[0, 4].set(9)
+    first = network.apply(params, tokens, jnp.int32(0))
+    second = network.apply(params, changed, jnp.int32(0))
+    np.testing.assert_allclose(first[:, :4], second[:, :4], atol=1e-6)
+    assert np.abs(np.asarray(first[:, 4:] - second[:, 4:])).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*TRAINING, *HELD_OUT])
+def test_every_task_has_finite_losses_and_gradients(name):
+    task = {**TRAINING, **HELD_OUT}[name]
+    content = task.sample(jax.random.key(3))
+    params = task.init(jax.random.key(4), content)
+    batch = task.batch(jax.random.key(5), content, "train")
+    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(params, content, batch)
+    assert np.isfinite(float(loss))
+    assert all(np.isfinite(np.asarray(g)).all() for g in jax.tree.leaves(gradient))
+    valid = task.loss(params, content, task.examples(content, "valid", 512))
+    assert np.isfinite(float(valid))
+
+
+def test_held_out_tasks_are_held_out_by_kind():
+    assert not set(TRAINING) & set(HELD_OUT)
+    trained_tables = (
+        {n for t in TRAINING.values() for n in getattr(t.source, "names", ())}
+        if (all(hasattr(t, "source") for t in TRAINING.values()))
+        else {
+            n for t in TRAINING.values() for n in getattr(getattr(t, "source", None), "names", ())
+        }
+    )
+    assert "breast_cancer" not in trained_tables
+    assert "flower" not in trained_tables
+    kinds = {type(getattr(t, "network", None)).__name__ for t in TRAINING.values()}
+    assert "Transformer" not in kinds
+
+
+def test_training_and_validation_rows_do_not_overlap():
+    for name in ("digits", "wine", "breast_cancer"):
+        table = data.load_tabular(name)
+        assert 0 < table.num_train < len(table.inputs)
+    task = TRAINING["tables_mlp_32x2"]
+    content = jax.vmap(task.sample)(jax.random.split(jax.random.key(0), 200)).source
+    assert np.all(np.asarray(content.start + content.num_train) <= np.asarray(content.valid_start))
+    assert np.asarray(content.num_train).min() < 0.5 * np.asarray(content.num_train).max()
+    assert len(np.unique(content.valid_start)) == 2  # digits and wine
+
+
+def test_unknown_data_set_is_named():
+    with pytest.raises(ValueError, match="'mnist'"):
+        data.load_tabular("mnist")
+
+
+@pytest.mark.parametrize("level", ["global", "tensor", "mixed"])
+def test_reparametrisation_keeps_the_function_and_scales_the_gradient(level):
+    inner = TRAINING["tables_mlp_16"]
+    task = Reparametrised(inner, 10.0, level)
+    content = task.sample(jax.random.key(2))
+    scales = jax.tree.leaves(content.scales)
+    assert all(0.1 <= float(s) <= 10.0 for s in scales)
+    if level == "global":
+        assert len({float(s) for s in scales}) == 1
+    params = task.init(jax.random.key(3), content)
+    raw = inner.init(jax.random.key(3), content.content)
+    batch = task.batch(jax.random.key(4), content, "train")
+    loss, gradient = jax.value_and_grad(task.loss)(params, content, batch)
+    inner_loss, inner_gradient = jax.value_and_grad(inner.loss)(raw, content.content, batch)
+    assert float(loss) == pytest.approx(float(inner_loss), rel=1e-4)
+    wanted = jax.tree.map(lambda g, s: g * s, inner_gradient, content.scales)
+    for g, w in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-5)
+
+
+def test_stacked_tasks_average_their_losses():
+    parts = (TRAINING["tables_mlp_16"], TRAINING["diabetes_mlp"])
+    task = Stacked(parts)
+    content = task.sample(jax.random.key(0))
+    params = task.init(jax.random.key(1), content)
+    batch = task.batch(jax.random.key(2), content, "valid")
+    losses = [
+        float(part.loss(params[f"task{i}"], content[i], batch[i])) for i, part in enumerate(parts)
+    ]
+    assert float(task.loss(params, content, batch)) == pytest.approx(np.mean(losses), rel=1e-6)
+    assert task.name == "tables_mlp_16+diabetes_mlp"
