@@ -46,9 +46,7 @@ class Case:
 
 OPTIMIZERS = {
     "small_fc_lopt": Case(lopt_jax.small_fc_lopt, "small_fc_lopt", MLP),
-    "velo": Case(
-        lopt_jax.velo, "velo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True
-    ),
+    "velo": Case(lopt_jax.velo, "velo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
 }
 
 

@@ -195,7 +195,9 @@ def test_masked(name, params):
 @every_optimizer
 def test_multi_transform(name, params):
     tx = optimizers.plain(name)
-    both = optax.multi_transform({"learned": tx, "sgd": optax.sgd(0.1)}, {"w": "learned", "b": "sgd"})
+    both = optax.multi_transform(
+        {"learned": tx, "sgd": optax.sgd(0.1)}, {"w": "learned", "b": "sgd"}
+    )
     gradients = gradients_of(params)
     actual, _ = both.update(gradients, both.init(params), params, value=LOSS)
     assert_close(actual["b"], -0.1 * gradients["b"], 1e-6)
@@ -748,7 +750,11 @@ def test_restored_in_a_new_process_continues_bitwise(tmp_path):
             checkpointer.save(tmp_path / f"{name}_middle", middle)
         ends[name] = run(tx.update, *middle, 2, start=2)
     subprocess.run(
-        [sys.executable, "-c", f"import {Path(__file__).stem} as t; t.continued({str(tmp_path)!r})"],
+        [
+            sys.executable,
+            "-c",
+            f"import {Path(__file__).stem} as t; t.continued({str(tmp_path)!r})",
+        ],
         check=True,
         cwd=Path(__file__).parent,
         env=_environment(),
