@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -185,13 +186,14 @@ class Trainer:
         start = self._rescale(start, {k: 1.0 / v for k, v in config.scales})
         start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
         start = jax.device_put(start, self._replicated)
-        states = []
-        for i, estimator in enumerate(self.estimators):
-            init = jax.jit(
-                lambda theta, key, estimator=estimator: estimator.init(theta, key),
-                out_shardings=self._by_pair,
+        lowered = [
+            jax.jit(estimator.init, out_shardings=self._by_pair).lower(
+                start, self._key(2**31 + 1, i)
             )
-            states.append(init(start, self._key(2**31 + 1, i)))
+            for i, estimator in enumerate(self.estimators)
+        ]
+        programs = _compile_all(lowered)
+        states = [program(start, self._key(2**31 + 1, i)) for i, program in enumerate(programs)]
         optimizer_state = jax.device_put(self.optimizer.init(start), self._replicated)
         return TrainState(start, optimizer_state, tuple(states))
 
@@ -230,9 +232,7 @@ class Trainer:
                 state.meta_parameters, state.optimizer_state, gradients, scalar, scalar
             )
         )
-        # Compilation releases the interpreter's lock: the programs compile in parallel.
-        with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-            compiled = list(pool.map(lambda program: program.compile(), lowered))
+        compiled = _compile_all(lowered)
         return compiled[:-1], compiled[-1]
 
     def train(
@@ -312,8 +312,10 @@ class Trainer:
             last, pending = now, []
             if max_seconds is not None:
                 left = max_seconds - (now - began)
+                # For checkpoints on the way and at the end; little of a small budget.
+                margin = min(20.0, 0.1 * max_seconds)
                 if not planned and step >= 2 * config.log_every:
-                    total = min(total, step + max(1, int(rate * (left - 5.0) * 0.98)))
+                    total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
                     end = total if max_steps is None else min(total, max_steps)
                     planned = True
                 if left <= 0:
@@ -328,6 +330,12 @@ class Trainer:
         meta_parameters = jax.tree.map(np.asarray, meta_parameters)
         seconds = spent + time.monotonic() - loop_began
         return Result(meta_parameters, history, step, seconds, step >= total)
+
+
+def _compile_all(lowered: list[Any]) -> list[Any]:
+    # Compilation releases the interpreter's lock: the programs compile in parallel.
+    with concurrent.futures.ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda program: program.compile(), lowered))
 
 
 def _report(step: int, seconds: float, pending: list[tuple[list[Estimate], jax.Array]]) -> Report:
