@@ -180,6 +180,9 @@ def second_pass(
     features = rule.features.for_tensor(dims is not None)
     normalizers = normalize(rule, features, operands)
     folded = fold(mlp, features, normalizers, operands)
+    # The two passes share subexpressions (the reciprocal root of the second moment and products
+    # with it); the barrier keeps XLA from storing those, each as large as the tensor, in between.
+    operands = separate(operands)
     step = network_step(rule, features, folded, operands)
     if rule.parameter_scale:
         scale = scale * parameter_scale(moments.parameter_mean_square)
@@ -197,6 +200,13 @@ def parameter_update(
 ) -> jax.Array:
     """What is added to the parameter; all shapes broadcast."""
     return -(scale * step + weight_decay * parameter)
+
+
+def separate(operands: Operands) -> Operands:
+    """The operands, whose elementwise expressions XLA will not share with those before."""
+    tensors = (operands.gradient, operands.momentum, operands.second_moment)
+    gradient, momentum, second_moment = jax.lax.optimization_barrier(tensors)
+    return operands._replace(gradient=gradient, momentum=momentum, second_moment=second_moment)
 
 
 def parameter_scale(mean_square: jax.Array) -> jax.Array:
