@@ -65,7 +65,8 @@ class GroupInputs(NamedTuple):
     accumulators: Accumulators
 
 
-def _is_box(x: Any) -> bool:
+def is_box(x: Any) -> bool:
+    """Whether it is a metadata box, such as `flax.linen.Partitioned`."""
     return hasattr(x, "replace_boxed") and hasattr(x, "unbox")
 
 
@@ -160,11 +161,11 @@ def init_accumulators(
         )
 
     pairs = jax.tree.map(
-        lambda x: factored_of(x.unbox(), x) if _is_box(x) else factored_of(x, None),
+        lambda x: factored_of(x.unbox(), x) if is_box(x) else factored_of(x, None),
         params,
-        is_leaf=_is_box,
+        is_leaf=is_box,
     )
-    take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=_is_box)  # noqa: E731
+    take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)  # noqa: E731
     return Accumulators(
         momentum=tuple(zeros() for _ in range(momenta)),

@@ -31,6 +31,7 @@ class Case:
       config: what of its weights' config is not the default; small sizes, so that tests are fast.
       arguments: those that the constructor requires.
       reads_loss: whether its update needs `value`.
+      decays_after: weight decay is taken off the updated parameter.
     """
 
     constructor: Callable[..., optax.GradientTransformationExtraArgs]
@@ -38,6 +39,7 @@ class Case:
     config: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     reads_loss: bool = False
+    decays_after: bool = False
 
     def make(self, **arguments: Any) -> optax.GradientTransformationExtraArgs:
         """Builds the optimizer."""
@@ -47,6 +49,19 @@ class Case:
 OPTIMIZERS = {
     "small_fc_lopt": Case(lopt_jax.small_fc_lopt, "small_fc_lopt", MLP),
     "velo": Case(lopt_jax.velo, "velo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
+    "celo": Case(lopt_jax.celo, "celo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
+    "celo_adam": Case(
+        lopt_jax.celo_adam,
+        "celo_adam",
+        {"lstm_hidden_size": 4},
+        {"num_steps": NUM_STEPS},
+        reads_loss=True,
+    ),
+    "celo2": Case(lopt_jax.celo2, "celo2", MLP),
+    "celo2_base": Case(lopt_jax.celo2_base, "celo2", MLP),
+    "elo": Case(lopt_jax.elo, "elo", MLP),
+    "elo_celo2": Case(lopt_jax.elo_celo2, "elo_celo2", MLP),
+    "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
 }
 
 

@@ -25,6 +25,9 @@ LOSS = 1.5
 PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "b": np.ones(4, np.float32)}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+decays_as_adamw = pytest.mark.parametrize(
+    "name", [n for n, case in OPTIMIZERS.items() if not case.decays_after]
+)
 
 
 @pytest.fixture
@@ -220,7 +223,7 @@ def test_multi_steps(name, params):
     assert_close(updates, expected)
 
 
-@every_optimizer
+@decays_as_adamw
 def test_inject_hyperparams(name, params):
     factory = functools.partial(optimizers.make, name)
 
@@ -353,7 +356,9 @@ def test_flax_boxes(name, params):
             for axis, size in zip(x.names, x.value.shape, strict=True):
                 assert sizes[axis] in (None, size)
         for tree in (*state.accumulators.momentum, state.accumulators.second_moment):
-            assert {k: x.names for k, x in tree.items()} == names
+            for k, x in tree.items():  # of AdamW's leaves, Celo2 keeps one momentum alone
+                if x.value.shape == params[k].shape:
+                    assert x.names == names[k]
         updates, state = tx.update(box(gradients), state, box(params), value=LOSS)
     unboxed = tx.init(params)
     for _ in range(2):
@@ -477,7 +482,7 @@ def test_schedule(name, params):
         assert_close(actual, jax.tree.map(lambda u, t=step: schedule(t) * u, expected), 1e-6)
 
 
-@every_optimizer
+@decays_as_adamw
 @pytest.mark.parametrize(
     ("mask", "expected_mask"),
     [
@@ -553,7 +558,7 @@ def test_wrong_loss_is_named(name, params):
         tx.update(gradients_of(params), tx.init(params), params, value=jnp.ones((3,)))
 
 
-@pytest.mark.parametrize("name", ["velo"])
+@pytest.mark.parametrize("name", [n for n, c in OPTIMIZERS.items() if "num_steps" in c.arguments])
 def test_wrong_num_steps_names_itself(name):
     constructor, weights = getattr(lopt_jax, name), optimizers.weights(name)
     for value, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), ("many", TypeError)):

@@ -7,6 +7,7 @@ import optax
 
 from lopt_jax import engine
 from lopt_jax.optimizers import common
+from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
 from lopt_jax.weights import Weights, resolve
 
@@ -73,16 +74,15 @@ def celo2(
         backend,
         precision,
     )
-    adam = AdamW(
+    adamw = AdamW(
         adam_learning_rate_mult,
         weight_decay if adam_weight_decay is None else adam_weight_decay,
-        adam_betas,
-        adam_epsilon,
+        AdamSettings(adam_betas, adam_epsilon),
     )
     return matrix_optimizer(
         resolve(weights, ARCHITECTURES),
         options,
-        adam,
+        adamw,
         label_fn=label_fn,
         max_gradient_norm=max_gradient_norm,
         orthogonal=True,
@@ -119,16 +119,15 @@ def celo2_base(
         backend,
         precision,
     )
-    adam = AdamW(
+    adamw = AdamW(
         adam_learning_rate_mult,
         weight_decay if adam_weight_decay is None else adam_weight_decay,
-        adam_betas,
-        adam_epsilon,
+        AdamSettings(adam_betas, adam_epsilon),
     )
     return matrix_optimizer(
         resolve(weights, ARCHITECTURES),
         options,
-        adam,
+        adamw,
         label_fn=label_fn,
         max_gradient_norm=max_gradient_norm,
         orthogonal=False,

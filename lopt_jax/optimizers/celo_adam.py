@@ -7,22 +7,19 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller, engine
-from lopt_jax.accumulators import update_momentum, update_second_moment
+from lopt_jax.accumulators import Accumulators
 from lopt_jax.optimizers import common
+from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
 from lopt_jax.optimizers.controlled import observe_loss
 from lopt_jax.weights import Weights, resolve
-
-_GRADIENT_CLIP = 1000.0
-_SECOND_MOMENT_EPSILON = 1e-10
 
 
 class CeloAdamState(NamedTuple):
     """State of Celo-Adam."""
 
     count: jax.Array  # () int32, updates made so far
-    momentum: Any  # tree like the params
-    second_moment: Any  # tree like the params
+    accumulators: Accumulators  # momentum and second moment alone: trees like the params
     lstm: controller.LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the scheduler's last: read by diagnostics alone
@@ -76,14 +73,21 @@ def celo_adam(
     )
     weights = resolve(weights, ("celo_adam",))
     config = weights.config
-    (beta1,), (beta2,) = config["initial_momentum_decays"], config["initial_rms_decays"]
+    settings = AdamSettings(
+        betas=(config["initial_momentum_decays"][0], config["initial_rms_decays"][0]),
+        epsilon=config["initial_epsilon"],
+        root_epsilon=1e-10,
+    )
 
     def init(params: Any) -> CeloAdamState:
         tensors = engine.count_tensors(params, stacked_axes)
+        zeros = [
+            jax.tree.map(lambda x: jnp.zeros(x.shape, options.accumulator_dtype), params)
+            for _ in range(2)
+        ]
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            momentum=optax.tree.zeros_like(params, dtype=options.accumulator_dtype),
-            second_moment=optax.tree.zeros_like(params, dtype=options.accumulator_dtype),
+            accumulators=Accumulators((zeros[0],), zeros[1], row=(), column=()),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
@@ -94,43 +98,32 @@ def celo_adam(
     ) -> tuple[Any, CeloAdamState]:
         loss, shared = observe_loss("celo_adam", state.loss, value, state.count, num_steps)
         tensors = engine.tensors_of(params, stacked_axes)
-        count = state.step_size.shape[0]
-        controls = controller.run_lstm(
-            meta_parameters, controller.shared_features(count, shared), state.lstm
-        )
+        inputs = controller.shared_features(state.step_size.shape[0], shared)
+        controls = controller.run_lstm(meta_parameters, inputs, state.lstm)
         sizes = celo_step_size(controls.step_size)
         rate, decay = options.rates(state.count, params)
-        step_count = optax.safe_increment(state.count)
-        corrections = [1 - jnp.float32(beta) ** step_count for beta in (beta1, beta2)]
-
-        def step_one(entry: engine.Tensors, p: Any, g: Any, m: Any, v: Any) -> tuple:
-            """One leaf's update and new moments."""
-            if g is None:
-                return None, m, v
-            dtype = jnp.promote_types(jnp.promote_types(g.dtype, m.dtype), jnp.float32)
-            wide_g = jnp.clip(g.astype(dtype), -_GRADIENT_CLIP, _GRADIENT_CLIP)
-            wide_m = update_momentum(m.astype(dtype), wide_g, beta1)
-            wide_v = update_second_moment(v.astype(dtype), wide_g, beta2)
-            scale = engine.per_leaf(rate * config["step_mult"] * sizes, entry, p)
-            root = jnp.sqrt(wide_v / corrections[1] + _SECOND_MOMENT_EPSILON)
-            step = wide_m / corrections[0] * (scale / (config["initial_epsilon"] + root))
-            decayed = engine.per_leaf(decay, entry, p) * p.astype(dtype)
-            return -(step + decayed).astype(p.dtype), wide_m.astype(m.dtype), wide_v.astype(v.dtype)
+        scale = rate * config["step_mult"] * sizes
+        count = optax.safe_increment(state.count)
 
         leaves, treedef = jax.tree.flatten(params)
-        trees = (gradients, state.momentum, state.second_moment)
-        lists = [treedef.flatten_up_to(tree) for tree in trees]
-        results = [step_one(*xs) for xs in zip(tensors, leaves, *lists, strict=True)]
-        updates, momentum, second_moment = (
-            treedef.unflatten([result[i] for result in results]) for i in range(3)
+        given = treedef.flatten_up_to(gradients)
+        momentum, moments_treedef = jax.tree.flatten(state.accumulators.momentum[0])
+        second_moment = jax.tree.leaves(state.accumulators.second_moment)
+        updates: list = [None] * len(leaves)
+        for i, (entry, p) in enumerate(zip(tensors, leaves, strict=True)):
+            if given[i] is None:
+                continue
+            step, momentum[i], second_moment[i] = adam_step(
+                settings, given[i], momentum[i], second_moment[i], count
+            )
+            total = engine.per_leaf(scale, entry, p) * step + engine.per_leaf(decay, entry, p) * p
+            updates[i] = (-total).astype(p.dtype)
+        accumulators = state.accumulators._replace(
+            momentum=(moments_treedef.unflatten(momentum),),
+            second_moment=moments_treedef.unflatten(second_moment),
         )
-        return updates, CeloAdamState(
-            step_count,
-            momentum,
-            second_moment,
-            controls.state,
-            loss,
-            sizes.astype(state.step_size.dtype),
+        return treedef.unflatten(updates), CeloAdamState(
+            count, accumulators, controls.state, loss, sizes.astype(state.step_size.dtype)
         )
 
     return common.transformation(init, update, weights.params)

@@ -7,6 +7,7 @@ import optax
 
 from lopt_jax import engine
 from lopt_jax.optimizers import common
+from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
 from lopt_jax.weights import Weights, resolve
 
@@ -28,9 +29,8 @@ def elo_celo2(
 ) -> optax.GradientTransformationExtraArgs:
     """ELO-CELO2: `celo2` with other weights, weight decay, and clipped gradients.
 
-    In the original AdamW reads the learned rule's own accumulators. The same numbers come from
-    accumulators of AdamW's own with the rule's first momentum decay and its second moment decay, so
-    here it has those, and leaves that are AdamW's keep nothing else.
+    AdamW has the decays of the learned rule's first momentum and of its second moment: the original
+    reads these accumulators.
 
     Args:
       learning_rate: multiplies the step; a number or an optax schedule.
@@ -67,16 +67,17 @@ def elo_celo2(
     )
     weights = resolve(weights, ARCHITECTURES)
     config = weights.config
-    adam = AdamW(
+    adamw = AdamW(
         adam_learning_rate_mult,
         weight_decay if adam_weight_decay is None else adam_weight_decay,
-        betas=(config["initial_momentum_decays"][0], config["initial_rms_decays"][-1]),
-        epsilon=1e-8,
+        AdamSettings(
+            (config["initial_momentum_decays"][0], config["initial_rms_decays"][-1]), epsilon=1e-8
+        ),
     )
     return matrix_optimizer(
         weights,
         options,
-        adam,
+        adamw,
         label_fn=label_fn,
         max_gradient_norm=max_gradient_norm,
         orthogonal=True,

@@ -11,9 +11,16 @@ from optax.contrib import MuonDimensionNumbers
 from optax.contrib._muon import orthogonalize_via_newton_schulz
 
 from lopt_jax import engine
+from lopt_jax.accumulators import Accumulators
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
-from lopt_jax.optimizers.per_parameter import fixed_decays, network, per_parameter
+from lopt_jax.optimizers.adam import GRADIENT_CLIP, AdamSettings, adam_step
+from lopt_jax.optimizers.per_parameter import (
+    PerParameterState,
+    fixed_decays,
+    network,
+    per_parameter,
+)
 from lopt_jax.rule import Rule
 from lopt_jax.weights import Weights
 
@@ -25,7 +32,6 @@ _NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _NEWTON_SCHULZ_EPSILON = 1e-8
 _NORMALIZER_EPSILON = 1e-9
-_GRADIENT_CLIP = 1000.0
 
 
 class AdamW(NamedTuple):
@@ -33,82 +39,110 @@ class AdamW(NamedTuple):
 
     learning_rate_mult: Any  # its learning rate is this times the optimizer's
     weight_decay: Any
-    betas: tuple[float, float]
-    epsilon: float
+    adam: AdamSettings
 
 
 def matrix_optimizer(
     weights: Weights,
     options: common.Options,
-    adam: AdamW,
+    adamw: AdamW,
     *,
     label_fn: LabelFn | None,
     max_gradient_norm: Any,
     orthogonal: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Composes clipping, the learned rule, its normalisation, AdamW, weight decay, learning rate.
+    """The learned rule, normalised, for matrices; AdamW for the rest.
 
     Args:
       weights: weights of one of `ARCHITECTURES`.
       options: the arguments that all optimizers share.
-      adam: AdamW's settings.
+      adamw: AdamW's settings.
       label_fn: which leaves of rank two and more AdamW updates; None: none of them.
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       orthogonal: whether the learned step is orthogonalised.
 
     Returns:
-      An optax transformation; its state is that of `optax.partition`, chained if there is clipping.
+      An optax transformation with state `PerParameterState`. Leaves of AdamW's have its moments as
+      first momentum and as second moment, and one element in place of every other accumulator.
     """
-    common.check_number("adam_learning_rate_mult", adam.learning_rate_mult)
-    common.check_number("adam_weight_decay", adam.weight_decay)
+    common.check_number("adam_learning_rate_mult", adamw.learning_rate_mult)
+    common.check_number("adam_weight_decay", adamw.weight_decay)
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
+    stacked_axes = options.stacked_axes
 
-    def normalize(step: jax.Array) -> jax.Array:
-        return normalize_matrices(orthogonalize(step, options.precision) if orthogonal else step)
-
-    def build(meta_parameters: Any, labels: Any, mask: Any) -> Any:
-        learned = optax.chain(
-            _learned_step(Weights(weights.architecture, weights.config, meta_parameters), options),
-            optax.stateless(lambda steps, _: jax.tree.map(normalize, steps)),
-            optax.add_decayed_weights(options.weight_decay, mask),
-            optax.scale_by_learning_rate(options.learning_rate),
-        )
-        adamw = optax.chain(
-            optax.clip(_GRADIENT_CLIP),
-            optax.scale_by_adam(*adam.betas, eps=adam.epsilon),
-            optax.add_decayed_weights(adam.weight_decay, mask),
-            optax.scale_by_learning_rate(options.learning_rate),
-            optax.scale(adam.learning_rate_mult),
-        )
-        both = optax.partition({LEARNED: learned, ADAMW: adamw}, labels)
-        if max_gradient_norm is None:
-            return both
-        return optax.chain(common.clip_by_global_norm(max_gradient_norm), both)
-
-    def init(params: Any) -> Any:
-        labels = _labels(params, label_fn, options.stacked_axes)
-        wide = jax.tree.map(common.to_float32, params)
-        return build(weights.params, labels, options.weight_decay_mask).init(wide)
+    def init(params: Any) -> PerParameterState:
+        state = _learned_step(weights, options).init(params)
+        labels = _labels(params, label_fn, stacked_axes)
+        return state._replace(accumulators=_without_unused(state.accumulators, labels))
 
     def update(
-        meta_parameters: Any, gradients: Any, state: Any, params: Any, value: Any
-    ) -> tuple[Any, Any]:
+        meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
+    ) -> tuple[Any, PerParameterState]:
         del value
-        labels = _labels(params, label_fn, options.stacked_axes)
-        mask = options.weight_decay_mask
-        if callable(mask):  # optax would call it with the gradients, some of which may be None
-            mask = mask(params)
-        gradients, wide = (jax.tree.map(common.to_float32, x) for x in (gradients, params))
-        updates, state = build(meta_parameters, labels, mask).update(gradients, state, wide)
+        labels = _labels(params, label_fn, stacked_axes)
         leaves, treedef = jax.tree.flatten(params)
-        updates = [
-            None if u is None else u.astype(p.dtype)
-            for u, p in zip(treedef.flatten_up_to(updates), leaves, strict=True)
-        ]
-        return treedef.unflatten(updates), state
+        wide = [common.to_float32(p) for p in leaves]
+        given = jax.tree.map(common.to_float32, treedef.flatten_up_to(gradients))
+        if max_gradient_norm is not None:
+            given, _ = common.clip_by_global_norm(max_gradient_norm).update(given, None)
+        learned = [g if label == LEARNED else None for g, label in zip(given, labels, strict=True)]
+        rate, decay = options.rates(state.count, params)
+        adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
+        _, adam_decay = adam_options.rates(state.count, params)
+        current = Weights(weights.architecture, weights.config, meta_parameters)
+        steps, state = _learned_step(current, options).update(
+            treedef.unflatten(learned), state, treedef.unflatten(wide)
+        )
+        steps = treedef.flatten_up_to(steps)
+        first, *others = state.accumulators.momentum
+        momentum, moments_treedef = jax.tree.flatten(first)
+        second_moment = jax.tree.leaves(state.accumulators.second_moment)
+
+        updates: list = []
+        for i, entry in enumerate(engine.tensors_of(params, stacked_axes)):
+            if given[i] is None:
+                updates.append(None)
+                continue
+            if labels[i] == LEARNED:
+                step, mult, leaf_decay = _normalized(steps[i], options, orthogonal), 1.0, decay
+            else:
+                step, momentum[i], second_moment[i] = adam_step(
+                    adamw.adam, given[i], momentum[i], second_moment[i], state.count
+                )
+                mult, leaf_decay = adamw.learning_rate_mult, adam_decay
+            decayed = engine.per_leaf(leaf_decay, entry, wide[i]) * wide[i]
+            updates.append((-mult * (rate * step + decayed)).astype(leaves[i].dtype))
+        accumulators = state.accumulators._replace(
+            momentum=(moments_treedef.unflatten(momentum), *others),
+            second_moment=moments_treedef.unflatten(second_moment),
+        )
+        return treedef.unflatten(updates), state._replace(accumulators=accumulators)
 
     return common.transformation(init, update, weights.params)
+
+
+def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulators:
+    """One element in place of what AdamW does not read; boxes lose their axes' names with it."""
+
+    def shrink(label: str, x: Any) -> Any:
+        if label == LEARNED:
+            return x
+        if not engine.is_box(x):
+            return jnp.zeros((1,), x.dtype)
+        box = x.replace_boxed(jnp.zeros((1,), x.unbox().dtype))
+        return box.replace(names=(None,)) if hasattr(box, "names") else box
+
+    def shrink_tree(tree: Any) -> Any:
+        label = iter(labels)
+        return jax.tree.map(lambda x: shrink(next(label), x), tree, is_leaf=engine.is_box)
+
+    first, *others = accumulators.momentum
+    return accumulators._replace(
+        momentum=(first, *map(shrink_tree, others)),
+        row=shrink_tree(accumulators.row),
+        column=shrink_tree(accumulators.column),
+    )
 
 
 def _learned_step(
@@ -124,7 +158,7 @@ def _learned_step(
             normalizer_axes="matrix",
         ),
         exp_mult=config["exp_mult"],
-        gradient_clip=_GRADIENT_CLIP,
+        gradient_clip=GRADIENT_CLIP,
         precision=options.precision,
     )
     return per_parameter(
@@ -137,22 +171,26 @@ def _learned_step(
     )
 
 
-def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: engine.StackedAxes) -> Any:
-    """Tree like the params: which of the two updates a leaf."""
-    tensors = iter(engine.tensors_of(params, stacked_axes))
-
-    def label(path: Any, leaf: Any) -> str:
-        if leaf.ndim - len(next(tensors).stack) < 2:
-            return ADAMW
-        chosen = LEARNED if label_fn is None else label_fn(path, leaf)
-        if chosen not in (LEARNED, ADAMW):
+def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: engine.StackedAxes) -> list[str]:
+    """Which of the two updates a leaf, in the order of the leaves."""
+    labels = []
+    for (path, leaf), entry in zip(
+        jax.tree_util.tree_leaves_with_path(params),
+        engine.tensors_of(params, stacked_axes),
+        strict=True,
+    ):
+        label = LEARNED if label_fn is None else label_fn(path, leaf)
+        if label not in (LEARNED, ADAMW):
             raise ValueError(
-                f"label_fn: expected {LEARNED!r} or {ADAMW!r}, found {chosen!r} for the leaf "
+                f"label_fn: expected {LEARNED!r} or {ADAMW!r}, found {label!r} for the leaf "
                 f"{jax.tree_util.keystr(path)}."
             )
-        return chosen
+        labels.append(label if leaf.ndim - len(entry.stack) >= 2 else ADAMW)
+    return labels
 
-    return jax.tree_util.tree_map_with_path(label, params)
+
+def _normalized(step: jax.Array, options: common.Options, orthogonal: bool) -> jax.Array:
+    return normalize_matrices(orthogonalize(step, options.precision) if orthogonal else step)
 
 
 def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:

@@ -1,0 +1,55 @@
+"""Adam on one array: for the leaves and optimizers whose direction is not learned."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.accumulators import update_momentum, update_second_moment
+
+GRADIENT_CLIP = 1000.0
+
+
+class AdamSettings(NamedTuple):
+    """What Adam needs to know."""
+
+    betas: tuple[Any, Any]  # decays of momentum and second moment
+    epsilon: Any  # added to the root
+    root_epsilon: Any = 0.0  # added inside the root
+
+
+class AdamStep(NamedTuple):
+    """What Adam makes of one array of shape S."""
+
+    step: jax.Array  # S, float32 at least
+    momentum: jax.Array  # S
+    second_moment: jax.Array  # S
+
+
+def adam_step(
+    settings: AdamSettings,
+    gradient: jax.Array,
+    momentum: jax.Array,
+    second_moment: jax.Array,
+    count: jax.Array,
+) -> AdamStep:
+    """One step of Adam, with bias correction, on a gradient clipped to [-1000, 1000].
+
+    Args:
+      settings: the settings.
+      gradient: S, any float dtype.
+      momentum: S, any float dtype.
+      second_moment: S, any float dtype.
+      count: () int32, updates made, this one included.
+
+    Returns:
+      The step to be subtracted, and the new moments in their dtypes.
+    """
+    dtype = jnp.promote_types(jnp.promote_types(gradient.dtype, momentum.dtype), jnp.float32)
+    gradient = jnp.clip(gradient.astype(dtype), -GRADIENT_CLIP, GRADIENT_CLIP)
+    beta1, beta2 = (jnp.asarray(beta, jnp.float32) for beta in settings.betas)
+    m = update_momentum(momentum.astype(dtype), gradient, beta1)
+    v = update_second_moment(second_moment.astype(dtype), gradient, beta2)
+    root = jnp.sqrt(v / (1 - beta2**count) + settings.root_epsilon)
+    step = m / (1 - beta1**count) / (settings.epsilon + root)
+    return AdamStep(step, m.astype(momentum.dtype), v.astype(second_moment.dtype))
