@@ -32,21 +32,6 @@ class Part(NamedTuple):
     accumulators: Accumulators
 
 
-def unsupported_reason(rule: Rule, shape: Sequence[int], dtypes: Sequence[Any]) -> str | None:
-    """Why the kernels cannot update tensors of this shape, or None."""
-    if rule.features.normalizer_axes != "tensor" and len(shape) > 2:
-        return f"normalisers over matrices of a tensor of rank {len(shape)} are not supported"
-    for dtype in dtypes:
-        if jnp.dtype(dtype).itemsize not in (2, 4) or not jnp.issubdtype(dtype, jnp.floating):
-            return f"{jnp.dtype(dtype).name} arrays are not supported"
-    return None
-
-
-def is_copied(shape: tuple[int, ...]) -> bool:
-    """Whether arrays of this shape must be copied (padded or transposed) for the kernels."""
-    return view_of(shape).is_copied
-
-
 def first_pass(rule: Rule, parts: Sequence[Part]) -> list[Moments]:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
