@@ -6,6 +6,7 @@ stacked, so that hundreds of leaves do not become hundreds of copies of the code
 """
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.rule import MLP, Moments, Rule, Statistics
 
+BACKENDS = ("auto", "xla", "pallas")
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
@@ -321,6 +323,7 @@ class Prepared(NamedTuple):
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
     has_gradient: list[bool]
+    on_kernels: list[bool]  # of each group, whether the fused kernels update it
 
 
 def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
@@ -341,8 +344,77 @@ def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
     return jax.tree.map(lambda x: x[None], function(*single))
 
 
+_logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.info(message)
+
+
+def _choose_backend(rule: Rule, backend: str, inputs: Sequence[GroupInputs]) -> list[bool]:
+    """For each group, whether the fused kernels update it.
+
+    Raises:
+      NotImplementedError: the backend is "pallas" and they cannot.
+    """
+    if backend == "xla" or not inputs:
+        return [False] * len(inputs)
+    must = backend == "pallas"
+    try:
+        from pallas_kernels import choice
+    except ImportError as error:
+        reason = f"this jax has no Mosaic GPU backend ({error})"
+        choices = [reason] * len(inputs)
+    else:
+        reason = choice.unsupported_reason(must)
+        choices = [
+            reason
+            or choice.unsupported_group_reason(
+                rule, x.gradient.shape, [leaf.dtype for leaf in jax.tree.leaves(x)], must
+            )
+            for x in inputs
+        ]
+    if must and any(choices):
+        reason = next(filter(None, choices))
+        raise NotImplementedError(
+            f"backend='pallas' cannot run here: {reason}. backend='auto' uses XLA then."
+        )
+    if reason is not None:
+        _log_once(f"Updates run as XLA operations, not as fused kernels: {reason}.")
+    else:
+        elements = sum(x.gradient.size for x in inputs)
+        fused = sum(
+            x.gradient.size for x, why in zip(inputs, choices, strict=True) if why is None
+        )
+        _log_once(
+            f"Fused kernels update {fused:,} of {elements:,} parameters"
+            + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")
+        )
+    return [why is None for why in choices]
+
+
+def _reasons(choices: Sequence[str | None]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, choices)))
+
+
+def _bundles(on_kernels: Sequence[bool], inputs: Sequence[GroupInputs]) -> list[list[int]]:
+    """Groups that the kernels update together: their tensors are equal in shape and dtypes."""
+    bundles: dict[Any, list[int]] = {}
+    for i, (chosen, x) in enumerate(zip(on_kernels, inputs, strict=True)):
+        if chosen:
+            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+            bundles.setdefault((x.gradient.shape[1:], dtypes), []).append(i)
+    return list(bundles.values())
+
+
 def first_pass(
-    rule: Rule, gradients: Any, params: Any, accumulators: Accumulators, stacked_axes: StackedAxes
+    rule: Rule,
+    gradients: Any,
+    params: Any,
+    accumulators: Accumulators,
+    stacked_axes: StackedAxes,
+    backend: str = "auto",
 ) -> Prepared:
     """Pass A over every tensor of a tree.
 
@@ -352,9 +424,13 @@ def first_pass(
       params: pytree of arrays.
       accumulators: trees, of `init_accumulators`.
       stacked_axes: as in `tensors_of`.
+      backend: "auto", "xla" or "pallas".
 
     Returns:
       The prepared step.
+
+    Raises:
+      NotImplementedError: the backend is "pallas" and the kernels cannot run here.
     """
     leaves, treedef = jax.tree.flatten(params)
     gradient_leaves = treedef.flatten_up_to(gradients)
@@ -367,10 +443,20 @@ def first_pass(
     )
     groups = make_groups(tensors, leaves, gradient_leaves)
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
-    moments = [
-        over_tensors(functools.partial(rules.first_pass, rule), x.gradient, x.parameter)
-        for x in inputs
+    on_kernels = _choose_backend(rule, backend, inputs)
+    moments: list[Any] = [
+        None
+        if chosen
+        else over_tensors(functools.partial(rules.first_pass, rule), x.gradient, x.parameter)
+        for chosen, x in zip(on_kernels, inputs, strict=True)
     ]
+    for bundle in _bundles(on_kernels, inputs):
+        from pallas_kernels import step
+
+        for i, result in zip(
+            bundle, step.first_pass(rule, [inputs[i] for i in bundle]), strict=True
+        ):
+            moments[i] = result
     return Prepared(
         groups=groups,
         tensors=tensors,
@@ -380,6 +466,7 @@ def first_pass(
         treedef=treedef,
         accumulators_treedef=jax.tree.structure(accumulators),
         has_gradient=[g is not None for g in gradient_leaves],
+        on_kernels=on_kernels,
     )
 
 
@@ -437,11 +524,15 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
-    new_statistics = []
-    for group, x, moments in zip(prepared.groups, prepared.inputs, prepared.moments, strict=True):
+    results: list[Any] = [None] * len(prepared.groups)
+    for i, (group, x, moments) in enumerate(
+        zip(prepared.groups, prepared.inputs, prepared.moments, strict=True)
+    ):
+        if prepared.on_kernels[i]:
+            continue
         rows = np.asarray(group.tensors)
         chosen = jax.tree.map(lambda w, rows=rows: w[rows], mlp) if mlp_per_tensor else mlp
-        result = over_tensors(
+        results[i] = over_tensors(
             functools.partial(rules.second_pass, rule),
             chosen,
             moments,
@@ -451,8 +542,27 @@ def second_pass(
             weight_decay[rows],
             in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
         )
+    for bundle in _bundles(prepared.on_kernels, prepared.inputs):
+        from pallas_kernels import step
+
+        rows = np.asarray([k for i in bundle for k in prepared.groups[i].tensors])
+        by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
+        updated = step.second_pass(
+            rule,
+            [prepared.inputs[i] for i in bundle],
+            [prepared.moments[i] for i in bundle],
+            by_row(mlp) if mlp_per_tensor else mlp,
+            mlp_per_tensor,
+            decays,
+            scale[rows],
+            weight_decay[rows],
+            None if statistics is None else by_row(statistics),
+        )
+        for i, result in zip(bundle, updated, strict=True):
+            results[i] = result
+    for group, result in zip(prepared.groups, results, strict=True):
         scatter(group, prepared.tensors, result.update, result.accumulators, prepared.out)
-        new_statistics.append(result.statistics)
+    new_statistics = [result.statistics for result in results]
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)
     )

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from lopt_jax.engine import tensors_of
+from lopt_jax.engine import BACKENDS, tensors_of
 
-BACKENDS = ("auto", "xla", "pallas")
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -54,6 +53,12 @@ def check_backend(backend: Any) -> None:
     """Raises ValueError unless it is one of the backends."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {backend!r}.")
+
+
+def backend_for(backend: str, meta_parameters: Any) -> str:
+    """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))
+    return "xla" if backend == "auto" and traced else backend
 
 
 def check_num_steps(num_steps: Any) -> None:

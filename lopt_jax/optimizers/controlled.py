@@ -91,6 +91,7 @@ def controlled(
     momenta = len(config["initial_momentum_decays"])
     factored = len(config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
+    backend = common.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> ControlledState:
         tensors = engine.count_tensors(params, stacked_axes)
@@ -110,7 +111,9 @@ def controlled(
         meta_parameters: Any, gradients: Any, state: ControlledState, params: Any, value: Any
     ) -> tuple[Any, ControlledState]:
         loss, shared = observe_loss(name, state.loss, value, state.count, num_steps, loss_horizon)
-        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
+        prepared = engine.first_pass(
+            rule, gradients, params, state.accumulators, stacked_axes, backend
+        )
         controls = controller.run_lstm(
             meta_parameters, inputs(prepared, state.statistics, shared), state.lstm
         )

@@ -49,6 +49,7 @@ def per_parameter(
     momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
+    backend = common.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> PerParameterState:
         accumulators = engine.init_accumulators(
@@ -61,7 +62,9 @@ def per_parameter(
     ) -> tuple[Any, PerParameterState]:
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
-        prepared = engine.first_pass(rule, gradients, params, state.accumulators, stacked_axes)
+        prepared = engine.first_pass(
+            rule, gradients, params, state.accumulators, stacked_axes, backend
+        )
         updates, accumulators, _ = engine.second_pass(
             rule,
             prepared,

@@ -1,0 +1,65 @@
+"""Where the kernels can run, and where they are worth it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.rule import Rule
+from pallas_kernels import mosaic
+from pallas_kernels.view import view_of
+
+WORTHWHILE_ELEMENTS = 1 << 17  # of the tensors of a group; smaller ones XLA updates as fast
+
+
+def unsupported_reason(is_asked_for: bool) -> str | None:
+    """Why no kernel runs here, or None.
+
+    Args:
+      is_asked_for: the user asked for the kernels by name.
+
+    Returns:
+      The reason, part of a sentence.
+    """
+    reason = mosaic.unsupported_reason()
+    if reason is None and not is_asked_for and jax.device_count() > 1 and not _is_manual():
+        reason = (
+            f"with {jax.device_count()} devices XLA must be free to partition the update; inside "
+            "jax.shard_map, or with backend='pallas' where nothing is partitioned, kernels run"
+        )
+    return reason
+
+
+def _is_manual() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+def unsupported_group_reason(
+    rule: Rule, shape: Sequence[int], dtypes: Sequence[Any], is_asked_for: bool
+) -> str | None:
+    """Why the kernels do not update tensors of a shape, or None.
+
+    Args:
+      rule: the rule.
+      shape: (tensors, *shape of each).
+      dtypes: of their arrays.
+      is_asked_for: the user asked for the kernels by name: then only what is impossible counts.
+
+    Returns:
+      The reason, part of a sentence.
+    """
+    if rule.features.normalizer_axes != "tensor" and len(shape) > 3:
+        return "normalisers are over matrices of tensors of higher rank"
+    for dtype in map(jnp.dtype, dtypes):
+        if dtype.itemsize not in (2, 4):
+            return f"arrays are {dtype.name}"
+    if is_asked_for:
+        return None
+    if math.prod(shape) < WORTHWHILE_ELEMENTS:
+        return "tensors are small"
+    if view_of(tuple(shape[1:])).is_copied:
+        return "sizes are not aligned to 16 bytes"
+    return None

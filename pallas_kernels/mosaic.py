@@ -1,0 +1,172 @@
+"""Everything that depends on the version of Pallas's Mosaic GPU backend.
+
+The backend's API changes between releases of jax; the kernels use it through these names alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP = 128  # threads of a block
+WARPS = 4
+COPY_BYTES = 128  # a copy between global and shared memory moves a multiple of this many bytes
+STRIDE_BYTES = 16  # strides of a copied array are multiples of this
+COPY_LIMIT = 256  # elements of a copy along any axis
+
+barrier_wait = plgpu.barrier_wait
+copy_in = plgpu.copy_gmem_to_smem
+
+
+def unsupported_reason() -> str | None:
+    """Why the kernels cannot run here, or None: they run on Hopper GPUs and in the interpreter."""
+    if is_interpreting():
+        return None
+    device = jax.local_devices()[0]
+    if device.platform not in ("gpu", "cuda"):
+        return f"the default device is a {device.platform.upper()}, not an NVIDIA GPU"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability != "9.0":
+        return (
+            f"{device.device_kind} has compute capability {capability}; the kernels are built for "
+            "9.0 (Hopper)"
+        )
+    return None
+
+
+def is_interpreting() -> bool:
+    """Whether `force_gpu_interpret_mode` is on."""
+    from jax._src import config
+
+    value = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
+    return value is not None and value.value is not None
+
+
+def shared(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> Any:
+    """A buffer in shared memory."""
+    return plgpu.SMEM(tuple(shape), dtype)
+
+
+def barrier(arrivals: int, count: int = 1) -> Any:
+    """Barriers in shared memory that copies arrive at."""
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def tile_layout(width: int, vector: int = 4) -> tuple[Any, int]:
+    """The layout of a tile in the registers of a warpgroup.
+
+    Args:
+      width: columns of the tile, a power of two from 16, at most 128 of which go to one warp.
+      vector: neighbouring columns that one thread holds.
+
+    Returns:
+      The layout of tiles (rows, width), and the number that rows must be a multiple of.
+    """
+    across = min(width // vector, 32)
+    down = 32 // across
+    tiles = ((WARPS * down, across * vector), (down, across * vector), (1, vector))
+    tiled = fragmented_array.TiledLayout(
+        fragmented_array.Tiling(tiles), (-6,), (-4, -3), -1, _check_canonical=False
+    ).canonicalize()
+    layout = plgpu.Layout.TILED(tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim)
+    return layout, WARPS * down
+
+
+def load(ref: Any, layout: Any, optimized: bool = True) -> jax.Array:
+    """Loads a tile into registers."""
+    return plgpu.load(ref, layout=layout, optimized=optimized)
+
+
+def store(ref: Any, value: jax.Array, optimized: bool = True) -> None:
+    """Stores a tile or a vector from registers."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=optimized)
+    else:  # before jax 0.12
+        ref[...] = value
+
+
+def scalars(ref: Any) -> Any:
+    """A buffer to read numbers from: itself, or in the interpreter, where reads are slow, an array."""
+    return ref[...] if is_interpreting() else ref
+
+
+def spread(vector: jax.Array, shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
+    """Repeats a vector along the other axis of a tile, without taking more registers."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(vector, shape, (axis,)), layout)
+
+
+def constant(value: float, shape: tuple[int, int], layout: Any) -> jax.Array:
+    """A tile of one value."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def positions(shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
+    """The index of every element of a tile along an axis."""
+    return plgpu.layout_cast(
+        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout), layout
+    )
+
+
+def synchronize() -> None:
+    """Waits for every thread; makes its writes to shared memory visible to the copy engine."""
+    plgpu.commit_smem()
+
+
+def copy_out(sources: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Starts copies from shared to global memory, awaited together."""
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        plgpu.copy_smem_to_gmem(source, target, commit_group=i == len(sources) - 1)
+
+
+def await_reads(pending: int) -> None:
+    """Waits until at most this many groups of `copy_out` still read shared memory."""
+    plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
+
+
+def await_writes() -> None:
+    """Waits until every `copy_out` is complete."""
+    plgpu.wait_smem_to_gmem(0)
+
+
+def call(
+    body: Callable[..., None],
+    arguments: Sequence[Any],
+    *,
+    programs: int,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    scratch: Sequence[Any],
+    name: str,
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel of one warpgroup a block.
+
+    Args:
+      body: takes the program's index, then refs of arguments, outputs and scratch.
+      arguments: arrays, or refs that the kernel updates in place.
+      programs: number of blocks.
+      outputs: shapes and dtypes.
+      scratch: of `shared` and `barrier`.
+      name: of the kernel, for profiles.
+
+    Returns:
+      The outputs.
+    """
+
+    def kernel(*refs: Any) -> None:
+        body(jax.lax.axis_index("program"), *refs)
+
+    kernel.__name__ = name
+    return plgpu.kernel(
+        kernel,
+        out_type=tuple(outputs),
+        scratch_types=tuple(scratch),
+        grid=(programs,),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=6144,
+        ),
+    )(*arguments)

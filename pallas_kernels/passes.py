@@ -1,0 +1,682 @@
+"""The three passes over arrays of equally shaped tensors, as Mosaic GPU kernels.
+
+A program (a warpgroup) walks down a strip of tiles. Copies of the next tiles into shared memory run
+while it computes; what it writes goes into the same buffers and from there to global memory. Copies
+clip at the ends of the arrays, so no size needs padding; sums leave out what lies beyond the ends.
+
+Sums are deterministic: every program writes its own, and they are added outside in a fixed order.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from lopt_jax import rule as rules
+from lopt_jax.accumulators import Decays, update_average
+from lopt_jax.features import Feature, Operands
+from lopt_jax.rule import FactoredVectors, Folded, Rule
+from pallas_kernels import mosaic
+from pallas_kernels.table import Numbers, read, sequence
+from pallas_kernels.view import View
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a pass goes over an array of tensors.
+
+    Attributes:
+      view: of each tensor.
+      tensors: their number.
+      tiles: tiles that a program takes, down a strip.
+      stages: tiles in shared memory at once.
+      block_rows: rows of a tile that are in registers at once.
+      backwards: walk from the end, where the pass before left off: what it read last is in L2.
+    """
+
+    view: View
+    tensors: int
+    tiles: int
+    stages: int
+    block_rows: int
+    backwards: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """Programs down a strip."""
+        return -(-self.view.tiles_down // self.tiles)
+
+    @property
+    def programs(self) -> int:
+        """Number of programs."""
+        return self.groups * self.view.middle * self.chunks * self.view.strips
+
+    @property
+    def groups(self) -> int:
+        """Number of matrices: tensors times their batch."""
+        return self.tensors * self.view.batch
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Shape of a tile."""
+        return self.view.rows, self.view.width
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Shape of what is in registers at once."""
+        return self.block_rows, self.view.width
+
+
+class Place(NamedTuple):
+    """Where a program works."""
+
+    group: Any
+    middle: Any
+    chunk: Any
+    strip: Any
+
+
+def _place(plan: Plan, program: jax.Array) -> Place:
+    if plan.backwards:
+        program = plan.programs - 1 - program
+    strip = jax.lax.rem(program, plan.view.strips)
+    program = jax.lax.div(program, plan.view.strips)
+    chunk = jax.lax.rem(program, plan.chunks)
+    program = jax.lax.div(program, plan.chunks)
+    middle = jax.lax.rem(program, plan.view.middle)
+    return Place(jax.lax.div(program, plan.view.middle), middle, chunk, strip)
+
+
+def _index(plan: Plan, place: Place) -> jax.Array:
+    """Position of a program's sums: the tensors in order, each one's programs in a fixed order."""
+    out = (place.group * plan.view.middle + place.middle) * plan.chunks + place.chunk
+    return out * plan.view.strips + place.strip
+
+
+def _tile_of(plan: Plan, place: Place, tile: Any) -> tuple[Any, ...]:
+    """The index of a tile in an arranged array."""
+    view = plan.view
+    rows = pl.ds(tile * view.rows, view.rows)
+    return place.group, rows, place.middle, pl.ds(place.strip * view.width, view.width)
+
+
+def _walk(
+    plan: Plan,
+    place: Place,
+    start: Callable[[Any, Any], None],
+    prepare: Callable[[], Callable[[Any, Any, Any], Any]],
+    arrived: Any,
+    carry: Any,
+) -> Any:
+    """Goes over a program's tiles, keeping copies of the next ones in flight.
+
+    Args:
+      plan: the plan.
+      place: the program's.
+      start: (tile, slot) starts the copies of a tile into a slot of the buffers.
+      prepare: called when the first copies are on their way; returns a function
+        (tile, slot, carry) -> carry, by whose end no thread reads the slot any more, nor does a
+        copy read the slot of the tile before.
+      arrived: barriers, one a slot.
+      carry: the first carry.
+
+    Returns:
+      The last carry.
+    """
+    first = place.chunk * plan.tiles
+    count = jnp.minimum(plan.tiles, plan.view.tiles_down - first)
+    tile_at = lambda i: first + (count - 1 - i if plan.backwards else i)  # noqa: E731
+    ahead = plan.stages - 1
+
+    def start_at(i: Any) -> None:
+        @pl.when(i < count)
+        def _() -> None:
+            start(tile_at(i), jax.lax.rem(i, plan.stages))
+
+    for i in range(ahead):
+        start_at(jnp.int32(i))
+    consume = prepare()
+
+    def step(i: Any, carry: Any) -> Any:
+        slot = jax.lax.rem(i, plan.stages)
+        mosaic.barrier_wait(arrived.at[slot])
+        carry = consume(tile_at(i), slot, carry)
+        start_at(i + ahead)
+        return carry
+
+    return jax.lax.fori_loop(0, count, step, carry)
+
+
+@dataclass(frozen=True)
+class _Registers:
+    """Loads and sums of the blocks of a tile."""
+
+    plan: Plan
+
+    @functools.cached_property
+    def layout(self) -> Any:
+        return mosaic.tile_layout(self.plan.view.width)[0]
+
+    @functools.cached_property
+    def step(self) -> int:
+        return mosaic.tile_layout(self.plan.view.width)[1]
+
+    def blocks(self) -> range:
+        return range(0, self.plan.view.rows, self.plan.block_rows)
+
+    def load(self, ref: Any, slot: Any, row: int) -> jax.Array:
+        return mosaic.load(ref.at[slot, pl.ds(row, self.plan.block_rows)], self.layout)
+
+    def down(self, ref: Any, slot: Any, row: int, k: int) -> jax.Array:
+        rows = pl.ds(row, self.plan.block_rows)
+        vector = mosaic.load(ref.at[slot, k, rows], self.layout.reduce(1), optimized=False)
+        return mosaic.spread(vector, self.plan.block, 0, self.layout)
+
+    def across(self, ref: Any, k: int) -> jax.Array:
+        vector = mosaic.load(ref.at[k], self.layout.reduce(0), optimized=False)
+        return mosaic.spread(vector, self.plan.block, 1, self.layout)
+
+    def zeros(self) -> jax.Array:
+        return mosaic.constant(0.0, (self.step, self.plan.view.width), self.layout)
+
+    def fold(self, x: jax.Array) -> jax.Array:
+        """Adds up the rows that one thread holds."""
+        parts = [x[i : i + self.step] for i in range(0, self.plan.block_rows, self.step)]
+        return functools.reduce(jnp.add, parts)
+
+    def inside(self, place: Place, tile: Any, row: int) -> jax.Array | None:
+        """Which elements of a block lie in the tensor; None: all of them."""
+        view = self.plan.view
+        position = lambda axis: mosaic.positions(self.plan.block, axis, self.layout)  # noqa: E731
+        down = tile * view.rows + row
+        if not view.is_factored:
+            elements = 1
+            for n in view.shape:
+                elements *= n
+            if elements % (view.rows * view.width) == 0:
+                return None
+            lines = position(0) + down
+            full, rest = divmod(elements, view.width)
+            return (lines < full) | ((lines == full) & (position(1) < rest))
+        inside = None
+        if view.down % view.rows:
+            inside = position(0) + down < view.down
+        if view.across % view.width:
+            columns = position(1) + place.strip * view.width < view.across
+            inside = columns if inside is None else inside & columns
+        return inside
+
+
+def _masked(inside: jax.Array | None, x: jax.Array) -> jax.Array:
+    return x if inside is None else jnp.where(inside, x, 0.0)
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sum(x, axis=1), axis=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# pass A
+
+
+class FirstSums(NamedTuple):
+    """Sums of pass A, every program's."""
+
+    down: jax.Array | None  # (groups, middle, strips, down rounded up): of g² across a strip
+    across: jax.Array | None  # (groups, middle, chunks, across rounded up): of g² down a chunk
+    parameter: jax.Array | None  # (programs,): of p²
+
+
+def first_sums(
+    plan: Plan, rule: Rule, gradient: jax.Array, parameter: jax.Array | None
+) -> FirstSums:
+    """Pass A.
+
+    Args:
+      plan: the plan.
+      rule: the rule.
+      gradient: arranged as the plan's view does.
+      parameter: the same; None: its square is not summed.
+
+    Returns:
+      The sums.
+    """
+    view = plan.view
+    arrays = [gradient] if parameter is None else [gradient, parameter]
+    down_size, across_size = view.tiles_down * view.rows, view.strips * view.width
+    outputs = [
+        jax.ShapeDtypeStruct((plan.groups, view.middle, view.strips, down_size), jnp.float32),
+        jax.ShapeDtypeStruct((plan.groups, view.middle, plan.chunks, across_size), jnp.float32),
+        jax.ShapeDtypeStruct((plan.programs,), jnp.float32),
+    ]
+    registers = _Registers(plan)
+
+    def body(program: Any, *refs: Any) -> None:
+        inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
+        (down_out, across_out, parameter_out), refs = refs[:3], refs[3:]
+        buffers, arrived = refs[:-1], refs[-1]
+        place = _place(plan, program)
+
+        def start(tile: Any, slot: Any) -> None:
+            for source, target in zip(inputs, buffers, strict=True):
+                mosaic.copy_in(
+                    source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
+                )
+
+        def consume(tile: Any, slot: Any, carry: Any) -> Any:
+            across, squares = carry
+            for row in registers.blocks():
+                g = rules.prepare_gradient(rule, registers.load(buffers[0], slot, row))
+                squared = jnp.square(g)
+                across = across + registers.fold(squared)
+                rows = pl.ds(tile * view.rows + row, plan.block_rows)
+                target = down_out.at[place.group, place.middle, place.strip, rows]
+                mosaic.store(target, jnp.sum(squared, axis=1), optimized=False)
+                if parameter is not None:
+                    p = registers.load(buffers[1], slot, row).astype(jnp.float32)
+                    squares = squares + registers.fold(jnp.square(p))
+            mosaic.synchronize()
+            return across, squares
+
+        across, squares = _walk(
+            plan, place, start, lambda: consume, arrived, (registers.zeros(), registers.zeros())
+        )
+        columns = pl.ds(place.strip * view.width, view.width)
+        target = across_out.at[place.group, place.middle, place.chunk, columns]
+        mosaic.store(target, jnp.sum(across, axis=0), optimized=False)
+        parameter_out[_index(plan, place)] = _total(squares)
+
+    down, across, squares = mosaic.call(
+        body,
+        arrays,
+        programs=plan.programs,
+        outputs=outputs,
+        scratch=[
+            *(mosaic.shared((plan.stages, *plan.tile), x.dtype) for x in arrays),
+            mosaic.barrier(len(arrays), plan.stages),
+        ],
+        name="lopt_first_pass",
+    )
+    return FirstSums(down, across, None if parameter is None else squares)
+
+
+# ------------------------------------------------------------------------------------------------
+# passes B and C
+
+
+class Elements(NamedTuple):
+    """Arrays of a pass, each arranged as the plan's view does; or refs of them."""
+
+    gradient: Any
+    parameter: Any
+    momentum: tuple
+    second_moment: Any
+    average: tuple  # the factored second moments where the tensor is not factored, one a decay
+
+
+class Inputs(NamedTuple):
+    """What passes B and C read."""
+
+    elements: Elements
+    table: jax.Array  # (tensors, rows, 256), of `table.pack`
+    down: jax.Array | None  # (groups, middle, vectors, down rounded up); None: not factored
+    across: jax.Array | None  # (groups, middle, vectors, across rounded up)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What passes B and C share: refs, and the operands of a block."""
+
+    plan: Plan
+    rule: Rule
+    decays: Any  # Decays of table entries
+
+    @functools.cached_property
+    def registers(self) -> _Registers:
+        return _Registers(self.plan)
+
+    def scratch(self, inputs: Inputs) -> list:
+        plan = self.plan
+        out = [
+            mosaic.shared((plan.stages, *plan.tile), x.dtype)
+            for x in jax.tree.leaves(inputs.elements)
+        ]
+        constants = [mosaic.shared(inputs.table.shape[1:], jnp.float32)]
+        if inputs.down is not None and inputs.across is not None:
+            vectors = inputs.down.shape[2]
+            out.append(mosaic.shared((plan.stages, vectors, plan.view.rows), jnp.float32))
+            constants.append(mosaic.shared((vectors, plan.view.width), jnp.float32))
+        return [
+            *out,
+            *constants,
+            mosaic.barrier(len(out), plan.stages),
+            mosaic.barrier(len(constants)),
+        ]
+
+    def copies(
+        self, place: Place, refs: Inputs, buffers: Inputs, arrived: Any, once: Any
+    ) -> Callable[[Any, Any], None]:
+        """Starts the copies that a program needs once; returns the function that starts a tile's."""
+        plan = self.plan
+        tensor = jax.lax.div(place.group, plan.view.batch)
+        mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
+        if refs.across is not None:
+            columns = pl.ds(place.strip * plan.view.width, plan.view.width)
+            source = refs.across.at[place.group, place.middle, :, columns]
+            mosaic.copy_in(source, buffers.across, once)
+
+        def start(tile: Any, slot: Any) -> None:
+            pairs = zip(
+                jax.tree.leaves(refs.elements), jax.tree.leaves(buffers.elements), strict=True
+            )
+            for source, target in pairs:
+                mosaic.copy_in(
+                    source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
+                )
+            if refs.down is not None:
+                rows = pl.ds(tile * plan.view.rows, plan.view.rows)
+                source = refs.down.at[place.group, place.middle, :, rows]
+                mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
+
+        return start
+
+    def operands(
+        self, buffers: Inputs, slot: Any, row: int, decays: Decays
+    ) -> tuple[Operands, tuple]:
+        """Operands of a block, and its new averages where the tensor is not factored."""
+        load = lambda ref: self.registers.load(ref, slot, row)  # noqa: E731
+        wide = lambda ref: load(ref).astype(jnp.float32)  # noqa: E731
+        elements = buffers.elements
+        gradient = rules.prepare_gradient(self.rule, load(elements.gradient))
+        averages: tuple = ()
+        if self.plan.view.is_factored:
+            factors = range(len(decays.factored))
+            down = tuple(self.registers.down(buffers.down, slot, row, k) for k in factors)
+            across = tuple(self.registers.across(buffers.across, k) for k in factors)
+            is_row = self.plan.view.down_is_row
+            vectors = FactoredVectors(
+                (), (), down if is_row else across, across if is_row else down
+            )
+        else:
+            squared = jnp.square(gradient)
+            averages = tuple(
+                update_average(wide(x), squared, decay)
+                for x, decay in zip(elements.average, decays.factored, strict=True)
+            )
+            vectors = FactoredVectors(averages, (), (), ())
+        operands = rules.element_operands(
+            gradient,
+            wide(elements.parameter),
+            tuple(wide(m) for m in elements.momentum),
+            wide(elements.second_moment),
+            decays,
+            vectors,
+        )
+        return operands, averages
+
+
+def _element_features(rule: Rule, view: View) -> tuple[Feature, ...]:
+    features = rule.features.for_tensor(view.is_factored)
+    return tuple(feature for feature in features if feature.varies == "element")
+
+
+def _split(refs: Sequence[Any], tree: Any) -> tuple[Any, Sequence[Any]]:
+    treedef = jax.tree.structure(tree)
+    count = treedef.num_leaves
+    return treedef.unflatten(refs[:count]), refs[count:]
+
+
+def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Inputs, Any, Any]:
+    elements, refs = _split(refs, inputs.elements)
+    down = across = None
+    if inputs.down is not None:
+        (down, table, across), refs = refs[:3], refs[3:]
+    else:
+        (table,), refs = refs[:1], refs[1:]
+    arrived, once = refs
+    return Inputs(elements, table, down, across), arrived, once
+
+
+def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:
+    """Pass B: sums of the squares of the element features, of the gradient and of its square.
+
+    Args:
+      plan: the plan.
+      rule: the rule.
+      inputs: vectors: the factors of each decay.
+      decays: `Decays` of entries of the table.
+
+    Returns:
+      (tensors, programs of each, element features + 2) float32.
+    """
+    features = _element_features(rule, plan.view)
+    kernel = _Kernel(plan, rule, decays)
+    registers = kernel.registers
+    width = len(features) + 2
+
+    def body(program: Any, *refs: Any) -> None:
+        sources, refs = _split(refs, inputs)
+        out, refs = refs[0], refs[1:]
+        buffers, arrived, once = _buffers(inputs, refs)
+        place = _place(plan, program)
+        start = kernel.copies(place, sources, buffers, arrived, once)
+
+        def consume(rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
+            for row in registers.blocks():
+                operands, _ = kernel.operands(buffers, slot, row, rates)
+                inside = registers.inside(place, tile, row)
+                values = [jnp.square(feature.formula(operands)) for feature in features]
+                values += [operands.gradient, jnp.square(operands.gradient)]
+                sums = tuple(
+                    s + registers.fold(_masked(inside, x))
+                    for s, x in zip(sums, values, strict=True)
+                )
+            mosaic.synchronize()
+            return sums
+
+        def prepare() -> Callable:
+            mosaic.barrier_wait(once)
+            return functools.partial(consume, _rates(decays, mosaic.scalars(buffers.table)))
+
+        sums = _walk(plan, place, start, prepare, arrived, (registers.zeros(),) * width)
+        position = _index(plan, place)
+        for k, x in enumerate(sums):
+            out[position, k] = _total(x)
+
+    (out,) = mosaic.call(
+        body,
+        jax.tree.leaves(inputs),
+        programs=plan.programs,
+        outputs=[jax.ShapeDtypeStruct((plan.programs, width), jnp.float32)],
+        scratch=kernel.scratch(inputs),
+        name="lopt_square_sums",
+    )
+    return out.reshape((plan.tensors, plan.programs // plan.tensors, width))
+
+
+def _rates(decays: Any, table: Any) -> Decays:
+    decays = read(decays, table)
+    return Decays(
+        momentum=sequence(decays.momentum),
+        second_moment=decays.second_moment[()],
+        factored=sequence(decays.factored),
+    )
+
+
+class Table(NamedTuple):
+    """What pass C reads of a tensor, number by number."""
+
+    decays: Decays
+    weights: Any  # (element features, H)
+    bias: tuple  # one (H,); none where the tensor is factored
+    layers: tuple  # (weight, bias) each
+    scale: Any  # ()
+    weight_decay: Any  # ()
+    centres: Any  # (momenta + 1,): about the means of the accumulators
+
+
+class StepOutputs(NamedTuple):
+    """What pass C makes."""
+
+    elements: Elements  # the gradient's place holds the update, the parameter's nothing
+    sums: jax.Array | None  # (tensors, programs of each, 2 * accumulators) float32
+
+
+@dataclass(frozen=True)
+class _VectorBias:
+    """A bias of the first layer that lies in vectors: one a hidden unit."""
+
+    shape: tuple[int, ...]
+    load: Callable[[int], jax.Array]
+
+    def __getitem__(self, j: int) -> jax.Array:
+        return self.load(j)
+
+
+def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutputs:
+    """Pass C: the network, the update and the accumulators.
+
+    Args:
+      plan: the plan.
+      rule: the rule.
+      inputs: vectors: the factors of each decay, then a bias for each hidden unit.
+      entries: of the table.
+
+    Returns:
+      The update in the parameter's dtype, the accumulators; the sums of the accumulators' distances
+      to their centres, and of the squares of these, if the rule keeps statistics.
+    """
+    view = plan.view
+    features = _element_features(rule, view)
+    kernel = _Kernel(plan, rule, entries.decays)
+    registers = kernel.registers
+    hidden = entries.weights.shape[1]
+    momenta = len(inputs.elements.momentum)
+    statistics = momenta + 1 if rule.accumulator_statistics else 0
+    parameter = inputs.elements.parameter
+    outputs = [
+        jax.ShapeDtypeStruct(parameter.shape, parameter.dtype),
+        jax.ShapeDtypeStruct((plan.programs, max(2 * statistics, 1)), jnp.float32),
+    ]
+
+    def body(program: Any, *refs: Any) -> None:
+        sources, refs = _split(refs, inputs)
+        (update_out, sums_out), refs = refs[:2], refs[2:]
+        buffers, arrived, once = _buffers(inputs, refs)
+        place = _place(plan, program)
+        start = kernel.copies(place, sources, buffers, arrived, once)
+        written = [
+            (buffers.elements.parameter, update_out),
+            *zip(buffers.elements.momentum, sources.elements.momentum, strict=True),
+            (buffers.elements.second_moment, sources.elements.second_moment),
+            *zip(buffers.elements.average, sources.elements.average, strict=True),
+        ]
+
+        def folded(numbers: Table, rates: Decays, slot: Any, row: int) -> Folded:
+            weights = tuple(_Row(numbers.weights, k) for k in range(len(features)))
+            if not view.is_factored:
+                return Folded(weights, numbers.bias[0], None, numbers.layers)
+            factors = len(rates.factored)
+            down = _VectorBias(
+                (hidden,), lambda j: registers.down(buffers.down, slot, row, factors + j)
+            )
+            across = _VectorBias(
+                (hidden,), lambda j: registers.across(buffers.across, factors + j)
+            )
+            return Folded(weights, down, across, numbers.layers)
+
+        def consume(
+            numbers: Table, rates: Decays, tile: Any, slot: Any, sums: tuple
+        ) -> tuple:
+            for row in registers.blocks():
+                operands, averages = kernel.operands(buffers, slot, row, rates)
+                values = [feature.formula(operands) for feature in features]
+                direction, magnitude = rules.network_outputs(
+                    values, folded(numbers, rates, slot, row)
+                )
+                step = rules.output_step(direction, magnitude, rule.exp_mult)
+                new = [
+                    rules.parameter_update(
+                        step, operands.parameter, numbers.scale[()], numbers.weight_decay[()]
+                    ),
+                    *operands.momentum,
+                    operands.second_moment,
+                    *averages,
+                ]
+                rows = pl.ds(row, plan.block_rows)
+                for (buffer, _), value in zip(written, new, strict=True):
+                    mosaic.store(buffer.at[slot, rows], value.astype(buffer.dtype))
+                if statistics:
+                    inside = registers.inside(place, tile, row)
+                    distances = [
+                        _masked(inside, x - numbers.centres[k])
+                        for k, x in enumerate(new[1 : 1 + statistics])
+                    ]
+                    distances += [jnp.square(x) for x in distances]
+                    sums = tuple(
+                        s + registers.fold(x) for s, x in zip(sums, distances, strict=True)
+                    )
+            mosaic.synchronize()
+            mosaic.copy_out(
+                [buffer.at[slot] for buffer, _ in written],
+                [target.at[_tile_of(plan, place, tile)] for _, target in written],
+            )
+            mosaic.await_reads(1)
+            return sums
+
+        def prepare() -> Callable:
+            mosaic.barrier_wait(once)
+            numbers = mosaic.scalars(buffers.table)
+            rates = _rates(entries.decays, numbers)
+            return functools.partial(consume, read(entries, numbers), rates)
+
+        carry = (registers.zeros(),) * (2 * statistics)
+        sums = _walk(plan, place, start, prepare, arrived, carry)
+        position = _index(plan, place)
+        for k, x in enumerate(sums):
+            sums_out[position, k] = _total(x)
+        mosaic.await_writes()
+
+    elements = inputs.elements
+    new_ref = lambda x: jax.new_ref(x)  # noqa: E731
+    changed = elements._replace(
+        momentum=tuple(map(new_ref, elements.momentum)),
+        second_moment=new_ref(elements.second_moment),
+        average=tuple(map(new_ref, elements.average)),
+    )
+    out, sums = mosaic.call(
+        body,
+        jax.tree.leaves(inputs._replace(elements=changed)),
+        programs=plan.programs,
+        outputs=outputs,
+        scratch=kernel.scratch(inputs),
+        name="lopt_update",
+    )
+    value = lambda ref: ref[...]  # noqa: E731
+    return StepOutputs(
+        elements=Elements(
+            gradient=out,
+            parameter=None,
+            momentum=tuple(map(value, changed.momentum)),
+            second_moment=value(changed.second_moment),
+            average=tuple(map(value, changed.average)),
+        ),
+        sums=sums.reshape((plan.tensors, plan.programs // plan.tensors, -1))
+        if statistics
+        else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a matrix of numbers."""
+
+    matrix: Numbers
+    row: int
+
+    def __getitem__(self, j: int) -> jax.Array:
+        return self.matrix[self.row, j]

@@ -1,0 +1,318 @@
+"""The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
+
+Tensors come in parts: arrays with a leading axis of tensors, that were never joined because joining
+large arrays would copy them. The vectors between the passes are joined: they are small, and computing
+them for all tensors at once saves hundreds of launches.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax import rule as rules
+from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
+from lopt_jax.features import Operands
+from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
+from pallas_kernels import mosaic, passes, table
+from pallas_kernels.passes import Elements, Inputs, Plan, Table
+from pallas_kernels.view import View, view_of
+
+MULTIPROCESSORS = 132
+
+
+class Part(NamedTuple):
+    """Arrays of some tensors, each with a leading axis of tensors."""
+
+    gradient: jax.Array
+    parameter: jax.Array
+    accumulators: Accumulators
+
+
+def first_pass(rule: Rule, parts: Sequence[Part]) -> list[Moments]:
+    """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
+
+    Args:
+      rule: the rule.
+      parts: the tensors.
+
+    Returns:
+      Moments of each part, with a leading axis of tensors.
+    """
+    shape = parts[0].gradient.shape[1:]
+    view = view_of(shape)
+    needs_parameter = rule.parameter_scale or rule.accumulator_statistics
+    if not view.is_factored:
+        if not needs_parameter:
+            return [Moments(None, None, None) for _ in parts]
+        return [jax.vmap(functools.partial(rules.first_pass, rule))(*part[:2]) for part in parts]
+    out = []
+    for part in parts:
+        plan = _plan(view, part.gradient.shape[0], bytes_in=8, stages=4)
+        gradient = view.arrange(part.gradient)
+        parameter = view.arrange(part.parameter) if needs_parameter else None
+        sums = _first_sums(plan, rule, mosaic.is_interpreting(), gradient, parameter)
+        down = view.restore_down(jnp.sum(sums.down, axis=2)[..., : view.down] / view.across)
+        across = jnp.sum(sums.across, axis=2)[..., : view.across] / view.down
+        across = view.restore_across(across)
+        mean_square = None
+        if sums.parameter is not None:
+            by_tensor = jnp.sum(sums.parameter.reshape((plan.tensors, -1)), axis=1)
+            mean_square = by_tensor / math.prod(shape)
+        row, column = (down, across) if view.down_is_row else (across, down)
+        out.append(Moments(row, column, mean_square))
+    return out
+
+
+def second_pass(
+    rule: Rule,
+    parts: Sequence[Part],
+    moments: Sequence[Moments],
+    mlp: MLP,
+    mlp_per_tensor: bool,
+    decays: Decays,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+    statistics: Statistics | None,
+) -> list[TensorUpdate]:
+    """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
+
+    Args:
+      rule: the rule.
+      parts: the tensors.
+      moments: of `first_pass`.
+      mlp: the network, with a leading axis of tensors if `mlp_per_tensor`.
+      mlp_per_tensor: whether it has that axis.
+      decays: decay rates.
+      scale: (tensors,).
+      weight_decay: (tensors,).
+      statistics: of the accumulators before this step, with a leading axis of tensors: centres of
+        the new ones' sums. None: zeros.
+
+    Returns:
+      The updates of each part, with a leading axis of tensors.
+    """
+    shape = parts[0].gradient.shape[1:]
+    view, dims = view_of(shape), factored_dims(shape)
+    counts = [part.gradient.shape[0] for part in parts]
+    tensors = sum(counts)
+    moments = jax.tree.map(lambda *xs: _join(xs), *moments)
+    features = rule.features.for_tensor(view.is_factored)
+    decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
+
+    row = column = None
+    vectors = FactoredVectors((), (), (), ())
+    if dims is not None:
+        row, column, vectors = jax.vmap(
+            functools.partial(_factored_after, dims=dims), in_axes=(0, 0, 0, 0, None)
+        )(
+            moments.row,
+            moments.column,
+            _join([part.accumulators.row for part in parts]),
+            _join([part.accumulators.column for part in parts]),
+            decays.factored,
+        )
+    elements = [_elements(view, part) for part in parts]
+
+    # pass B
+    repeated = jax.tree.map(lambda x: table.repeat(x, tensors), decays)
+    rates, rate_entries = table.pack(repeated, tensors)
+    factors = _oriented(view, vectors.row_factor, vectors.column_factor)
+    sums = []
+    for i, x in enumerate(elements):
+        plan = _plan(view, counts[i], bytes_in=24, stages=3)
+        inputs = Inputs(x, *_part((rates, *factors), view, counts, i))
+        sums.append(_square_sums(plan, rule, rate_entries, mosaic.is_interpreting(), inputs))
+    means = _join([jnp.sum(x, axis=1) for x in sums]) / math.prod(shape)
+
+    # the network
+    networks = jax.vmap(
+        functools.partial(_folded, rule, features, len(shape)),
+        in_axes=(0 if mlp_per_tensor else None, 0, 0),
+    )(mlp, means[:, :-2], vectors)
+    if rule.parameter_scale:
+        scale = scale * rules.parameter_scale(moments.parameter_mean_square)
+    centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
+    hidden = range(networks.row_bias.shape[1])
+    bias = (networks.row_bias.reshape((tensors, -1)),) if dims is None else ()
+    numbers, entries = table.pack(
+        Table(
+            decays=repeated,
+            weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
+            bias=bias,
+            layers=networks.layers
+            if mlp_per_tensor
+            else jax.tree.map(lambda x: table.repeat(x, tensors), _layers(mlp)),
+            scale=scale,
+            weight_decay=weight_decay,
+            centres=centres,
+        ),
+        tensors,
+    )
+    if dims is not None:
+        of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
+        factors = _oriented(
+            view,
+            (*vectors.row_factor, *of_unit(networks.row_bias)),
+            (*vectors.column_factor, *of_unit(networks.column_bias)),
+        )
+
+    # pass C
+    out = []
+    wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
+    first = 0
+    for i, x in enumerate(elements):
+        plan = _plan(view, counts[i], bytes_in=24, stages=3, is_wide=wide, backwards=True)
+        inputs = Inputs(x, *_part((numbers, *factors), view, counts, i))
+        result = _update(plan, rule, entries, mosaic.is_interpreting(), inputs)
+        rows = slice(first, first + counts[i])
+        first += counts[i]
+        new = result.elements
+        old = parts[i].accumulators
+        if dims is None:
+            new_row = jnp.stack([view.restore(a) for a in new.average], axis=1)
+            new_column = old.column
+        else:
+            new_row, new_column = row[rows], column[rows]
+        kept = None
+        if result.sums is not None:
+            kept = _statistics(result.sums, centres[rows], math.prod(shape))
+        out.append(
+            TensorUpdate(
+                update=view.restore(new.gradient),
+                accumulators=Accumulators(
+                    momentum=tuple(map(view.restore, new.momentum)),
+                    second_moment=view.restore(new.second_moment),
+                    row=new_row.astype(old.row.dtype),
+                    column=new_column.astype(old.column.dtype),
+                ),
+                statistics=kept,
+            )
+        )
+    return out
+
+
+def _plan(
+    view: View,
+    tensors: int,
+    bytes_in: int,
+    stages: int,
+    is_wide: bool = False,
+    backwards: bool = False,
+) -> Plan:
+    """A wave of programs that fills the GPU, or more for large tensors."""
+    del bytes_in
+    strips = tensors * view.batch * view.middle * view.strips
+    wanted = 3 * MULTIPROCESSORS
+    tiles = max(1, min(32, strips * view.tiles_down // wanted, view.tiles_down))
+    step = mosaic.tile_layout(view.width)[1]
+    rows = step if is_wide else view.rows
+    return Plan(view, tensors, tiles, min(stages, tiles + 1), rows, backwards)
+
+
+def _join(arrays: Sequence[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def _part(arrays: Sequence[Any], view: View, counts: Sequence[int], i: int) -> list[Any]:
+    """A part's rows of arrays with a leading axis of tensors, or of tensors times batch."""
+    first, count, tensors = sum(counts[:i]), counts[i], sum(counts)
+
+    def rows(x: Any) -> Any:
+        if x is None or len(counts) == 1:
+            return x
+        each = x.shape[0] // tensors
+        return jax.lax.slice_in_dim(x, first * each, (first + count) * each)
+
+    return [rows(x) for x in arrays]
+
+
+def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[Any, Any]:
+    """Vectors as the kernels read them: (down, across)."""
+    if not view.is_factored:
+        return None, None
+    down, across = (row, column) if view.down_is_row else (column, row)
+    return view.down_vectors(down), view.across_vectors(across)
+
+
+def _elements(view: View, part: Part) -> Elements:
+    old = part.accumulators
+    averages = () if view.is_factored else tuple(jnp.moveaxis(old.row, 1, 0))
+    return Elements(
+        gradient=view.arrange(part.gradient),
+        parameter=view.arrange(part.parameter),
+        momentum=tuple(map(view.arrange, old.momentum)),
+        second_moment=view.arrange(old.second_moment),
+        average=tuple(map(view.arrange, averages)),
+    )
+
+
+def _factored_after(
+    row_mean: jax.Array,
+    column_mean: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    decays: jax.Array,
+    dims: FactoredDims,
+) -> tuple[jax.Array, jax.Array, FactoredVectors]:
+    """One tensor's row and column accumulators after this step, and their vectors."""
+    row = update_factored(row.astype(jnp.float32), row_mean, decays)
+    column = update_factored(column.astype(jnp.float32), column_mean, decays)
+    return row, column, rules.factored_vectors(row, column, dims)
+
+
+def _folded(
+    rule: Rule, features: Any, rank: int, mlp: MLP, means: jax.Array, vectors: FactoredVectors
+) -> Folded:
+    """One tensor's folded network from the mean squares of its element features."""
+    operands = Operands(None, None, (), None, *vectors)
+    axes = rules.normalizer_axes(rule, rank)
+    kept = [x.reshape((1,) * rank) for x in means]
+    normalizers = rules.normalizers(rule, features, kept, operands, axes)
+    return rules.fold(mlp, features, normalizers, operands)
+
+
+def _layers(mlp: MLP) -> tuple:
+    return tuple(zip(mlp.weights[1:], mlp.biases[1:], strict=True))
+
+
+def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) -> jax.Array:
+    """What the means of the new accumulators are, but for rounding: (tensors, momenta + 1)."""
+    if statistics is None:
+        return jnp.zeros((means.shape[0], decays.momentum.shape[0] + 1), jnp.float32)
+    gradient, squared = means[:, -2:-1], means[:, -1]
+    momentum = decays.momentum * statistics.momentum_mean + (1 - decays.momentum) * gradient
+    rate = decays.second_moment
+    second_moment = rate * statistics.second_moment_mean + (1 - rate) * squared
+    return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
+
+
+def _statistics(sums: jax.Array, centres: jax.Array, elements: int) -> Statistics:
+    first, second = jnp.split(jnp.sum(sums, axis=1) / elements, 2, axis=1)
+    mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
+    return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
+
+
+# Compiled apart, so that equally shaped arrays share their code. The kernels differ in interpreted
+# and compiled form, so that is part of the key.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _first_sums(plan: Plan, rule: Rule, interpreted: bool, gradient: Any, parameter: Any) -> Any:
+    del interpreted
+    return passes.first_sums(plan, rule, gradient, parameter)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _square_sums(plan: Plan, rule: Rule, entries: Any, interpreted: bool, inputs: Inputs) -> Any:
+    del interpreted
+    return passes.square_sums(plan, rule, inputs, entries)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _update(plan: Plan, rule: Rule, entries: Any, interpreted: bool, inputs: Inputs) -> Any:
+    del interpreted
+    return passes.update(plan, rule, inputs, entries)

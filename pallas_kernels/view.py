@@ -1,0 +1,189 @@
+"""How the kernels see a tensor: as (batch, down, middle, across), cut into tiles.
+
+"across" is the tensor's last axis and one of its two factored axes, "down" the other one, and
+"middle" and "batch" are the axes between and before them. So one of the tensor's two factored
+vectors does not vary across (its values lie down a tile), and the other does not vary down. A tile
+is (rows, width) of down x across at one index of batch and middle, whatever the tensor's rank.
+
+A tensor without factored axes is seen as one batch of lines of 128 elements.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.accumulators import factored_dims
+from pallas_kernels import mosaic
+
+LINE = 128
+_ALIGNED_ELEMENTS = 8  # 16 bytes of the narrowest dtype
+
+
+@dataclass(frozen=True)
+class View:
+    """How one shape is seen, and how it is cut.
+
+    Attributes:
+      shape: the tensor's.
+      order: the tensor's axes, so ordered that its last one is factored.
+      down_axis: position in `order` of the other factored axis; None: not factored.
+      batch, down, middle, across: sizes.
+      stored: `across`, rounded up where copies cannot address it.
+      rows, width: of a tile.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    down_axis: int | None
+    batch: int
+    down: int
+    middle: int
+    across: int
+    stored: int
+    rows: int
+    width: int
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the tensor's second moment is factored."""
+        return self.down_axis is not None
+
+    @property
+    def down_is_row(self) -> bool:
+        """Whether the row accumulator is the one that lies down (or else the column's does)."""
+        dims = factored_dims(self.shape)
+        return dims is not None and self.order[-1] == dims.d0
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the tensor must be transposed or padded first."""
+        return self.order != tuple(range(len(self.shape))) or self.padded_elements != math.prod(
+            self.shape
+        )
+
+    @property
+    def padded_elements(self) -> int:
+        """Elements with those that pad."""
+        return self.batch * self.down * self.middle * self.stored
+
+    @property
+    def strips(self) -> int:
+        """Tiles across."""
+        return -(-self.across // self.width)
+
+    @property
+    def tiles_down(self) -> int:
+        """Tiles down."""
+        return -(-self.down // self.rows)
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """(B, *shape) -> (B * batch, down, middle, stored)."""
+        if not self.is_factored:
+            x = x.reshape((x.shape[0], -1))
+            short = self.padded_elements - x.shape[1]
+            x = jnp.pad(x, ((0, 0), (0, short))) if short else x
+            return x.reshape((-1, self.down, 1, LINE))
+        x = self._transpose(x).reshape((-1, self.down, self.middle, self.across))
+        short = self.stored - self.across
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, short))) if short else x
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The inverse of `arrange`."""
+        if not self.is_factored:
+            elements = math.prod(self.shape)
+            return x.reshape((-1, self.padded_elements))[:, :elements].reshape((-1, *self.shape))
+        ordered = tuple(self.shape[i] for i in self.order)
+        x = x[..., : self.across].reshape((-1, *ordered))
+        inverse = sorted(range(len(self.order)), key=lambda i: self.order[i])
+        return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
+
+    def down_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
+        """Vectors that do not vary across, each (B, *shape with size 1 at the across axis).
+
+        Returns:
+          (B * batch, middle, vectors rounded up, down rounded up) float32.
+        """
+        parts = [
+            jnp.moveaxis(self._transpose(x).reshape((-1, self.down, self.middle)), 1, 2)
+            for x in vectors
+        ]
+        return _stack(parts, self.tiles_down * self.rows)
+
+    def across_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
+        """Vectors that do not vary down, each (B, *shape with size 1 at the down axis).
+
+        Returns:
+          (B * batch, middle, vectors rounded up, across rounded up) float32.
+        """
+        parts = [self._transpose(x).reshape((-1, self.middle, self.across)) for x in vectors]
+        return _stack(parts, self.strips * self.width)
+
+    def restore_down(self, x: jax.Array) -> jax.Array:
+        """(B * batch, middle, down) -> (B, *shape without the across axis)."""
+        assert self.down_axis is not None
+        ordered = [self.shape[i] for i in self.order]
+        x = jnp.moveaxis(x, 1, 2).reshape((-1, *ordered[:-1]))
+        return self._without(x, self.order[-1])
+
+    def restore_across(self, x: jax.Array) -> jax.Array:
+        """(B * batch, middle, across) -> (B, *shape without the down axis)."""
+        assert self.down_axis is not None
+        ordered = [self.shape[i] for i in self.order]
+        del ordered[self.down_axis]
+        return self._without(x.reshape((-1, *ordered)), self.order[self.down_axis])
+
+    def _transpose(self, x: jax.Array) -> jax.Array:
+        return jnp.transpose(x, (0, *(i + 1 for i in self.order)))
+
+    def _without(self, x: jax.Array, axis: int) -> jax.Array:
+        """Undoes the order of an array that lacks one of the tensor's axes."""
+        kept = [i for i in self.order if i != axis]
+        inverse = sorted(range(len(kept)), key=lambda i: kept[i])
+        return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
+
+
+def _stack(parts: Sequence[jax.Array], size: int) -> jax.Array:
+    count = -(-len(parts) // 4) * 4
+    x = jnp.stack(parts, axis=2)
+    padding = ((0, 0), (0, 0), (0, count - len(parts)), (0, size - x.shape[-1]))
+    return jnp.pad(x.astype(jnp.float32), padding)
+
+
+def view_of(shape: tuple[int, ...], tile_elements: int = 1024) -> View:
+    """How the kernels see a shape.
+
+    Args:
+      shape: of one tensor, without zeros.
+      tile_elements: elements of a tile, about.
+
+    Returns:
+      The view.
+    """
+    dims = factored_dims(shape)
+    order = tuple(range(len(shape)))
+    if dims is None:
+        lines = -(-math.prod(shape) // LINE)
+        rows = max(tile_elements // LINE, mosaic.WARPS)
+        return View(shape, order, None, 1, lines, 1, LINE, LINE, rows, LINE)
+    if order[-1] not in dims:
+        order = (*(i for i in order if i != dims.d0), dims.d0)
+    down_axis = order.index(dims.d1 if order[-1] == dims.d0 else dims.d0)
+    ordered = [shape[i] for i in order]
+    across = ordered[-1]
+    width = max(min(1 << (across - 1).bit_length(), LINE), 16)
+    step = mosaic.tile_layout(width)[1]
+    return View(
+        shape=shape,
+        order=order,
+        down_axis=down_axis,
+        batch=math.prod(ordered[:down_axis]),
+        down=ordered[down_axis],
+        middle=math.prod(ordered[down_axis + 1 : -1]),
+        across=across,
+        stored=-(-across // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS,
+        rows=max(tile_elements // width // step, 1) * step,
+        width=width,
+    )
