@@ -89,7 +89,7 @@ def store(ref: Any, value: jax.Array, optimized: bool = True) -> None:
 
 
 def scalars(ref: Any) -> Any:
-    """A buffer to read numbers from: itself, or in the interpreter, where reads are slow, an array."""
+    """A buffer to read numbers from: itself, or an array in the interpreter, where reads are slow."""
     return ref[...] if is_interpreting() else ref
 
 
@@ -105,9 +105,7 @@ def constant(value: float, shape: tuple[int, int], layout: Any) -> jax.Array:
 
 def positions(shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
     """The index of every element of a tile along an axis."""
-    return plgpu.layout_cast(
-        plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout), layout
-    )
+    return plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout), layout)
 
 
 def synchronize() -> None:

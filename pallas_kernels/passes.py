@@ -584,14 +584,10 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             down = _VectorBias(
                 (hidden,), lambda j: registers.down(buffers.down, slot, row, factors + j)
             )
-            across = _VectorBias(
-                (hidden,), lambda j: registers.across(buffers.across, factors + j)
-            )
+            across = _VectorBias((hidden,), lambda j: registers.across(buffers.across, factors + j))
             return Folded(weights, down, across, numbers.layers)
 
-        def consume(
-            numbers: Table, rates: Decays, tile: Any, slot: Any, sums: tuple
-        ) -> tuple:
+        def consume(numbers: Table, rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
             for row in registers.blocks():
                 operands, averages = kernel.operands(buffers, slot, row, rates)
                 values = [feature.formula(operands) for feature in features]
