@@ -280,13 +280,13 @@ def format_table(summaries: Sequence[Any]) -> str:
     """The summaries as a Markdown table."""
     lines = [
         "| steps | optimizer | tasks | speed-up over tuned adamw (interquartile mean, 95%) "
-        "| at or below adamw | training loss / adamw's | validation loss / adamw's | diverged |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| the same, to stay | at or below adamw | training loss / adamw's | validation loss / adamw's | diverged |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for s in summaries:
         lines.append(
             f"| {s.horizon} | {s.optimizer} | {s.tasks} | {s.speed_up:.2f} "
-            f"({s.low:.2f} to {s.high:.2f}) | {s.wins:.0%} | {s.train_ratio:.3g} "
+            f"({s.low:.2f} to {s.high:.2f}) | {s.lasting:.2f} | {s.wins:.0%} | {s.train_ratio:.3g} "
             f"| {s.valid_ratio:.3g} | {s.diverged} |"
         )
     return "\n".join(lines)

@@ -206,6 +206,13 @@ def first_step_below(curve: np.ndarray, level: float, horizon: int) -> int | Non
     return None if not len(below) else int((below[0] + 1) * horizon // len(curve))
 
 
+def last_step_above(curve: np.ndarray, level: float, horizon: int) -> int | None:
+    """Steps until a loss curve (POINTS,) is at or below a level for good; None if it never is."""
+    above = np.flatnonzero(~(curve <= level))
+    start = above[-1] + 1 if len(above) else 0
+    return None if start == len(curve) else int((start + 1) * horizon // len(curve))
+
+
 def make_records(
     curves: Mapping[tuple[str, str, int], Curves],
     contenders: Sequence[Contender],
@@ -220,8 +227,9 @@ def make_records(
 
     Returns:
       Dictionaries with task, held_out, horizon, optimizer, learning_rate, seed, train_loss,
-      valid_loss, initial_loss, steps_to_adamw (None if never) and adamw_steps (steps adamw needed
-      to this run's final validation loss; None if never). Losses that are not finite are None.
+      valid_loss, initial_loss, steps_to_adamw (None if never), steps_to_adamw_for_good (the same,
+      but to stay there) and adamw_steps (steps adamw needed to this run's final validation loss;
+      None if never). Losses that are not finite are None.
     """
     by_name = {contender.name: contender for contender in contenders}
     held_out = set(held_out_tasks())
@@ -242,9 +250,10 @@ def make_records(
             for seed in range(found.valid.shape[1]):
                 final = found.valid[rate, seed, -1]
                 curve = found.valid[rate, seed]
-                reached = back = None
+                reached = lasting = back = None
                 if adamw is not None:
                     reached = first_step_below(curve, level, horizon)
+                    lasting = last_step_above(curve, level, horizon)
                     back = first_step_below(adamw.mean(0), float(final), horizon)
                 records.append(
                     {
@@ -258,22 +267,26 @@ def make_records(
                         "valid_loss": number(final),
                         "initial_loss": number(found.initial_valid[rate, seed]),
                         "steps_to_adamw": reached,
+                        "steps_to_adamw_for_good": lasting,
                         "adamw_steps": back,
                     }
                 )
     return records
 
 
-def speed_up(record: Mapping[str, Any]) -> float:
+def speed_up(record: Mapping[str, Any], field: str = "steps_to_adamw") -> float:
     """How many times faster than tuned adamw a run was.
+
+    With field="steps_to_adamw_for_good", a run that reaches adamw's loss and then overfits past it
+    has not reached it.
 
     Where the run reached adamw's final validation loss: horizon / steps it took. Where it did not:
     steps adamw took to the run's final loss / horizon, below 1. A run that is not finite counts as
     the smallest step, 1 / POINTS.
     """
     horizon = record["horizon"]
-    if record["steps_to_adamw"] is not None:
-        return horizon / record["steps_to_adamw"]
+    if record[field] is not None:
+        return horizon / record[field]
     if record["valid_loss"] is None:
         return 1.0 / POINTS
     back = record["adamw_steps"]
@@ -321,6 +334,7 @@ class Summary(NamedTuple):
     speed_up: float  # interquartile mean over runs
     low: float
     high: float
+    lasting: float  # interquartile mean of the speed-up to adamw's loss for good
     wins: float  # fraction of tasks with a mean final validation loss at or below tuned adamw's
     train_ratio: float  # geometric mean over tasks of final training loss / tuned adamw's
     valid_ratio: float  # likewise of validation losses
@@ -349,6 +363,9 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
         adamw = np.array([mean(reference[t], "valid_loss") for t in shared])
         train = np.array([mean(by_task[t], "train_loss") for t in shared])
         adamw_train = np.array([mean(reference[t], "train_loss") for t in shared])
+        for_good = [
+            [speed_up(row, "steps_to_adamw_for_good") for row in by_task[task]] for task in shared
+        ]
         bad = [
             any(r["valid_loss"] is None or r["valid_loss"] >= r["initial_loss"] for r in by_task[t])
             for t in shared
@@ -362,6 +379,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
         summaries.append(
             Summary(
                 name, horizon, len(shared), interquartile_mean(scores), low, high,
+                interquartile_mean(np.array(for_good)),
                 float(np.mean(valid <= adamw)), ratios[0], ratios[1], int(sum(bad)),
             )
         )  # fmt: skip

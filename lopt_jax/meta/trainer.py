@@ -202,7 +202,7 @@ class Trainer:
         config = self.config
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
 
-        def estimate(i: int) -> Callable[..., Any]:
+        def estimate(i: int) -> Any:
             def run(theta: Any, estimator_state: Any, step: jax.Array, total: jax.Array) -> Any:
                 mask = _phase_mask(config, theta, step, total)
                 key = self._key(step, i)
@@ -271,7 +271,10 @@ class Trainer:
                 state, step, record = restored
                 total, planned = record["total"], record["planned"]
                 spent = record["seconds"]
-                history = [Report(*row[:-1], tuple(row[-1])) for row in record["history"]]
+                history = [
+                    Report._make(row)._replace(task_scores=tuple(row[-1]))
+                    for row in record["history"]
+                ]
         if store is not None and not resume:
             store.require_empty()
         programs, outer = self._compile(state)

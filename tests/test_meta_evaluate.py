@@ -1,0 +1,100 @@
+"""The evaluation's arithmetic, Shampoo's roots, and records of a small run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lopt_jax.meta import cli, evaluate
+from lopt_jax.meta.evaluate import Contender
+from lopt_jax.meta.shampoo import inverse_root, shampoo
+from lopt_jax.meta.tasks import Quadratic
+
+
+def test_interquartile_mean_is_the_mean_of_the_middle_half():
+    assert evaluate.interquartile_mean(np.array([100.0, 1, 2, 3, 4, 5, 6, -50])) == 3.5
+    scores = np.full((5, 3), 2.0)
+    assert evaluate.bootstrap_interval(scores, 50) == (2.0, 2.0)
+
+
+def test_steps_to_a_level():
+    curve = np.array([3.0, 1.0, 2.0, 0.5, 0.4])
+    assert evaluate.first_step_below(curve, 1.0, 100) == 40
+    assert evaluate.last_step_above(curve, 1.0, 100) == 80
+    assert evaluate.first_step_below(curve, 0.1, 100) is None
+    assert evaluate.last_step_above(curve, 0.1, 100) is None
+    assert evaluate.last_step_above(np.array([1.0, np.nan]), 5.0, 100) is None
+
+
+def test_speed_up_of_faster_slower_and_broken_runs():
+    base = {"horizon": 200, "valid_loss": 1.0, "adamw_steps": 50}
+    assert evaluate.speed_up({**base, "steps_to_adamw": 100}) == 2.0
+    assert evaluate.speed_up({**base, "steps_to_adamw": None}) == 0.25
+    broken = {"horizon": 200, "valid_loss": None, "adamw_steps": None, "steps_to_adamw": None}
+    assert evaluate.speed_up(broken) == 1.0 / evaluate.POINTS
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_inverse_root_equals_eigendecomposition(order):
+    factor = np.random.default_rng(0).normal(size=(12, 20))
+    matrix = factor @ factor.T + 0.01 * np.eye(12)
+    values, vectors = np.linalg.eigh(matrix)
+    wanted = (vectors * values ** (-1 / order)) @ vectors.T
+    found = inverse_root(jnp.asarray(matrix, jnp.float32), order)
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_first_shampoo_step_equals_numpy():
+    gradient = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+    optimizer = shampoo(0.5, epsilon=0.1)
+    params = {"w": jnp.zeros((4, 3))}
+    updates, _ = optimizer.update({"w": jnp.asarray(gradient)}, optimizer.init(params))
+
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return (vectors * values**-0.25) @ vectors.T
+
+    left = root(0.1 * np.eye(4) + gradient @ gradient.T)
+    right = root(0.1 * np.eye(3) + gradient.T @ gradient)
+    np.testing.assert_allclose(updates["w"], -0.5 * left @ gradient @ right, rtol=1e-3, atol=1e-4)
+
+
+def test_records_of_gradient_descent_on_a_bowl(tmp_path, capsys):
+    sgd = Contender("adamw", lambda rate, steps: optax.sgd(rate), (0.5, 1.0))
+    slow = Contender("slow", lambda rate, steps: optax.sgd(rate), (0.1,))
+    curves = evaluate.run_curves({"bowl": Quadratic(3)}, [sgd, slow], (40, 80), seeds=2)
+    # Gradient descent on a diagonal bowl has a closed form.
+    content = Quadratic(3).sample(jax.random.key(0))
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(1), np.uint32(1)))
+    start = Quadratic(3).init(key, content)["x"] - content.minimum
+    curvature = np.asarray(content.curvature, np.float64)
+    left = np.asarray(start, np.float64) * (1 - 0.1 * curvature / 3) ** 40
+    wanted = 0.5 * np.mean(curvature * left**2)
+    assert curves["bowl", "slow", 40].valid[0, 1, -1] == pytest.approx(wanted, rel=1e-3)
+    records = evaluate.make_records(curves, [sgd, slow])
+    assert len(records) == 2 * 2 * 2
+    assert {r["learning_rate"] for r in records if r["optimizer"] == "adamw"} == {1.0}
+    assert not any(r["held_out"] for r in records)
+    summaries = {(s.optimizer, s.horizon): s for s in evaluate.summarise(records)}
+    assert summaries["slow", 80].wins == 0.0
+    assert summaries["slow", 80].speed_up < 1.0
+    assert summaries["slow", 80].diverged == 0
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    assert cli.main(["meta-eval", "--merge", str(path), "--plot", str(tmp_path / "p.png")]) == 0
+    assert "| 80 | slow | 1 |" in capsys.readouterr().out
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="horizons"):
+        evaluate.run_curves({"bowl": Quadratic(3)}, [sgd], (30,))
+
+
+def test_wrong_arguments_are_named(capsys):
+    assert cli.main(["meta-train", "no_such"]) == 2
+    assert "no_such" in capsys.readouterr().err
+    assert cli.main(["meta-train", "tiny", "--set", "pears=3"]) == 2
+    assert "pears" in capsys.readouterr().err
+    assert cli.main(["meta-eval", "--tasks", "mnist"]) == 2
+    assert "mnist" in capsys.readouterr().err
