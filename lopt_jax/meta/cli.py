@@ -280,7 +280,8 @@ def format_table(summaries: Sequence[Any]) -> str:
     """The summaries as a Markdown table."""
     lines = [
         "| steps | optimizer | tasks | speed-up over tuned adamw (interquartile mean, 95%) "
-        "| the same, to stay | at or below adamw | training loss / adamw's | validation loss / adamw's | diverged |",
+        "| the same, to stay | at or below adamw | training loss / adamw's "
+        "| validation loss / adamw's | diverged |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for s in summaries:
