@@ -51,6 +51,7 @@ class Rule:
       accumulator_statistics: return means and variances of the new accumulators.
       precision: of the matrix products of wide hidden layers.
       block_elements: elements that a wide hidden layer takes at a time.
+      small_elements: tensors up to this size are updated by `small_tensor_step`.
     """
 
     features: FeatureSet
@@ -61,6 +62,7 @@ class Rule:
     accumulator_statistics: bool = False
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
     block_elements: int = 1 << 16
+    small_elements: int = 1 << 13
 
 
 class MLP(NamedTuple):
@@ -178,12 +180,15 @@ def second_pass(
         rule, moments, gradient, parameter, accumulators, decays, dims
     )
     features = rule.features.for_tensor(dims is not None)
-    normalizers = normalize(rule, features, operands)
-    folded = fold(mlp, features, normalizers, operands)
-    # The two passes share subexpressions (the reciprocal root of the second moment and products
-    # with it); the barrier keeps XLA from storing those, each as large as the tensor, in between.
-    operands = separate(operands)
-    step = network_step(rule, features, folded, operands)
+    if gradient.size <= rule.small_elements:
+        step = small_tensor_step(rule, mlp, features, operands)
+    else:
+        normalizers = normalize(rule, features, operands)
+        folded = fold(mlp, features, normalizers, operands)
+        # The two passes share subexpressions (the reciprocal root of the second moment and its
+        # products); the barrier keeps XLA from storing those, each as large as the tensor, between.
+        operands = separate(operands)
+        step = network_step(rule, features, folded, operands)
     if rule.parameter_scale:
         scale = scale * parameter_scale(moments.parameter_mean_square)
     dtypes = jax.tree.map(lambda x: x.dtype, accumulators)
@@ -193,6 +198,35 @@ def second_pass(
         accumulators=jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes),
         statistics=accumulator_statistics(new) if rule.accumulator_statistics else None,
     )
+
+
+def small_tensor_step(
+    rule: Rule, mlp: MLP, features: Sequence[Feature], operands: Operands
+) -> jax.Array:
+    """Passes B and C of a small tensor, with its features in one array.
+
+    Written out as `network_outputs` is, a rule is thousands of operations, which take long to
+    compile and, on a small tensor, longer to launch than to run. Here they are a few dozen.
+
+    Args:
+      rule: the rule.
+      mlp: the tensor's network.
+      features: the features of this tensor.
+      operands: the features' operands, shape S.
+
+    Returns:
+      direction * exp(magnitude * exp_mult), shape S.
+    """
+    shape = operands.gradient.shape
+    axes = [axis + 1 for axis in normalizer_axes(rule, len(shape))]
+    values = jnp.stack([jnp.broadcast_to(f.formula(operands), shape) for f in features])
+    mean_squares = jnp.mean(jnp.square(values), axes, keepdims=True)
+    hidden = values * jax.lax.rsqrt(mean_squares + rule.features.normalizer_epsilon)
+    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
+        hidden = jnp.maximum(hidden, 0) if i else hidden
+        hidden = jnp.einsum("kh,k...->h...", weight, hidden, precision=rule.precision)
+        hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
+    return output_step(hidden[0], hidden[1], rule.exp_mult)
 
 
 def parameter_update(

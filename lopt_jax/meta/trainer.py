@@ -381,7 +381,7 @@ class _Store:
         """Writes a checkpoint of this step unless there is one."""
         if step in self._manager.all_steps():
             return
-        leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+        leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state)) if leaf.size}
         settings = json.loads(to_json(self._config))
         self._manager.save(
             step,
@@ -417,9 +417,12 @@ class _Store:
         template = {
             f"{i:05d}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for i, leaf in enumerate(leaves)
+            if leaf.size  # Orbax does not store empty arrays
         }
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
         )["state"]
-        state = structure.unflatten([restored[name] for name in sorted(restored)])
+        state = structure.unflatten(
+            [restored.get(f"{i:05d}", leaf) for i, leaf in enumerate(leaves)]
+        )
         return state, step, record
