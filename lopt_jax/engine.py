@@ -318,12 +318,13 @@ class Prepared(NamedTuple):
     groups: list[Group]
     tensors: list[Tensors]
     inputs: list[GroupInputs]
-    moments: list[Moments]  # each with a leading axis of tensors
+    units: list[list[int]]  # groups that are updated together
+    on_kernels: list[bool]  # of each unit: whether the fused kernels update it
+    moments: list[Moments]  # of each unit, with a leading axis of tensors
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
     has_gradient: list[bool]
-    on_kernels: list[bool]  # of each group, whether the fused kernels update it
 
 
 def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
@@ -396,14 +397,18 @@ def _reasons(choices: Sequence[str | None]) -> str:
     return "; ".join(dict.fromkeys(filter(None, choices)))
 
 
-def _bundles(on_kernels: Sequence[bool], inputs: Sequence[GroupInputs]) -> list[list[int]]:
-    """Groups that the kernels update together: their tensors are equal in shape and dtypes."""
-    bundles: dict[Any, list[int]] = {}
+def _make_units(
+    on_kernels: Sequence[bool], inputs: Sequence[GroupInputs]
+) -> tuple[list[list[int]], list[bool]]:
+    """Groups that are updated together, and whether by the kernels.
+
+    The kernels take together the groups whose tensors are equal in shape and dtypes.
+    """
+    units: dict[Any, list[int]] = {}
     for i, (chosen, x) in enumerate(zip(on_kernels, inputs, strict=True)):
-        if chosen:
-            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-            bundles.setdefault((x.gradient.shape[1:], dtypes), []).append(i)
-    return list(bundles.values())
+        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+        units.setdefault((x.gradient.shape[1:], dtypes) if chosen else i, []).append(i)
+    return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
 
 def first_pass(
@@ -441,30 +446,28 @@ def first_pass(
     )
     groups = make_groups(tensors, leaves, gradient_leaves)
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
-    on_kernels = _choose_backend(rule, backend, inputs)
-    moments: list[Any] = [
-        None
-        if chosen
-        else over_tensors(functools.partial(rules.first_pass, rule), x.gradient, x.parameter)
-        for chosen, x in zip(on_kernels, inputs, strict=True)
-    ]
-    for bundle in _bundles(on_kernels, inputs):
-        from pallas_kernels import step
+    units, on_kernels = _make_units(_choose_backend(rule, backend, inputs), inputs)
+    moments = []
+    for unit, chosen in zip(units, on_kernels, strict=True):
+        x = inputs[unit[0]]
+        if chosen:
+            from pallas_kernels import step
 
-        for i, result in zip(
-            bundle, step.first_pass(rule, [inputs[i] for i in bundle]), strict=True
-        ):
-            moments[i] = result
+            moments.append(step.first_pass(rule, [inputs[i] for i in unit]))
+        else:
+            function = functools.partial(rules.first_pass, rule)
+            moments.append(over_tensors(function, x.gradient, x.parameter))
     return Prepared(
         groups=groups,
         tensors=tensors,
         inputs=inputs,
+        units=units,
+        on_kernels=on_kernels,
         moments=moments,
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
         accumulators_treedef=jax.tree.structure(accumulators),
         has_gradient=[g is not None for g in gradient_leaves],
-        on_kernels=on_kernels,
     )
 
 
@@ -478,8 +481,8 @@ def _tensor_count(tensors: Sequence[Tensors]) -> int:
 
 
 def _by_tensor(prepared: Prepared, arrays: Sequence[jax.Array], default: Any = None) -> jax.Array:
-    """Puts arrays with one row a tensor of each group into the order of all tensors."""
-    order = [k for group in prepared.groups for k in group.tensors]
+    """Puts arrays with one row a tensor of each unit into the order of all tensors."""
+    order = [k for unit in prepared.units for i in unit for k in prepared.groups[i].tensors]
     count = _tensor_count(prepared.tensors)
     if not arrays:
         return jnp.zeros((count,), jnp.float32) if default is None else default
@@ -522,45 +525,48 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
-    results: list[Any] = [None] * len(prepared.groups)
-    for i, (group, x, moments) in enumerate(
-        zip(prepared.groups, prepared.inputs, prepared.moments, strict=True)
+    new_statistics = []
+    for unit, chosen, moments in zip(
+        prepared.units, prepared.on_kernels, prepared.moments, strict=True
     ):
-        if prepared.on_kernels[i]:
-            continue
-        rows = np.asarray(group.tensors)
-        chosen = jax.tree.map(lambda w, rows=rows: w[rows], mlp) if mlp_per_tensor else mlp
-        results[i] = over_tensors(
-            functools.partial(rules.second_pass, rule),
-            chosen,
-            moments,
-            *x,
-            decays,
-            scale[rows],
-            weight_decay[rows],
-            in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
-        )
-    for bundle in _bundles(prepared.on_kernels, prepared.inputs):
-        from pallas_kernels import step
-
-        rows = np.asarray([k for i in bundle for k in prepared.groups[i].tensors])
+        rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
         by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
-        updated = step.second_pass(
-            rule,
-            [prepared.inputs[i] for i in bundle],
-            [prepared.moments[i] for i in bundle],
-            by_row(mlp) if mlp_per_tensor else mlp,
-            mlp_per_tensor,
-            decays,
-            scale[rows],
-            weight_decay[rows],
-            None if statistics is None else by_row(statistics),
-        )
-        for i, result in zip(bundle, updated, strict=True):
-            results[i] = result
-    for group, result in zip(prepared.groups, results, strict=True):
-        scatter(group, prepared.tensors, result.update, result.accumulators, prepared.out)
-    new_statistics = [result.statistics for result in results]
+        network = by_row(mlp) if mlp_per_tensor else mlp
+        if chosen:
+            from pallas_kernels import step
+
+            updates, kept = step.second_pass(
+                rule,
+                [prepared.inputs[i] for i in unit],
+                moments,
+                network,
+                mlp_per_tensor,
+                decays,
+                scale[rows],
+                weight_decay[rows],
+                by_row(statistics),
+            )
+        else:
+            update = over_tensors(
+                functools.partial(rules.second_pass, rule),
+                network,
+                moments,
+                *prepared.inputs[unit[0]],
+                decays,
+                scale[rows],
+                weight_decay[rows],
+                in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
+            )
+            updates, kept = [update], update.statistics
+        for i, result in zip(unit, updates, strict=True):
+            scatter(
+                prepared.groups[i],
+                prepared.tensors,
+                result.update,
+                result.accumulators,
+                prepared.out,
+            )
+        new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)
     )

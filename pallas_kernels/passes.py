@@ -322,9 +322,10 @@ class Inputs(NamedTuple):
     """What passes B and C read."""
 
     elements: Elements
-    table: jax.Array  # (tensors, rows, 256), of `table.pack`
-    down: jax.Array | None  # (groups, middle, vectors, down rounded up); None: not factored
-    across: jax.Array | None  # (groups, middle, vectors, across rounded up)
+    table: jax.Array  # (all tensors, rows, 256), of `table.pack`
+    down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
+    across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
+    first: jax.Array  # (1,) int32: position among all tensors of the first of the elements'
 
 
 @dataclass(frozen=True)
@@ -362,11 +363,13 @@ class _Kernel:
     ) -> Callable[[Any, Any], None]:
         """Starts the copies that a program needs once; returns the function that starts a tile's."""
         plan = self.plan
-        tensor = jax.lax.div(place.group, plan.view.batch)
+        first = refs.first[0]
+        group = first * plan.view.batch + place.group
+        tensor = first + jax.lax.div(place.group, plan.view.batch)
         mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
         if refs.across is not None:
             columns = pl.ds(place.strip * plan.view.width, plan.view.width)
-            source = refs.across.at[place.group, place.middle, :, columns]
+            source = refs.across.at[group, place.middle, :, columns]
             mosaic.copy_in(source, buffers.across, once)
 
         def start(tile: Any, slot: Any) -> None:
@@ -379,7 +382,7 @@ class _Kernel:
                 )
             if refs.down is not None:
                 rows = pl.ds(tile * plan.view.rows, plan.view.rows)
-                source = refs.down.at[place.group, place.middle, :, rows]
+                source = refs.down.at[group, place.middle, :, rows]
                 mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
 
         return start
@@ -438,7 +441,7 @@ def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Inputs, Any, Any]:
     else:
         (table,), refs = refs[:1], refs[1:]
     arrived, once = refs
-    return Inputs(elements, table, down, across), arrived, once
+    return Inputs(elements, table, down, across, None), arrived, once
 
 
 def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:

@@ -8,6 +8,7 @@ them for all tensors at once saves hundreds of launches.
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,14 @@ class Part(NamedTuple):
     accumulators: Accumulators
 
 
-def first_pass(rule: Rule, parts: Sequence[Part]) -> list[Moments]:
+class Updates(NamedTuple):
+    """What a step makes of the tensors of some parts."""
+
+    parts: list[TensorUpdate]  # without statistics
+    statistics: Statistics | None  # of all parts, with a leading axis of tensors
+
+
+def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
@@ -40,44 +48,51 @@ def first_pass(rule: Rule, parts: Sequence[Part]) -> list[Moments]:
       parts: the tensors.
 
     Returns:
-      Moments of each part, with a leading axis of tensors.
+      Moments of all parts, with a leading axis of tensors.
     """
     shape = parts[0].gradient.shape[1:]
     view = view_of(shape)
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     if not view.is_factored:
         if not needs_parameter:
-            return [Moments(None, None, None) for _ in parts]
-        return [jax.vmap(functools.partial(rules.first_pass, rule))(*part[:2]) for part in parts]
-    out = []
-    for part in parts:
-        plan = _plan(view, part.gradient.shape[0], bytes_in=8, stages=4)
+            return Moments(None, None, None)
+        by_part = [
+            jax.vmap(functools.partial(rules.first_pass, rule))(part.gradient, part.parameter)
+            for part in parts
+        ]
+        return jax.tree.map(lambda *xs: _join(xs), *by_part)
+    sums = []
+    plans = _plans(view, parts, stages=4)
+    for plan, part in zip(plans, parts, strict=True):
         gradient = view.arrange(part.gradient)
         parameter = view.arrange(part.parameter) if needs_parameter else None
-        sums = _first_sums(plan, rule, mosaic.is_interpreting(), gradient, parameter)
-        down = view.restore_down(jnp.sum(sums.down, axis=2)[..., : view.down] / view.across)
-        across = jnp.sum(sums.across, axis=2)[..., : view.across] / view.down
-        across = view.restore_across(across)
-        mean_square = None
-        if sums.parameter is not None:
-            by_tensor = jnp.sum(sums.parameter.reshape((plan.tensors, -1)), axis=1)
-            mean_square = by_tensor / math.prod(shape)
-        row, column = (down, across) if view.down_is_row else (across, down)
-        out.append(Moments(row, column, mean_square))
-    return out
+        sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradient, parameter))
+    joined = passes.FirstSums(
+        *(None if x[0] is None else _join(x) for x in zip(*sums, strict=True))
+    )
+    down = jnp.sum(joined.down, axis=2)[..., : view.down] / view.across
+    across = jnp.sum(joined.across, axis=2)[..., : view.across] / view.down
+    mean_square = None
+    if joined.parameter is not None:
+        tensors = sum(plan.tensors for plan in plans)
+        by_tensor = jnp.sum(joined.parameter.reshape((tensors, -1)), axis=1)
+        mean_square = by_tensor / math.prod(shape)
+    down, across = view.restore_down(down), view.restore_across(across)
+    row, column = (down, across) if view.down_is_row else (across, down)
+    return Moments(row, column, mean_square)
 
 
 def second_pass(
     rule: Rule,
     parts: Sequence[Part],
-    moments: Sequence[Moments],
+    moments: Moments,
     mlp: MLP,
     mlp_per_tensor: bool,
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-) -> list[TensorUpdate]:
+) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
     Args:
@@ -93,13 +108,11 @@ def second_pass(
         the new ones' sums. None: zeros.
 
     Returns:
-      The updates of each part, with a leading axis of tensors.
+      The updates of each part, and the statistics of all.
     """
     shape = parts[0].gradient.shape[1:]
     view, dims = view_of(shape), factored_dims(shape)
-    counts = [part.gradient.shape[0] for part in parts]
-    tensors = sum(counts)
-    moments = jax.tree.map(lambda *xs: _join(xs), *moments)
+    tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
 
@@ -116,17 +129,19 @@ def second_pass(
             decays.factored,
         )
     elements = [_elements(view, part) for part in parts]
+    starts = _starts(parts)
 
     # pass B
     repeated = jax.tree.map(lambda x: table.repeat(x, tensors), decays)
     rates, rate_entries = table.pack(repeated, tensors)
     factors = _oriented(view, vectors.row_factor, vectors.column_factor)
-    sums = []
-    for i, x in enumerate(elements):
-        plan = _plan(view, counts[i], bytes_in=24, stages=3)
-        inputs = Inputs(x, *_part((rates, *factors), view, counts, i))
-        sums.append(_square_sums(plan, rule, rate_entries, mosaic.is_interpreting(), inputs))
-    means = _join([jnp.sum(x, axis=1) for x in sums]) / math.prod(shape)
+    sums = [
+        _square_sums(
+            plan, rule, rate_entries, mosaic.is_interpreting(), Inputs(x, rates, *factors, start)
+        )
+        for plan, x, start in zip(_plans(view, parts, stages=3), elements, starts, strict=True)
+    ]
+    means = jnp.sum(_join(sums), axis=1) / math.prod(shape)
 
     # the network
     networks = jax.vmap(
@@ -137,12 +152,11 @@ def second_pass(
         scale = scale * rules.parameter_scale(moments.parameter_mean_square)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     hidden = range(networks.row_bias.shape[1])
-    bias = (networks.row_bias.reshape((tensors, -1)),) if dims is None else ()
     numbers, entries = table.pack(
         Table(
             decays=repeated,
             weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
-            bias=bias,
+            bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
             layers=networks.layers
             if mlp_per_tensor
             else jax.tree.map(lambda x: table.repeat(x, tensors), _layers(mlp)),
@@ -161,50 +175,52 @@ def second_pass(
         )
 
     # pass C
-    out = []
-    wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
-    first = 0
-    for i, x in enumerate(elements):
-        plan = _plan(view, counts[i], bytes_in=24, stages=3, is_wide=wide, backwards=True)
-        inputs = Inputs(x, *_part((numbers, *factors), view, counts, i))
-        result = _update(plan, rule, entries, mosaic.is_interpreting(), inputs)
-        rows = slice(first, first + counts[i])
-        first += counts[i]
-        new = result.elements
-        old = parts[i].accumulators
+    is_wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
+    plans = _plans(view, parts, stages=3, is_wide=is_wide, backwards=True)
+    results = [
+        _update(plan, rule, entries, mosaic.is_interpreting(), Inputs(x, numbers, *factors, start))
+        for plan, x, start in zip(plans, elements, starts, strict=True)
+    ]
+    kept = None
+    if rule.accumulator_statistics:
+        kept = _statistics(_join([x.sums for x in results]), centres, math.prod(shape))
+    out, first = [], 0
+    for result, part in zip(results, parts, strict=True):
+        new, old = result.elements, part.accumulators
         if dims is None:
             new_row = jnp.stack([view.restore(a) for a in new.average], axis=1)
             new_column = old.column
         else:
-            new_row, new_column = row[rows], column[rows]
-        kept = None
-        if result.sums is not None:
-            kept = _statistics(result.sums, centres[rows], math.prod(shape))
-        out.append(
-            TensorUpdate(
-                update=view.restore(new.gradient),
-                accumulators=Accumulators(
-                    momentum=tuple(map(view.restore, new.momentum)),
-                    second_moment=view.restore(new.second_moment),
-                    row=new_row.astype(old.row.dtype),
-                    column=new_column.astype(old.column.dtype),
-                ),
-                statistics=kept,
-            )
+            last = first + part.gradient.shape[0]
+            new_row, new_column = row[first:last], column[first:last]
+            first = last
+        accumulators = Accumulators(
+            momentum=tuple(map(view.restore, new.momentum)),
+            second_moment=view.restore(new.second_moment),
+            row=new_row.astype(old.row.dtype),
+            column=new_column.astype(old.column.dtype),
         )
-    return out
+        out.append(TensorUpdate(view.restore(new.gradient), accumulators, None))
+    return Updates(out, kept)
 
 
-def _plan(
+def _plans(
     view: View,
-    tensors: int,
-    bytes_in: int,
+    parts: Sequence[Part],
     stages: int,
     is_wide: bool = False,
     backwards: bool = False,
+) -> list[Plan]:
+    """One plan a part, equal but for the number of tensors."""
+    counts = [part.gradient.shape[0] for part in parts]
+    plan = plan_for(view, max(counts), stages, is_wide, backwards)
+    return [replace(plan, tensors=n) for n in counts]
+
+
+def plan_for(
+    view: View, tensors: int, stages: int, is_wide: bool = False, backwards: bool = False
 ) -> Plan:
-    """A wave of programs that fills the GPU, or more for large tensors."""
-    del bytes_in
+    """A plan with a wave of programs that fills the GPU, or more for large tensors."""
     strips = tensors * view.batch * view.middle * view.strips
     wanted = 3 * MULTIPROCESSORS
     tiles = max(1, min(32, strips * view.tiles_down // wanted, view.tiles_down))
@@ -213,21 +229,14 @@ def _plan(
     return Plan(view, tensors, tiles, min(stages, tiles + 1), rows, backwards)
 
 
+def _starts(parts: Sequence[Part]) -> list[jax.Array]:
+    """The position of each part's first tensor among all, for the kernels to read."""
+    counts = [part.gradient.shape[0] for part in parts]
+    return [jnp.full((1,), sum(counts[:i]), jnp.int32) for i in range(len(counts))]
+
+
 def _join(arrays: Sequence[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
-
-
-def _part(arrays: Sequence[Any], view: View, counts: Sequence[int], i: int) -> list[Any]:
-    """A part's rows of arrays with a leading axis of tensors, or of tensors times batch."""
-    first, count, tensors = sum(counts[:i]), counts[i], sum(counts)
-
-    def rows(x: Any) -> Any:
-        if x is None or len(counts) == 1:
-            return x
-        each = x.shape[0] // tensors
-        return jax.lax.slice_in_dim(x, first * each, (first + count) * each)
-
-    return [rows(x) for x in arrays]
 
 
 def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[Any, Any]:

@@ -146,7 +146,7 @@ class View:
 
 
 def _stack(parts: Sequence[jax.Array], size: int) -> jax.Array:
-    count = -(-len(parts) // 4) * 4
+    count = -(-len(parts) // 8) * 8  # so that a copy of any tile moves whole units
     x = jnp.stack(parts, axis=2)
     padding = ((0, 0), (0, 0), (0, count - len(parts)), (0, size - x.shape[-1]))
     return jnp.pad(x.astype(jnp.float32), padding)
