@@ -1,5 +1,6 @@
 """Learned optimizers for JAX, as optax transformations."""
 
+from lopt_jax import diagnostics, mup, plot
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
@@ -30,12 +31,15 @@ __all__ = [
     "celo2_base",
     "celo_adam",
     "convert_weights",
+    "diagnostics",
     "elo",
     "elo_celo2",
     "export_weights",
     "list_weights",
     "load_weights",
     "mulo",
+    "mup",
+    "plot",
     "push_to_hub",
     "save_weights",
     "small_fc_lopt",

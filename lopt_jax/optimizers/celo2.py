@@ -91,7 +91,7 @@ def celo2(
 
 def celo2_base(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "celo2_base",
+    weights: str | Weights = "celo2",
     *,
     label_fn: LabelFn | None = None,
     adam_learning_rate_mult: float | jax.Array = 1.0,

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from lopt_jax import engine
@@ -78,9 +77,7 @@ def mulo(
 
 def _check_multipliers(width_multipliers: Any) -> None:
     for path, value in jax.tree_util.tree_leaves_with_path(width_multipliers):
-        is_number = np.ndim(value) == 0 and np.issubdtype(np.result_type(value), np.number)
-        if not is_number or not (isinstance(value, jax.core.Tracer) or value > 0):
-            raise ValueError(
-                f"width_multipliers: expected positive numbers, found {value!r} at "
-                f"{jax.tree_util.keystr(path) or 'the root'}."
-            )
+        name = f"width_multipliers{jax.tree_util.keystr(path)}"
+        common.check_number(name, value)
+        if not isinstance(value, jax.core.Tracer) and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, found {value!r}.")
