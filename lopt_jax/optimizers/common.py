@@ -11,6 +11,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.engine import BACKENDS, tensors_of
+from lopt_jax.partition import current_shards, shards
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -230,7 +231,12 @@ def transformation(
     Returns:
       The transformation; it ignores extra arguments other than `value`.
     """
-    compiled = jax.jit(update)
+
+    def lopt_update(partitions: Any, *arguments: Any) -> tuple[Any, Any]:
+        with shards(None if partitions is None else dict(partitions)):
+            return update(*arguments)
+
+    compiled = jax.jit(lopt_update, static_argnums=0)
 
     @functools.wraps(update)
     def update_fn(
@@ -238,7 +244,7 @@ def transformation(
     ) -> tuple[Any, Any]:
         del extra_args
         require_params(params)
-        return compiled(meta_parameters, updates, state, params, value)
+        return compiled(current_shards(), meta_parameters, updates, state, params, value)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
