@@ -60,6 +60,14 @@ class Tensors(NamedTuple):
         return factored_dims(self.whole_shape)
 
     @property
+    def leaf_partition(self) -> Partition | None:
+        """The partition with the stacked axes, which are never split."""
+        if self.partition is None:
+            return None
+        none = ((),) * len(self.stack)
+        return Partition(self.stack + self.partition.shape, none + self.partition.axes)
+
+    @property
     def whole_shape(self) -> tuple[int, ...]:
         """Shape of each tensor, also where the leaf is a shard."""
         return self.shape if self.partition is None else self.partition.shape
@@ -133,7 +141,7 @@ def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
     """
     out, first = [], 0
     leaves = jax.tree.leaves(params)
-    partitions = partitions_of(_paths(params))
+    partitions = partitions_of_leaves(params)
     stacks = _stacked_axes_of_leaves(params, stacked_axes)
     for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
         if partition is not None:
@@ -147,6 +155,16 @@ def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
         out.append(entry)
         first += entry.count
     return out
+
+
+def partitions_of_leaves(params: Any) -> list[Partition | None]:
+    """How the leaves of a tree like the params are spread; None where they are whole."""
+    return partitions_of(_paths(params))
+
+
+def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """A tree of zeros like the params, sharded as they are."""
+    return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
 
 
 def _paths(params: Any) -> list[str]:
@@ -208,10 +226,9 @@ def init_accumulators(
         is_leaf=is_box,
     )
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
-    like = lambda: jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)  # noqa: E731
     return Accumulators(
-        momentum=tuple(like() for _ in range(momenta)),
-        second_moment=like(),
+        momentum=tuple(zeros_like(params, dtype) for _ in range(momenta)),
+        second_moment=zeros_like(params, dtype),
         row=take(0),
         column=take(1),
     )

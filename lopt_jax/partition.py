@@ -65,6 +65,52 @@ class Partition:
             x = jnp.where(position < self.shape[dim], x, 0)
         return x
 
+    def is_split(self) -> bool:
+        """Whether any dimension is."""
+        return any(self.axes)
+
+    def shard(self, whole: jax.Array) -> jax.Array:
+        """The part of the whole tensor that this device holds."""
+        for dim, names in enumerate(self.axes):
+            if names:
+                size = -(-self.shape[dim] // jax.lax.axis_size(names))
+                whole = self._pad(whole, dim)
+                start = jax.lax.axis_index(names) * size
+                whole = jax.lax.dynamic_slice_in_dim(whole, start, size, dim)
+        return whole
+
+    def gather(self, shard: jax.Array) -> jax.Array:
+        """The whole tensor, on every device, from the devices' parts."""
+        for dim, names in enumerate(self.axes):
+            if names:
+                shard = jax.lax.all_gather(shard, names, axis=dim, tiled=True, to="invarying")
+                shard = jax.lax.slice_in_dim(shard, 0, self.shape[dim], axis=dim)
+        return shard
+
+    def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """This device's part of the mean over devices of tensors that each holds whole.
+
+        Args:
+          whole: the tensor, another one on every device.
+          names: the mesh axes of the devices: those that split a dimension, if one is split.
+
+        Returns:
+          The part.
+        """
+        for dim, split in enumerate(self.axes):
+            if split:
+                total = jax.lax.psum_scatter(
+                    self._pad(whole, dim), names, scatter_dimension=dim, tiled=True
+                )
+                return total / jax.lax.axis_size(names)
+        return jax.lax.pmean(whole, names)
+
+    def _pad(self, whole: jax.Array, dim: int) -> jax.Array:
+        missing = -self.shape[dim] % jax.lax.axis_size(self.axes[dim])
+        if not missing:
+            return whole
+        return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+
 
 def split_names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
@@ -88,30 +134,35 @@ class Dims:
 BATCH = -1
 
 
+Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their paths, hashable
+
+
 class _Context(threading.local):
     def __init__(self) -> None:
-        self.partitions: tuple[tuple[str, Partition], ...] | None = None
+        self.partitions: Shards | None = None
 
 
 _context = _Context()
 
 
 @contextlib.contextmanager
-def shards(partitions: Mapping[str, Partition] | None) -> Iterator[None]:
+def shards(partitions: Mapping[str, Partition] | Shards | None) -> Iterator[None]:
     """Says of what the leaves of the params are shards, while a transformation is traced.
 
     Args:
       partitions: by the leaf's path, as `jax.tree_util.keystr` writes it; None: they are whole.
     """
     before = _context.partitions
-    _context.partitions = None if partitions is None else tuple(sorted(partitions.items()))
+    if isinstance(partitions, Mapping):
+        partitions = tuple(sorted(partitions.items(), key=lambda item: item[0]))
+    _context.partitions = partitions
     try:
         yield
     finally:
         _context.partitions = before
 
 
-def current_shards() -> tuple[tuple[str, Partition], ...] | None:
+def current_shards() -> Shards | None:
     """What `shards` was told: hashable, to be an argument of a compiled function."""
     return _context.partitions
 
@@ -355,6 +406,29 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
     return ", ".join(map(names, dims)) + " -> " + ", ".join(map(names, out_dims))
 
 
+def on_whole(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, partition: Partition | None
+) -> jax.Array:
+    """Runs on every device a function of a tensor that cannot be split, and keeps its part.
+
+    Args:
+      function: from the tensor to one of the same shape.
+      x: the tensor or, with a partition, a shard of it.
+      partition: how it is spread, inside `shard_map`.
+
+    Returns:
+      The function's result, spread as x.
+    """
+    if partition is not None:
+        return (
+            partition.shard(function(partition.gather(x))) if partition.is_split() else function(x)
+        )
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return function(x)
+    return match_sharding(function(jax.sharding.reshard(x, PartitionSpec())), x)
+
+
 # Arrays of the state
 
 
@@ -372,10 +446,10 @@ def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None
     """
     out = lambda **kwargs: jnp.zeros(shape, dtype, **kwargs)  # noqa: E731
     if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
-        sharding = like.sharding
-        if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
-            spec = spec_of_dims(sharding.spec, dims)
-            return out(device=NamedSharding(sharding.mesh, spec))
+        given = like.sharding
+        if isinstance(given, NamedSharding) and given.num_devices > 1:
+            spec = spec_of_dims(given.spec, dims)
+            return out(device=NamedSharding(given.mesh, spec))
         return out()
     sharding = _explicit_sharding(like)
     if sharding is None:

@@ -6,6 +6,7 @@ sharded: `state_shardings`. `distributed` is for `shard_map` and `pmap`, where e
 same program on whole parameters and a part of the batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.optimizers import common
-from lopt_jax.partition import (
-    Partition,
-    current_shards,
-    partitions_of,
-    say_once,
-    shards,
-    spec_of_dims,
-)
+from lopt_jax.partition import Partition, say_once, shards, spec_of_dims
 
 AxisName = str | tuple[str, ...]
 
@@ -189,52 +183,34 @@ def _factor_spec(factor: _Factor, spec: PartitionSpec, shape: tuple[int, ...]) -
 # The distributed step
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """How `distributed` spreads one leaf."""
-
-    shape: tuple[int, ...]
-    dim: int | None  # split along it; None: every device holds the whole leaf
-    padded: int  # size of that dimension with padding
-
-    def partition(self, names: tuple[str, ...]) -> Partition:
-        """The partition of the leaf."""
-        axes = tuple(names if d == self.dim else () for d in range(len(self.shape)))
-        return Partition(self.shape, axes)
-
-    def pad(self, x: jax.Array) -> jax.Array:
-        """The whole leaf with its padding."""
-        if self.dim is None or self.padded == self.shape[self.dim]:
-            return x
-        widths = [(0, self.padded - n if d == self.dim else 0) for d, n in enumerate(self.shape)]
-        return jnp.pad(x, widths)
-
-
-def _plan(params: Any, devices: int, stacked_axes: engine.StackedAxes) -> list[_Leaf]:
+def _plan(
+    params: Any, names: tuple[str, ...], devices: int, stacked_axes: engine.StackedAxes
+) -> list[Partition]:
     """How each leaf is spread over this many devices."""
-    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     with shards(None):
         tensors = engine.tensors_of(params, stacked_axes)
     return [
-        _plan_leaf(tuple(leaf.shape), len(entry.stack), devices, path)
-        for leaf, entry, path in zip(jax.tree.leaves(params), tensors, paths, strict=True)
+        _plan_leaf(tuple(leaf.shape), len(entry.stack), names, devices, path)
+        for leaf, entry, path in zip(jax.tree.leaves(params), tensors, _paths(params), strict=True)
     ]
 
 
-def _plan_leaf(shape: tuple[int, ...], stacked: int, devices: int, path: str) -> _Leaf:
-    whole = _Leaf(shape, None, 0)
+def _plan_leaf(
+    shape: tuple[int, ...], stacked: int, names: tuple[str, ...], devices: int, path: str
+) -> Partition:
+    whole = Partition(shape, ((),) * len(shape))
     if devices == 1 or math.prod(shape) <= REPLICATED_ELEMENTS:
         return whole
-    padded = lambda d: -(-shape[d] // devices) * devices  # noqa: E731
+    padding = lambda d: -shape[d] % devices / shape[d]  # noqa: E731
     # the least padding; of equals the first dimension, whose parts are contiguous
-    best = min(range(stacked, len(shape)), key=lambda d: padded(d) / shape[d], default=None)
-    if best is None or padded(best) > (1 + LARGEST_PADDING) * shape[best]:
+    best = min(range(stacked, len(shape)), key=padding, default=None)
+    if best is None or padding(best) > LARGEST_PADDING:
         say_once(
             f"{path}: no dimension of its shape {shape} splits into {devices} parts without more "
             f"than {LARGEST_PADDING:.0%} of padding; every device keeps and updates the whole leaf."
         )
         return whole
-    return _Leaf(shape, best, padded(best))
+    return Partition(shape, tuple(names if d == best else () for d in range(len(shape))))
 
 
 def distributed_specs(
@@ -257,11 +233,10 @@ def distributed_specs(
       A tree like the state, of `PartitionSpec`.
     """
     names = _names(axis_name)
-    plans = _plan(params, devices, stacked_axes)
     entry = names if len(names) > 1 else names[0]
     specs = [
-        PartitionSpec(*(entry if d == plan.dim else None for d in range(len(plan.shape))))
-        for plan in plans
+        PartitionSpec(*(entry if axes else None for axes in partition.axes))
+        for partition in _plan(params, names, devices, stacked_axes)
     ]
     return state_specs(tx, params, jax.tree.structure(params).unflatten(specs))
 
@@ -301,28 +276,28 @@ def distributed(
     tx = optax.with_extra_args_support(tx)
     names = _names(axis_name)
 
-    def plan_of(params: Any) -> tuple[list[_Leaf], dict[str, Partition]]:
-        plans = _plan(params, jax.lax.axis_size(names), stacked_axes)
-        paths = _paths(params)
-        return plans, {path: plan.partition(names) for path, plan in zip(paths, plans, strict=True)}
+    def plan_of(params: Any) -> dict[str, Partition]:
+        plan = _plan(params, names, jax.lax.axis_size(names), stacked_axes)
+        return dict(zip(_paths(params), plan, strict=True))
 
     def init(params: Any) -> Any:
-        plans, partitions = plan_of(params)
-        with shards(partitions):
-            return tx.init(_map(lambda plan, x: _own_shard(plan, x, names), plans, params))
+        plan = plan_of(params)
+        with shards(plan):
+            return tx.init(_map(Partition.shard, plan, params, params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         common.require_params(params)
-        plans, partitions = plan_of(params)
-        gradients = _map(lambda plan, g: _scatter(plan, g, names), plans, updates, like=params)
-        own = _map(lambda plan, x: _own_shard(plan, x, names), plans, params)
+        plan = plan_of(params)
+        scatter = functools.partial(_scatter, names=names)
+        gradients = _map(scatter, plan, updates, params)
+        own = _map(Partition.shard, plan, params, params)
         if value is not None:
             extra_args["value"] = _mean(jnp.asarray(value), names)
-        with shards(partitions):
+        with shards(plan):
             new, state = _checked(tx.update, gradients, state, own, extra_args)
-        return _map(lambda plan, u: _gather(plan, u, names), plans, new, like=params), state
+        return _map(Partition.gather, plan, new, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -336,26 +311,13 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     Returns:
       A transformation without state.
     """
-
-    def lopt_clip(partitions: Any, updates: Any) -> Any:
-        with shards(None if partitions is None else dict(partitions)):
-            known = partitions_of(_paths(updates))
-        total: Any = 0.0
-        for x, partition in zip(jax.tree.leaves(updates), known, strict=True):
-            square = jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-            names = () if partition is None else partition.names(range(x.ndim))
-            total = total + (jax.lax.psum(square, names) if names else square)
-        norm = jnp.sqrt(total)
-        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda x: (x * factor).astype(x.dtype), updates)
-
-    compiled = jax.jit(lopt_clip, static_argnums=0)
+    clip = common.clip_by_global_norm(max_norm)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        del params
-        return compiled(current_shards(), updates), state
+        clipped, state = clip.update(updates, state, params)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), clipped, updates), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(clip.init, update)
 
 
 def _paths(tree: Any) -> list[str]:
@@ -366,18 +328,25 @@ def _names(axis_name: AxisName) -> tuple[str, ...]:
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
-def _map(function: Callable, plans: Sequence[_Leaf], tree: Any, like: Any = None) -> Any:
+def _map(
+    function: Callable[[Partition, jax.Array], jax.Array],
+    plan: dict[str, Partition],
+    tree: Any,
+    params: Any,
+) -> Any:
     """Maps over the leaves of a tree like the params; None where there is none stays."""
-    treedef = jax.tree.structure(tree if like is None else like)
-    leaves = treedef.flatten_up_to(tree)
+    treedef = jax.tree.structure(params)
     return treedef.unflatten(
-        [None if x is None else function(plan, x) for plan, x in zip(plans, leaves, strict=True)]
+        [
+            None if x is None else function(partition, x)
+            for partition, x in zip(plan.values(), treedef.flatten_up_to(tree), strict=True)
+        ]
     )
 
 
 def _varies(x: jax.Array, names: tuple[str, ...]) -> bool:
     """Whether the type of an array allows it to differ between devices."""
-    checked = getattr(jax.typeof(jax.lax.axis_index(names)), "vma", frozenset())
+    checked: frozenset = getattr(jax.typeof(jax.lax.axis_index(names)), "vma", frozenset())
     return not checked or set(names) <= set(jax.typeof(x).vma)
 
 
@@ -385,36 +354,17 @@ def _mean(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     return jax.lax.pmean(x, names) if _varies(x, names) else x
 
 
-def _own_shard(plan: _Leaf, x: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    if plan.dim is None:
-        return x
-    size = plan.padded // jax.lax.axis_size(names)
-    start = jax.lax.axis_index(names) * size
-    return jax.lax.dynamic_slice_in_dim(plan.pad(x), start, size, plan.dim)
-
-
-def _scatter(plan: _Leaf, gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
+def _scatter(partition: Partition, gradient: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """This device's shard of the mean gradient."""
-    if not _varies(gradient, names):
-        say_once(
-            "distributed: the gradients are summed over devices already, because shard_map "
-            "differentiated parameters that it knows to be equal on every device; they are taken "
-            "as they are. jax.lax.pcast(params, axis_name, to='varying') before jax.grad, or "
-            "check_vma=False, leaves the sum to distributed, at half the communication."
-        )
-        return _own_shard(plan, gradient, names)
-    if plan.dim is None:
-        return jax.lax.pmean(gradient, names)
-    total = jax.lax.psum_scatter(plan.pad(gradient), names, scatter_dimension=plan.dim, tiled=True)
-    return total / jax.lax.axis_size(names)
-
-
-def _gather(plan: _Leaf, update: jax.Array, names: tuple[str, ...]) -> jax.Array:
-    """The whole update from the devices' shards."""
-    if plan.dim is None:
-        return update
-    whole = jax.lax.all_gather(update, names, axis=plan.dim, tiled=True, to="invarying")
-    return jax.lax.slice_in_dim(whole, 0, plan.shape[plan.dim], axis=plan.dim)
+    if _varies(gradient, names):
+        return partition.scatter_mean(gradient, names)
+    say_once(
+        "distributed: the gradients are summed over devices already, because shard_map "
+        "differentiated parameters that it knows to be equal on every device; they are taken as "
+        "they are. jax.lax.pcast(params, axis_name, to='varying') before jax.grad, or "
+        "check_vma=False, leaves the sum to distributed, at half the communication."
+    )
+    return partition.shard(gradient)
 
 
 # Transformations that would be wrong on shards
