@@ -6,7 +6,7 @@ google/learned_optimization, `learned_optimizers/common.py`: `d1, d0` are the se
 largest dimension, "row" is the mean over `d0`, "column" the mean over `d1`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -146,14 +146,15 @@ def safe_rsqrt(x: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(jnp.maximum(x, _SAFE_RSQRT_FLOOR))
 
 
-def row_factor(row: jax.Array, d1: int) -> jax.Array:
+def row_factor(row: jax.Array, d1: int, mean: Callable[..., jax.Array] = jnp.mean) -> jax.Array:
     """Preconditioner of the row: rsqrt of the row over its mean along `d1`.
 
     Args:
       row: one decay's row accumulator, rank of the tensor (size 1 along d0).
       d1: the dimension to average over.
+      mean: takes the average; called as `jnp.mean`, with keepdims.
 
     Returns:
       The factor, shape of `row`.
     """
-    return safe_rsqrt(row / (jnp.mean(row, axis=d1, keepdims=True) + _ROW_MEAN_EPSILON))
+    return safe_rsqrt(row / (mean(row, d1, keepdims=True) + _ROW_MEAN_EPSILON))

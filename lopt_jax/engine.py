@@ -24,7 +24,16 @@ from lopt_jax.accumulators import (
     factored_dims,
     factored_shapes,
 )
-from lopt_jax.rule import MLP, Moments, Rule, Statistics
+from lopt_jax.partition import (
+    BATCH,
+    Dims,
+    Partition,
+    match_sharding,
+    partitions_of,
+    spread,
+    zeros,
+)
+from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
@@ -38,6 +47,7 @@ class Tensors(NamedTuple):
     stack: tuple[int, ...]  # the leaf's leading axes that hold tensors
     shape: tuple[int, ...]  # of each tensor; scalars are vectors of one element
     first: int  # position of the leaf's first tensor among all tensors of the tree
+    partition: Partition | None = None  # where the leaf is a shard, of what
 
     @property
     def count(self) -> int:
@@ -47,7 +57,20 @@ class Tensors(NamedTuple):
     @property
     def dims(self) -> FactoredDims | None:
         """Factored dims of each tensor."""
-        return factored_dims(self.shape)
+        return factored_dims(self.whole_shape)
+
+    @property
+    def leaf_partition(self) -> Partition | None:
+        """The partition with the stacked axes, which are never split."""
+        if self.partition is None:
+            return None
+        none = ((),) * len(self.stack)
+        return Partition(self.stack + self.partition.shape, none + self.partition.axes)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor, also where the leaf is a shard."""
+        return self.shape if self.partition is None else self.partition.shape
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,13 @@ class Group:
     leaves: tuple[int, ...]  # positions in the list of leaves
     tensors: tuple[int, ...]  # positions of their tensors among all tensors of the tree
     shape: tuple[int, ...]  # of each tensor
+    partition: Partition | None  # where they are shards, of what
+    name: str  # of the first leaf
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        """Factored dims of each tensor."""
+        return factored_dims(self.shape if self.partition is None else self.partition.shape)
 
 
 class GroupInputs(NamedTuple):
@@ -74,6 +104,8 @@ def is_box(x: Any) -> bool:
 
 def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]:
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not paths_and_leaves:  # also the placeholder that optax.tree.map_params initialises with
+        return []
     if stacked_axes is None:
         axes = [0] * len(paths_and_leaves)
     elif callable(stacked_axes):
@@ -109,11 +141,34 @@ def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
     """
     out, first = [], 0
     leaves = jax.tree.leaves(params)
-    for leaf, n in zip(leaves, _stacked_axes_of_leaves(params, stacked_axes), strict=True):
-        entry = Tensors(tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,), first)
+    partitions = partitions_of_leaves(params)
+    stacks = _stacked_axes_of_leaves(params, stacked_axes)
+    for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
+        if partition is not None:
+            if any(partition.axes[:n]):
+                raise ValueError(
+                    "distributed: stacked axes cannot be split over devices; give distributed the "
+                    "same stacked_axes as the optimizer."
+                )
+            partition = Partition(partition.shape[n:] or (1,), partition.axes[n:] or ((),))
+        entry = Tensors(tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,), first, partition)
         out.append(entry)
         first += entry.count
     return out
+
+
+def partitions_of_leaves(params: Any) -> list[Partition | None]:
+    """How the leaves of a tree like the params are spread; None where they are whole."""
+    return partitions_of(_paths(params))
+
+
+def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """A tree of zeros like the params, sharded as they are."""
+    return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
+
+
+def _paths(params: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
 def init_accumulators(
@@ -138,16 +193,19 @@ def init_accumulators(
       decays. Metadata boxes (such as `flax.linen.Partitioned`) are kept, their names following the
       axes.
     """
-    stacks = iter(_stacked_axes_of_leaves(params, stacked_axes))
+    entries = iter(tensors_of(params, stacked_axes))
 
     def factored_of(leaf: Any, box: Any) -> tuple[Any, Any]:
-        n = next(stacks)
+        entry = next(entries)
+        n, dims = len(entry.stack), entry.dims
         stack, shape = leaf.shape[:n], leaf.shape[n:]
-        dims = factored_dims(shape)
         row, column = factored_shapes(shape, factored, dims)
+        kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
         arrays = (
-            jnp.zeros((row[0], *stack, *row[1:]), dtype),
-            jnp.zeros((column[0], *stack, *column[1:]) if dims else (1,), dtype),
+            zeros((row[0], *stack, *row[1:]), dtype, leaf, kept(dims.d0 if dims else None)),
+            zeros((column[0], *stack, *column[1:]), dtype, leaf, kept(dims.d1))
+            if dims
+            else jnp.zeros((1,), dtype),
         )
         if box is None:
             return arrays
@@ -168,10 +226,9 @@ def init_accumulators(
         is_leaf=is_box,
     )
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), params)  # noqa: E731
     return Accumulators(
-        momentum=tuple(zeros() for _ in range(momenta)),
-        second_moment=zeros(),
+        momentum=tuple(zeros_like(params, dtype) for _ in range(momenta)),
+        second_moment=zeros_like(params, dtype),
         row=take(0),
         column=take(1),
     )
@@ -181,11 +238,21 @@ def _group_key(position: int, entry: Tensors, leaf: jax.Array, gradient: jax.Arr
     if math.prod(entry.shape) > STACKED_LEAF_ELEMENTS:
         return position
     sharding = getattr(jax.typeof(leaf), "sharding", None)
-    return (entry.shape, len(entry.stack), leaf.dtype, gradient.dtype, sharding)
+    return (
+        entry.shape,
+        len(entry.stack),
+        leaf.dtype,
+        gradient.dtype,
+        entry.partition,
+        sharding,
+    )
 
 
 def make_groups(
-    tensors: Sequence[Tensors], params: Sequence[jax.Array], gradients: Sequence[jax.Array | None]
+    tensors: Sequence[Tensors],
+    params: Sequence[jax.Array],
+    gradients: Sequence[jax.Array | None],
+    names: Sequence[str],
 ) -> list[Group]:
     """Decides which leaves are updated together.
 
@@ -193,6 +260,7 @@ def make_groups(
       tensors: of `tensors_of`.
       params: the leaves.
       gradients: their gradients; leaves with None are left out, as are leaves without elements.
+      names: of the leaves, for messages.
 
     Returns:
       The groups.
@@ -210,6 +278,8 @@ def make_groups(
                 for k in range(tensors[i].first, tensors[i].first + tensors[i].count)
             ),
             shape=tensors[leaves[0]].shape,
+            partition=tensors[leaves[0]].partition,
+            name=names[leaves[0]],
         )
         for leaves in groups.values()
     ]
@@ -243,7 +313,7 @@ def gather(
         return _concatenate([leaves[i].reshape((-1, *group.shape)) for i in group.leaves])
 
     def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
-        dims = factored_dims(group.shape)
+        dims = group.dims
         arrays = []
         for i in group.leaves:
             leaf, count = leaves[i], tensors[i].count
@@ -290,11 +360,13 @@ def scatter(
         part = lambda x, rows=rows, whole=whole: x if whole else x[rows]  # noqa: E731
 
         def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
-            leaves[i] = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
+            x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
+            leaves[i] = match_sharding(x, leaves[i])
 
         def factored(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
             x = jnp.moveaxis(part(x), 1, 0)
-            leaves[i] = x.reshape(leaves[i].shape).astype(leaves[i].dtype)
+            x = x.reshape(leaves[i].shape).astype(leaves[i].dtype)
+            leaves[i] = match_sharding(x, leaves[i])
 
         elementwise(out.updates, update)
         for leaves, x in zip(out.accumulators.momentum, accumulators.momentum, strict=True):
@@ -310,6 +382,62 @@ class Leaves(NamedTuple):
 
     updates: list
     accumulators: Accumulators
+
+
+class GroupDims(NamedTuple):
+    """What the dimensions of a group's arrays are, for `lopt_jax.partition.spread`."""
+
+    elementwise: Dims
+    row: Dims
+    column: Dims
+
+    @classmethod
+    def of(cls, group: Group) -> "GroupDims":
+        """The dims of a group's arrays."""
+        rank = len(group.shape)
+        without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)))  # noqa: E731
+        dims = group.dims
+        return cls(
+            elementwise=Dims((BATCH, *range(rank))),
+            row=without(dims.d0 if dims else None),
+            column=without(dims.d1) if dims else Dims((BATCH, None)),
+        )
+
+    @staticmethod
+    def by_tensor(tree: Any) -> Any:
+        """Arrays with a leading axis of tensors."""
+        return jax.tree.map(lambda x: Dims((BATCH,) + (None,) * (x.ndim - 1)), tree)
+
+    @staticmethod
+    def shared(tree: Any) -> Any:
+        """Arrays that every tensor shares."""
+        return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
+
+    def accumulators(self, tree: Accumulators) -> Accumulators:
+        """The accumulators."""
+        return Accumulators(
+            momentum=tuple(self.elementwise for _ in tree.momentum),
+            second_moment=self.elementwise,
+            row=self.row,
+            column=self.column,
+        )
+
+    def moments(self, tree: Moments) -> Moments:
+        """The results of the first pass."""
+        vector = lambda dims: Dims((BATCH, *dims.labels[2:]))  # noqa: E731
+        return Moments(
+            row=None if tree.row is None else vector(self.row),
+            column=None if tree.column is None else vector(self.column),
+            parameter_mean_square=self.by_tensor(tree.parameter_mean_square),
+        )
+
+    def result(self, tree: TensorUpdate) -> TensorUpdate:
+        """The results of the second pass."""
+        return TensorUpdate(
+            update=self.elementwise,
+            accumulators=self.accumulators(tree.accumulators),
+            statistics=self.by_tensor(tree.statistics),
+        )
 
 
 class Prepared(NamedTuple):
@@ -353,7 +481,9 @@ def _log_once(message: str) -> None:
     _logger.info(message)
 
 
-def _choose_backend(rule: Rule, backend: str, inputs: Sequence[GroupInputs]) -> list[bool]:
+def _choose_backend(
+    rule: Rule, backend: str, groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[bool]:
     """For each group, whether the fused kernels update it.
 
     Raises:
@@ -371,10 +501,11 @@ def _choose_backend(rule: Rule, backend: str, inputs: Sequence[GroupInputs]) -> 
         reason = choice.unsupported_reason(must)
         choices = [
             reason
+            or (None if group.partition is None else "arrays are shards of tensors")
             or choice.unsupported_group_reason(
                 rule, x.gradient.shape, [leaf.dtype for leaf in jax.tree.leaves(x)], must
             )
-            for x in inputs
+            for group, x in zip(groups, inputs, strict=True)
         ]
     if must and any(choices):
         reason = next(filter(None, choices))
@@ -411,6 +542,74 @@ def _make_units(
     return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
 
+def _first_pass(rule: Rule, group: Group, x: GroupInputs) -> Moments:
+    """Pass A over a group by XLA, on the shards of its tensors."""
+    dims = GroupDims.of(group)
+    return spread(
+        lambda partition, *arrays: over_tensors(
+            functools.partial(rules.first_pass, rule, partition=partition), *arrays
+        ),
+        (x.gradient, x.parameter),
+        (dims.elementwise, dims.elementwise),
+        dims.moments,
+        group.shape,
+        group.partition,
+        guides=(0, 1),
+        name=group.name,
+    )
+
+
+def _second_pass(
+    rule: Rule,
+    group: Group,
+    x: GroupInputs,
+    moments: Moments,
+    mlp: MLP,
+    mlp_per_tensor: bool,
+    decays: Decays,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+) -> TensorUpdate:
+    """Passes B and C over a group by XLA, on the shards of its tensors."""
+    dims = GroupDims.of(group)
+
+    def passes(
+        partition: Partition | None,
+        x: GroupInputs,
+        mlp: MLP,
+        moments: Moments,
+        decays: Decays,
+        *factors: jax.Array,
+    ) -> TensorUpdate:
+        return over_tensors(
+            functools.partial(rules.second_pass, rule, partition=partition),
+            mlp,
+            moments,
+            *x,
+            decays,
+            *factors,
+            in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
+        )
+
+    return spread(
+        passes,
+        (x, mlp, moments, decays, scale, weight_decay),
+        (
+            GroupInputs(dims.elementwise, dims.elementwise, dims.accumulators(x.accumulators)),
+            dims.by_tensor(mlp) if mlp_per_tensor else dims.shared(mlp),
+            dims.moments(moments),
+            dims.shared(decays),
+            dims.by_tensor(scale),
+            dims.by_tensor(weight_decay),
+        ),
+        dims.result,
+        group.shape,
+        group.partition,
+        guides=(0, 1, 2),
+        name=group.name,
+    )
+
+
 def first_pass(
     rule: Rule,
     gradients: Any,
@@ -444,19 +643,17 @@ def first_pass(
         row=jax.tree.leaves(accumulators.row),
         column=jax.tree.leaves(accumulators.column),
     )
-    groups = make_groups(tensors, leaves, gradient_leaves)
+    groups = make_groups(tensors, leaves, gradient_leaves, _paths(params))
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
-    units, on_kernels = _make_units(_choose_backend(rule, backend, inputs), inputs)
-    moments = []
+    units, on_kernels = _make_units(_choose_backend(rule, backend, groups, inputs), inputs)
+    moments: list[Any] = []
     for unit, chosen in zip(units, on_kernels, strict=True):
-        x = inputs[unit[0]]
         if chosen:
             from pallas_kernels import step
 
             moments.append(step.first_pass(rule, [inputs[i] for i in unit]))
         else:
-            function = functools.partial(rules.first_pass, rule)
-            moments.append(over_tensors(function, x.gradient, x.parameter))
+            moments.append(_first_pass(rule, groups[unit[0]], inputs[unit[0]]))
     return Prepared(
         groups=groups,
         tensors=tensors,
@@ -547,15 +744,16 @@ def second_pass(
                 by_row(statistics),
             )
         else:
-            update = over_tensors(
-                functools.partial(rules.second_pass, rule),
-                network,
+            update = _second_pass(
+                rule,
+                prepared.groups[unit[0]],
+                prepared.inputs[unit[0]],
                 moments,
-                *prepared.inputs[unit[0]],
+                network,
+                mlp_per_tensor,
                 decays,
                 scale[rows],
                 weight_decay[rows],
-                in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
             )
             updates, kept = [update], update.statistics
         for i, result in zip(unit, updates, strict=True):
@@ -605,7 +803,7 @@ def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
 
 def tensor_shapes(tensors: Sequence[Tensors]) -> list[tuple[int, ...]]:
     """The shape of every tensor of a tree, in the tree's order."""
-    return [entry.shape for entry in tensors for _ in range(entry.count)]
+    return [entry.whole_shape for entry in tensors for _ in range(entry.count)]
 
 
 def init_statistics(tensors: int, momenta: int) -> Statistics:

@@ -1,13 +1,18 @@
 """Sums of several arrays in one pass over memory."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from lopt_jax.partition import Partition
 
-def means(arrays: Sequence[jax.Array], axes: Sequence[int]) -> tuple[jax.Array, ...]:
+
+def means(
+    arrays: Sequence[jax.Array], axes: Sequence[int], partition: Partition | None = None
+) -> tuple[jax.Array, ...]:
     """Mean of each array over the same axes, all arrays read in one pass.
 
     Separate reductions of expressions that share operands do not fuse on every backend; each would
@@ -16,16 +21,50 @@ def means(arrays: Sequence[jax.Array], axes: Sequence[int]) -> tuple[jax.Array, 
     Args:
       arrays: arrays of one shape and dtype, usually expressions to be fused into the reduction.
       axes: the axes to reduce over, each in [0, rank).
+      partition: where the arrays are shards, of what: the means are those of the whole arrays.
 
     Returns:
       One array for each input, the reduced axes kept with size 1.
     """
     shape = arrays[0].shape
-    count = 1
-    for axis in axes:
-        count *= shape[axis]
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
-    return tuple(x.reshape(kept) / count for x in _sums(tuple(axes), *arrays))
+    if partition is None:
+        count = math.prod(shape[axis] for axis in axes)
+        return tuple(x.reshape(kept) / count for x in _sums(tuple(axes), *arrays))
+    count = math.prod(partition.shape[axis] for axis in axes)
+    sums = _sums(tuple(axes), *(partition.clear_padding(x, axes) for x in arrays))
+    names = partition.names(axes)
+    if names:
+        sums = tuple(jax.lax.psum(jnp.stack(sums), names))
+    return tuple(x.reshape(kept) / count for x in sums)
+
+
+def mean(
+    x: jax.Array,
+    axes: int | Sequence[int],
+    partition: Partition | None = None,
+    *,
+    keepdims: bool = False,
+) -> jax.Array:
+    """Mean of one array.
+
+    Args:
+      x: the array.
+      axes: the axes to reduce over.
+      partition: where the array is a shard, of what: the mean is that of the whole array.
+      keepdims: keep the reduced axes with size 1.
+
+    Returns:
+      The mean.
+    """
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if partition is None:
+        return jnp.mean(x, axes, keepdims=keepdims)
+    total = jnp.sum(partition.clear_padding(x, axes), axes, keepdims=keepdims)
+    names = partition.names(axes)
+    if names:
+        total = jax.lax.psum(total, names)
+    return total / math.prod(partition.shape[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

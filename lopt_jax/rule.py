@@ -11,6 +11,7 @@ of its row of the first layer, so it is folded into the weights (`fold`); featur
 the column alone become two vectors of biases. No (elements x features) array exists.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.blocks import map_blocks
 from lopt_jax.features import Feature, FeatureSet, Operands
-from lopt_jax.reductions import means
+from lopt_jax.partition import Partition
+from lopt_jax.reductions import mean, means
 
 WIDE_HIDDEN_SIZE = 16
 _PARAMETER_SCALE_EPSILON = 1e-9
@@ -123,25 +125,28 @@ def prepare_gradient(rule: Rule, gradient: jax.Array) -> jax.Array:
     return gradient
 
 
-def first_pass(rule: Rule, gradient: jax.Array, parameter: jax.Array) -> Moments:
+def first_pass(
+    rule: Rule, gradient: jax.Array, parameter: jax.Array, partition: Partition | None = None
+) -> Moments:
     """Pass A: means of the squared gradient over rows and columns, mean square of the parameter.
 
     Args:
       rule: the rule.
       gradient: S, any float dtype.
       parameter: S, any float dtype.
+      partition: where the arrays are shards of a tensor, how it is spread.
 
     Returns:
-      Moments in float32.
+      Moments in float32, of the whole tensor; row and column are those of the shard.
     """
-    dims = factored_dims(gradient.shape)
+    dims = factored_dims(gradient.shape if partition is None else partition.shape)
     row = column = mean_square = None
     if dims is not None:
         squared = jnp.square(prepare_gradient(rule, gradient))
-        row, column = jnp.mean(squared, axis=dims.d0), jnp.mean(squared, axis=dims.d1)
+        row, column = mean(squared, dims.d0, partition), mean(squared, dims.d1, partition)
     if rule.parameter_scale or rule.accumulator_statistics:
         wide = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
-        (mean_square,) = means([jnp.square(wide)], range(wide.ndim))
+        (mean_square,) = means([jnp.square(wide)], range(wide.ndim), partition)
         mean_square = mean_square.reshape(())
     return Moments(row, column, mean_square)
 
@@ -156,6 +161,7 @@ def second_pass(
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
+    partition: Partition | None = None,
 ) -> TensorUpdate:
     """Passes B and C: the update and the new accumulators of one tensor.
 
@@ -170,20 +176,22 @@ def second_pass(
       decays: decay rates.
       scale: (), multiplies the step (learning rate included).
       weight_decay: (), multiplies the parameter (learning rate included).
+      partition: where the arrays are shards of a tensor, how it is spread.
 
     Returns:
       The update, -(scale * step + weight_decay * parameter), in float32 (float64 where the
       accumulators are); the accumulators in their dtype; statistics if the rule asks for them.
     """
-    dims = factored_dims(gradient.shape)
+    dims = factored_dims(gradient.shape if partition is None else partition.shape)
     operands, row, column = operands_after(
-        rule, moments, gradient, parameter, accumulators, decays, dims
+        rule, moments, gradient, parameter, accumulators, decays, dims, partition
     )
     features = rule.features.for_tensor(dims is not None)
-    if gradient.size <= rule.small_elements:
+    # a shard's means need the other shards, which only the longer way knows how to ask
+    if partition is None and gradient.size <= rule.small_elements:
         step = small_tensor_step(rule, mlp, features, operands)
     else:
-        normalizers = normalize(rule, features, operands)
+        normalizers = normalize(rule, features, operands, partition)
         folded = fold(mlp, features, normalizers, operands)
         # The two passes share subexpressions (the reciprocal root of the second moment and its
         # products); the barrier keeps XLA from storing those, each as large as the tensor, between.
@@ -196,7 +204,7 @@ def second_pass(
     return TensorUpdate(
         update=parameter_update(step, operands.parameter, scale, weight_decay),
         accumulators=jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes),
-        statistics=accumulator_statistics(new) if rule.accumulator_statistics else None,
+        statistics=accumulator_statistics(new, partition) if rule.accumulator_statistics else None,
     )
 
 
@@ -256,6 +264,7 @@ def operands_after(
     accumulators: Accumulators,
     decays: Decays,
     dims: FactoredDims | None,
+    partition: Partition | None = None,
 ) -> tuple[Operands, jax.Array, jax.Array]:
     """The operands of the features after this step's update of the accumulators.
 
@@ -266,7 +275,8 @@ def operands_after(
       parameter: S.
       accumulators: before this step.
       decays: decay rates.
-      dims: factored dims of S.
+      dims: factored dims of the tensor.
+      partition: where S is a shard of a tensor, how it is spread.
 
     Returns:
       The operands (float32), and the new row and column accumulators.
@@ -282,7 +292,7 @@ def operands_after(
     else:
         row = update_factored(wide(accumulators.row), moments.row, decays.factored)
         column = update_factored(wide(accumulators.column), moments.column, decays.factored)
-        vectors = factored_vectors(row, column, dims)
+        vectors = factored_vectors(row, column, dims, partition)
     operands = element_operands(
         gradient,
         wide(parameter),
@@ -339,23 +349,28 @@ class FactoredVectors(NamedTuple):
     column_factor: tuple[jax.Array, ...]
 
 
-def factored_vectors(row: jax.Array, column: jax.Array, dims: FactoredDims) -> FactoredVectors:
+def factored_vectors(
+    row: jax.Array, column: jax.Array, dims: FactoredDims, partition: Partition | None = None
+) -> FactoredVectors:
     """Row and column vectors and their preconditioners, broadcastable against the tensor.
 
     Args:
       row: (n, *S without d0).
       column: (n, *S without d1).
-      dims: factored dims of S.
+      dims: factored dims of the tensor.
+      partition: where S is a shard of a tensor, how it is spread.
 
     Returns:
       Vectors with size 1 along the reduced dimension.
     """
+    row_partition = None if partition is None else partition.reduced(dims.d0)
+    row_mean = functools.partial(mean, partition=row_partition)
     rows = tuple(jnp.expand_dims(x, dims.d0) for x in row)
     columns = tuple(jnp.expand_dims(x, dims.d1) for x in column)
     return FactoredVectors(
         row=rows,
         column=columns,
-        row_factor=tuple(row_factor(x, dims.d1) for x in rows),
+        row_factor=tuple(row_factor(x, dims.d1, row_mean) for x in rows),
         column_factor=tuple(safe_rsqrt(x) for x in columns),
     )
 
@@ -366,13 +381,19 @@ def normalizer_axes(rule: Rule, rank: int) -> tuple[int, ...]:
     return tuple(range(first, rank))
 
 
-def normalize(rule: Rule, features: Sequence[Feature], operands: Operands) -> tuple[jax.Array, ...]:
+def normalize(
+    rule: Rule,
+    features: Sequence[Feature],
+    operands: Operands,
+    partition: Partition | None = None,
+) -> tuple[jax.Array, ...]:
     """Pass B: the normaliser of every feature.
 
     Args:
       rule: the rule.
       features: the features of this tensor.
       operands: their operands.
+      partition: where the operands are shards of a tensor, how it is spread.
 
     Returns:
       1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
@@ -384,7 +405,8 @@ def normalize(rule: Rule, features: Sequence[Feature], operands: Operands) -> tu
         for feature in features
         if feature.varies == "element"
     ]
-    return normalizers(rule, features, means(squares, axes), operands, axes)
+    mean_squares = means(squares, axes, partition)
+    return normalizers(rule, features, mean_squares, operands, axes, partition)
 
 
 def normalizers(
@@ -393,6 +415,7 @@ def normalizers(
     element_mean_squares: Sequence[jax.Array],
     operands: Operands,
     axes: Sequence[int],
+    partition: Partition | None = None,
 ) -> tuple[jax.Array, ...]:
     """The normalisers from the mean squares of the features that vary with the element.
 
@@ -402,16 +425,21 @@ def normalizers(
       element_mean_squares: one array an element feature, reduced axes kept with size 1.
       operands: the operands; only their row and column vectors are read.
       axes: the axes that are reduced over.
+      partition: where the operands are shards of a tensor, how it is spread.
 
     Returns:
       1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
     """
+    along: dict[str, Partition | None] = {"row": None, "column": None}
+    dims = None if partition is None else factored_dims(partition.shape)
+    if partition is not None and dims is not None:
+        along = {"row": partition.reduced(dims.d0), "column": partition.reduced(dims.d1)}
     known = iter(element_mean_squares)
     # a row or column feature's mean over its vector is its mean over the tensor
     mean_squares = [
         next(known)
         if feature.varies == "element"
-        else jnp.mean(jnp.square(feature.formula(operands)), axes, keepdims=True)
+        else mean(jnp.square(feature.formula(operands)), axes, along[feature.varies], keepdims=True)
         for feature in features
     ]
     return tuple(jax.lax.rsqrt(x + rule.features.normalizer_epsilon) for x in mean_squares)
@@ -439,7 +467,8 @@ def fold(
         """Contribution of the features of this kind: (H, *vector's shape)."""
         chosen = [k for k, feature in enumerate(features) if feature.varies == varies]
         values = jnp.stack([features[k].formula(operands) * normalizers[k] for k in chosen])
-        return jnp.einsum("kh,k...->h...", first[jnp.asarray(chosen)], values, precision="highest")
+        rows = jnp.stack([first[k] for k in chosen])
+        return jnp.einsum("kh,k...->h...", rows, values, precision="highest")
 
     is_factored = any(feature.varies != "element" for feature in features)
     return Folded(
@@ -543,19 +572,23 @@ def _matrix_step(
     return map_blocks(step, arguments, operands.gradient.shape, rule.block_elements)
 
 
-def accumulator_statistics(accumulators: Accumulators) -> Statistics:
+def accumulator_statistics(
+    accumulators: Accumulators, partition: Partition | None = None
+) -> Statistics:
     """Means and variances of a tensor's momentum and second moment.
 
     Args:
       accumulators: of one tensor.
+      partition: where they are shards of it, how it is spread.
 
     Returns:
       Statistics in the accumulators' dtype. Variances are centred before squaring.
     """
     arrays = (*accumulators.momentum, accumulators.second_moment)
     axes = range(arrays[0].ndim)
-    centres = means(arrays, axes)
-    variances = means([jnp.square(x - c) for x, c in zip(arrays, centres, strict=True)], axes)
+    centres = means(arrays, axes, partition)
+    squares = [jnp.square(x - c) for x, c in zip(arrays, centres, strict=True)]
+    variances = means(squares, axes, partition)
     mean = jnp.stack([x.reshape(()) for x in centres])
     variance = jnp.stack([x.reshape(()) for x in variances])
     return Statistics(mean[:-1], variance[:-1], mean[-1], variance[-1])

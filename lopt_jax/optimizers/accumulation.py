@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax import engine
 from lopt_jax.optimizers import common
 
 
@@ -37,7 +38,7 @@ def accumulate_gradients(
     def init(params: Any) -> AccumulationState:
         return AccumulationState(
             micro_step=jnp.zeros((), jnp.int32),
-            gradient_sum=jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+            gradient_sum=engine.zeros_like(params, jnp.float32),
             loss_sum=jnp.zeros((), jnp.float32),
             inner=inner.init(params),
         )

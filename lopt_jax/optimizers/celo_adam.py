@@ -81,10 +81,7 @@ def celo_adam(
 
     def init(params: Any) -> CeloAdamState:
         tensors = engine.count_tensors(params, stacked_axes)
-        zeros = [
-            jax.tree.map(lambda x: jnp.zeros(x.shape, options.accumulator_dtype), params)
-            for _ in range(2)
-        ]
+        zeros = [engine.zeros_like(params, options.accumulator_dtype) for _ in range(2)]
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=Accumulators((zeros[0],), zeros[1], row=(), column=()),

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
+from lopt_jax import engine
 from lopt_jax.engine import BACKENDS, tensors_of
+from lopt_jax.partition import current_shards, shards
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
@@ -182,13 +184,20 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
       A stateless transformation; its updates are float32 at least.
     """
 
-    def clip(gradients: Any, params: Any = None) -> Any:
-        del params
+    def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
         wide = jax.tree.map(to_float32, gradients)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(wide)))
+        with shards(shards_of_leaves):
+            partitions = engine.partitions_of_leaves(wide)
+        squares = []
+        for g, partition in zip(jax.tree.leaves(wide), partitions, strict=True):
+            square = jnp.sum(jnp.square(g))
+            names = () if partition is None else partition.names(range(g.ndim))
+            squares.append(jax.lax.psum(square, names) if names else square)
+        norm = jnp.sqrt(sum(squares))
         return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
 
-    return optax.stateless(clip)
+    compiled = jax.jit(lopt_clip, static_argnums=0)
+    return optax.stateless(lambda gradients, params=None: compiled(current_shards(), gradients))
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -230,7 +239,12 @@ def transformation(
     Returns:
       The transformation; it ignores extra arguments other than `value`.
     """
-    compiled = jax.jit(update)
+
+    def lopt_update(partitions: Any, *arguments: Any) -> tuple[Any, Any]:
+        with shards(partitions):
+            return update(*arguments)
+
+    compiled = jax.jit(lopt_update, static_argnums=0)
 
     @functools.wraps(update)
     def update_fn(
@@ -238,7 +252,7 @@ def transformation(
     ) -> tuple[Any, Any]:
         del extra_args
         require_params(params)
-        return compiled(meta_parameters, updates, state, params, value)
+        return compiled(current_shards(), meta_parameters, updates, state, params, value)
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
 

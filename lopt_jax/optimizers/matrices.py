@@ -21,6 +21,8 @@ from lopt_jax.optimizers.per_parameter import (
     network,
     per_parameter,
 )
+from lopt_jax.partition import Partition, on_whole
+from lopt_jax.reductions import mean
 from lopt_jax.rule import Rule
 from lopt_jax.weights import Weights
 
@@ -85,7 +87,8 @@ def matrix_optimizer(
         wide = [common.to_float32(p) for p in leaves]
         given = jax.tree.map(common.to_float32, treedef.flatten_up_to(gradients))
         if max_gradient_norm is not None:
-            given, _ = common.clip_by_global_norm(max_gradient_norm).update(given, None)
+            clip = common.clip_by_global_norm(max_gradient_norm)
+            given = treedef.flatten_up_to(clip.update(treedef.unflatten(given), None)[0])
         learned = [g if label == LEARNED else None for g, label in zip(given, labels, strict=True)]
         rate, decay = options.rates(state.count, params)
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
@@ -105,7 +108,8 @@ def matrix_optimizer(
                 updates.append(None)
                 continue
             if labels[i] == LEARNED:
-                step, mult, leaf_decay = _normalized(steps[i], options, orthogonal), 1.0, decay
+                step = _normalized(steps[i], options, orthogonal, entry.leaf_partition)
+                mult, leaf_decay = 1.0, decay
             else:
                 step, momentum[i], second_moment[i] = adam_step(
                     adamw.adam, given[i], momentum[i], second_moment[i], state.count
@@ -189,8 +193,12 @@ def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: engine.StackedA
     return labels
 
 
-def _normalized(step: jax.Array, options: common.Options, orthogonal: bool) -> jax.Array:
-    return normalize_matrices(orthogonalize(step, options.precision) if orthogonal else step)
+def _normalized(
+    step: jax.Array, options: common.Options, orthogonal: bool, partition: Partition | None
+) -> jax.Array:
+    if orthogonal:  # no sum over shards: a product of the matrix with itself
+        step = on_whole(lambda x: orthogonalize(x, options.precision), step, partition)
+    return normalize_matrices(step, partition)
 
 
 def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
@@ -215,7 +223,8 @@ def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
         )
 
 
-def normalize_matrices(step: jax.Array) -> jax.Array:
-    """Matrices of root mean square one, in the last two axes."""
-    mean_square = jnp.mean(jnp.square(step), axis=(-2, -1), keepdims=True)
+def normalize_matrices(step: jax.Array, partition: Partition | None = None) -> jax.Array:
+    """Matrices of root mean square one, in the last two axes, also from shards of them."""
+    axes = (step.ndim - 2, step.ndim - 1)
+    mean_square = mean(jnp.square(step), axes, partition, keepdims=True)
     return step * jax.lax.rsqrt(mean_square + _NORMALIZER_EPSILON)

@@ -1,0 +1,479 @@
+"""How a function of whole tensors runs on shards of them.
+
+A function of a tensor is written once, for the part of the tensor that a device holds, and is told
+by a `Partition` how the whole is spread. What it needs to know of the other parts are sums; those
+it takes through `lopt_jax.reductions`, which adds the sums over devices. `spread` runs such a
+function in each of JAX's ways of sharding:
+
+  - under `jit` with automatic sharding the compiler knows the shardings and Python does not: the
+    function becomes one operation of the compiler's partitioner (`custom_partitioning`), which asks
+    for the code of a shard once the shardings are known;
+  - with explicit sharding the types say the sharding: the function runs in a `shard_map`;
+  - inside `shard_map` and `pmap` the arrays are shards already: `lopt_jax.sharding.distributed`
+    says of what, and the function runs as it is.
+"""
+
+import contextlib
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+logger = logging.getLogger("lopt_jax")
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a tensor is spread over a mesh.
+
+    Attributes:
+      shape: of the whole tensor.
+      axes: for every dimension, the mesh axes that split it, major first. Where their product does
+        not divide the dimension, every device holds an equal part and the last ones are padded.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], ...]
+
+    def names(self, dims: Sequence[int]) -> tuple[str, ...]:
+        """The mesh axes that split any of these dimensions."""
+        return tuple(name for dim in dims for name in self.axes[dim])
+
+    def reduced(self, dim: int) -> "Partition":
+        """The partition of the tensor's reduction over a dimension, kept with size 1."""
+        replace = lambda x, value: (*x[:dim], value, *x[dim + 1 :])  # noqa: E731
+        return Partition(replace(self.shape, 1), replace(self.axes, ()))
+
+    def clear_padding(self, x: jax.Array, dims: Sequence[int]) -> jax.Array:
+        """A shard with zeros where it is padding, along these dimensions."""
+        for dim in dims:
+            if not self.axes[dim]:
+                continue
+            size = x.shape[dim]
+            if size * jax.lax.axis_size(self.axes[dim]) == self.shape[dim]:
+                continue
+            first = jax.lax.axis_index(self.axes[dim]) * size
+            position = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, dim)
+            x = jnp.where(position < self.shape[dim], x, 0)
+        return x
+
+    def is_split(self) -> bool:
+        """Whether any dimension is."""
+        return any(self.axes)
+
+    def shard(self, whole: jax.Array) -> jax.Array:
+        """The part of the whole tensor that this device holds."""
+        for dim, names in enumerate(self.axes):
+            if names:
+                size = -(-self.shape[dim] // jax.lax.axis_size(names))
+                whole = self._pad(whole, dim)
+                start = jax.lax.axis_index(names) * size
+                whole = jax.lax.dynamic_slice_in_dim(whole, start, size, dim)
+        return whole
+
+    def gather(self, shard: jax.Array) -> jax.Array:
+        """The whole tensor, on every device, from the devices' parts."""
+        for dim, names in enumerate(self.axes):
+            if names:
+                shard = jax.lax.all_gather(shard, names, axis=dim, tiled=True, to="invarying")
+                shard = jax.lax.slice_in_dim(shard, 0, self.shape[dim], axis=dim)
+        return shard
+
+    def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
+        """This device's part of the mean over devices of tensors that each holds whole.
+
+        Args:
+          whole: the tensor, another one on every device.
+          names: the mesh axes of the devices: those that split a dimension, if one is split.
+
+        Returns:
+          The part.
+        """
+        for dim, split in enumerate(self.axes):
+            if split:
+                total = jax.lax.psum_scatter(
+                    self._pad(whole, dim), names, scatter_dimension=dim, tiled=True
+                )
+                return total / jax.lax.axis_size(names)
+        return jax.lax.pmean(whole, names)
+
+    def _pad(self, whole: jax.Array, dim: int) -> jax.Array:
+        missing = -self.shape[dim] % jax.lax.axis_size(self.axes[dim])
+        if not missing:
+            return whole
+        return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+
+
+def split_names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What each dimension of an operand or result is.
+
+    Attributes:
+      labels: a position among the tensor's dimensions, BATCH for an axis of tensors, or None for a
+        dimension that is never split.
+    """
+
+    labels: tuple[int | None, ...]
+
+
+BATCH = -1
+
+
+Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their paths, hashable
+
+
+class _Context(threading.local):
+    def __init__(self) -> None:
+        self.partitions: Shards | None = None
+
+
+_context = _Context()
+
+
+@contextlib.contextmanager
+def shards(partitions: Mapping[str, Partition] | Shards | None) -> Iterator[None]:
+    """Says of what the leaves of the params are shards, while a transformation is traced.
+
+    Args:
+      partitions: by the leaf's path, as `jax.tree_util.keystr` writes it; None: they are whole.
+    """
+    before = _context.partitions
+    if isinstance(partitions, Mapping):
+        partitions = tuple(sorted(partitions.items(), key=lambda item: item[0]))
+    _context.partitions = partitions
+    try:
+        yield
+    finally:
+        _context.partitions = before
+
+
+def current_shards() -> Shards | None:
+    """What `shards` was told: hashable, to be an argument of a compiled function."""
+    return _context.partitions
+
+
+def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
+    """The partitions of leaves by their paths; None for whole leaves.
+
+    Raises:
+      ValueError: inside `shards`, which says nothing of a leaf.
+    """
+    if _context.partitions is None:
+        return [None] * len(paths)
+    known = dict(_context.partitions)
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise ValueError(
+            f"distributed: the optimizer was given a parameter {missing[0]} that is not one of the "
+            "tree that distributed was given. Transformations inside distributed must keep the "
+            "structure of the params (optax.masked and optax.multi_transform do)."
+        )
+    return [known[path] for path in paths]
+
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """Logs a warning, the first time only."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def spread(
+    function: Callable[..., Any],
+    operands: tuple,
+    operand_dims: Any,
+    result_dims: Callable[[Any], Any],
+    shape: Sequence[int],
+    partition: Partition | None,
+    guides: Sequence[int],
+    name: str,
+) -> Any:
+    """Runs a function of tensors on the shards of them.
+
+    Args:
+      function: takes a partition (None: the arrays are whole) and the operands.
+      operands: pytrees of arrays.
+      operand_dims: the same pytrees with `Dims` for arrays.
+      result_dims: from the result (of shapes) to a pytree like it of `Dims`.
+      shape: of the whole tensors, without the axis of tensors.
+      partition: where the operands are shards already: how the tensors are spread.
+      guides: positions among the flattened operands of the arrays whose sharding decides; of these
+        the most split one does.
+      name: of the tensors, for messages.
+
+    Returns:
+      The function's result.
+    """
+    if partition is not None:
+        return function(partition, *operands)
+    leaves, treedef = jax.tree.flatten(operands)
+    leaves = [jnp.asarray(x) for x in leaves]
+    dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
+    explicit = [_explicit_axes(leaves[i], dims[i]) for i in guides]
+    typed = [axes for axes in explicit if axes is not None]
+    if any(any(axes.values()) for axes in typed):
+        run: Callable = _in_shard_map
+        given: Any = typed
+    elif not typed and jax.device_count() > 1 and not _is_manual():
+        run, given = _partitioned, guides
+    else:
+        return function(None, *operands)
+    result = jax.eval_shape(lambda *xs: function(None, *treedef.unflatten(xs)), *map(_bare, leaves))
+    out_treedef = jax.tree.structure(result)
+    out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
+
+    def local(partition: Partition | None, *xs: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.tree.leaves(function(partition, *treedef.unflatten(xs))))
+
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, name))
+
+
+def _is_manual() -> bool:
+    """Whether this is traced inside a `shard_map` over the whole mesh: arrays are local then."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def _is_dims(x: Any) -> bool:
+    return isinstance(x, Dims)
+
+
+def _bare(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+Axes = dict[int, tuple[str, ...]]  # mesh axes by label
+
+
+def _spec(dims: Dims, axes: Axes) -> PartitionSpec:
+    entries = [axes.get(label, ()) if label is not None else () for label in dims.labels]
+    return PartitionSpec(*(names if len(names) > 1 else (names or (None,))[0] for names in entries))
+
+
+def _axes(spec: PartitionSpec, dims: Dims) -> Axes:
+    return {
+        label: split_names(entry)
+        for label, entry in zip(dims.labels, (*spec, *[None] * len(dims.labels)), strict=False)
+        if label is not None
+    }
+
+
+def _partition(shape: tuple[int, ...], axes: Axes) -> Partition:
+    return Partition(shape, tuple(axes.get(dim, ()) for dim in range(len(shape))))
+
+
+def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
+    pieces = lambda axes: math.prod(sizes[n] for names in axes.values() for n in names)  # noqa: E731
+    return max(candidates, key=pieces)
+
+
+# Explicit sharding
+
+
+def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
+    """How the type says that an array is split; None where it says nothing."""
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return None
+    return _axes(sharding.spec, dims)
+
+
+def _in_shard_map(
+    local: Callable,
+    leaves: list[jax.Array],
+    dims: Sequence[Dims],
+    out_dims: Sequence[Dims],
+    shape: tuple[int, ...],
+    candidates: Sequence[Axes],
+    name: str,
+) -> Sequence[jax.Array]:
+    del name
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = _most_split(candidates, dict(mesh.shape))
+    partition = _partition(shape, axes)
+    explicit = {
+        n
+        for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    }
+    specs = tuple(_spec(d, axes) for d in dims)
+    return jax.shard_map(
+        lambda *xs: local(partition, *xs),
+        in_specs=specs,
+        out_specs=tuple(_spec(d, axes) for d in out_dims),
+        axis_names=explicit,
+        check_vma=False,
+    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(leaves, specs, strict=True)))
+
+
+# Automatic sharding
+
+
+def _partitioned(
+    local: Callable,
+    leaves: list[jax.Array],
+    dims: Sequence[Dims],
+    out_dims: Sequence[Dims],
+    shape: tuple[int, ...],
+    guides: Sequence[int],
+    name: str,
+) -> Sequence[jax.Array]:
+    whole = lambda *xs: local(None, *xs)  # noqa: E731
+
+    def partition(mesh: Any, arguments: Any, results: Any) -> Any:
+        shardings = [x.sharding for x in arguments]
+        candidates = [
+            _axes(shardings[i].spec, dims[i])
+            for i in guides
+            if isinstance(shardings[i], NamedSharding)
+        ]
+        axes = _most_split(candidates, dict(mesh.shape)) if candidates else {}
+        if not candidates:
+            say_once(
+                f"{name}: its sharding is not a NamedSharding, which lopt_jax cannot split by; "
+                "every device gathers and updates the whole tensor."
+            )
+        for i in guides:
+            if candidates and _axes(shardings[i].spec, dims[i]) != axes:
+                say_once(
+                    f"{name}: gradient, parameter and optimizer state are sharded differently "
+                    f"({', '.join(str(shardings[k].spec) for k in guides)}); they are moved to "
+                    "one sharding at every step. lopt_jax.sharding.state_shardings gives the state "
+                    "the parameters' sharding."
+                )
+                break
+        named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
+        how = _partition(shape, axes)
+        split = any(axes.values())
+        return (
+            mesh,
+            lambda *xs: local(how if split else None, *xs),
+            tuple(named(d) for d in out_dims),
+            tuple(named(d) for d in dims),
+        )
+
+    operation = custom_partitioning(whole)
+    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(dims, out_dims))
+
+    # custom_partitioning knows neither batching nor differentiation: there the function is plain.
+    @custom_vmap
+    def batchable(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        return operation(*xs)
+
+    @batchable.def_vmap
+    def _(axis_size: int, in_batched: Any, *xs: jax.Array) -> Any:
+        out = jax.vmap(whole, in_axes=[0 if b else None for b in in_batched], axis_size=axis_size)(
+            *xs
+        )
+        return out, tuple(True for _ in out)
+
+    @jax.custom_jvp
+    def differentiable(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        return batchable(*xs)
+
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    return differentiable(*leaves)
+
+
+def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
+    """Shardy's notation: a name a dimension; those that are never split have names of their own."""
+    unique = iter(range(1 << 30))
+
+    def names(d: Dims) -> str:
+        return " ".join(
+            f"u{next(unique)}" if label is None else "b" if label == BATCH else f"t{label}"
+            for label in d.labels
+        )
+
+    return ", ".join(map(names, dims)) + " -> " + ", ".join(map(names, out_dims))
+
+
+def on_whole(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, partition: Partition | None
+) -> jax.Array:
+    """Runs on every device a function of a tensor that cannot be split, and keeps its part.
+
+    Args:
+      function: from the tensor to one of the same shape.
+      x: the tensor or, with a partition, a shard of it.
+      partition: how it is spread, inside `shard_map`.
+
+    Returns:
+      The function's result, spread as x.
+    """
+    if partition is not None:
+        return (
+            partition.shard(function(partition.gather(x))) if partition.is_split() else function(x)
+        )
+    sharding = _explicit_sharding(x)
+    if sharding is None:
+        return function(x)
+    return match_sharding(function(jax.sharding.reshard(x, PartitionSpec())), x)
+
+
+# Arrays of the state
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None]) -> jax.Array:
+    """Zeros that are sharded as the array that they belong to, as far as Python knows it.
+
+    Args:
+      shape: the shape.
+      dtype: the dtype.
+      like: the array.
+      dims: for every dimension of the zeros, the dimension of the array that it is, or None.
+
+    Returns:
+      The zeros.
+    """
+    out = lambda **kwargs: jnp.zeros(shape, dtype, **kwargs)  # noqa: E731
+    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
+        given = like.sharding
+        if isinstance(given, NamedSharding) and given.num_devices > 1:
+            spec = spec_of_dims(given.spec, dims)
+            return out(device=NamedSharding(given.mesh, spec))
+        return out()
+    sharding = _explicit_sharding(like)
+    if sharding is None:
+        return out()
+    return jax.sharding.reshard(out(), spec_of_dims(sharding.spec, dims))
+
+
+def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSpec:
+    """The spec of an array whose dimensions are some of those of an array with this spec."""
+    entries = (*spec, *[None] * len(dims), *[None] * len(spec))
+    return PartitionSpec(*(None if d is None else entries[d] for d in dims))
+
+
+def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the sharding of another, where types say shardings."""
+    sharding = _explicit_sharding(like)
+    if sharding is None or jax.typeof(x).sharding.spec == sharding.spec:
+        return x
+    return jax.sharding.reshard(x, sharding.spec)
+
+
+def _explicit_sharding(x: Any) -> NamedSharding | None:
+    sharding = getattr(jax.typeof(x), "sharding", None) if isinstance(x, jax.Array) else None
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return sharding
