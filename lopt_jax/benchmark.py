@@ -307,7 +307,9 @@ def _records(
         ms = fraction = None
         if copy_rate is not None:
             seconds = statistics.median(variant.seconds)
-            moved = 2 * itemsize if name == "copy" else OPTIMIZERS[name].bytes_per_parameter(itemsize)
+            moved = (
+                2 * itemsize if name == "copy" else OPTIMIZERS[name].bytes_per_parameter(itemsize)
+            )
             ms, fraction = 1e3 * seconds, moved / seconds / copy_rate
         out.append(
             Record(
