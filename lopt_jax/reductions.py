@@ -69,16 +69,16 @@ def mean(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _sums(axes: tuple[int, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    # CPU reduces serially: summing one axis at a time vectorises, and keeps the rounding error of
-    # long sums small. The barrier stops XLA from merging the two reductions into one.
-    leading = tuple(a for a in axes if a != arrays[0].ndim - 1)
+    # CPU reduces serially. Summing the last axis first keeps its partial sums in registers (twice
+    # as fast as the other order), and two short sums round less than a long one. The barrier stops
+    # XLA from merging the two reductions into one.
+    last = arrays[0].ndim - 1
+    leading = tuple(a for a in axes if a != last)
     if not leading or leading == axes:
         return _reduce(arrays, axes)
     return jax.lax.platform_dependent(
         *arrays,
-        cpu=lambda *xs: _reduce(
-            jax.lax.optimization_barrier(_reduce(xs, leading)), (xs[0].ndim - len(leading) - 1,)
-        ),
+        cpu=lambda *xs: _reduce(jax.lax.optimization_barrier(_reduce(xs, (last,))), leading),
         default=lambda *xs: _reduce(xs, axes),
     )
 

@@ -52,7 +52,8 @@ class Rule:
       parameter_scale: multiply the step by the root mean square of the tensor's parameters.
       accumulator_statistics: return means and variances of the new accumulators.
       precision: of the matrix products of wide hidden layers.
-      block_elements: elements that a wide hidden layer takes at a time.
+      block_elements: elements that a wide hidden layer takes at a time; None: what suits the
+        default device (on a CPU, a block's hidden layers stay in the cache).
       small_elements: tensors up to this size are updated by `small_tensor_step`.
     """
 
@@ -63,7 +64,7 @@ class Rule:
     parameter_scale: bool = False
     accumulator_statistics: bool = False
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
-    block_elements: int = 1 << 16
+    block_elements: int | None = None
     small_elements: int = 1 << 13
 
 
@@ -569,7 +570,10 @@ def _matrix_step(
         return output_step(hidden[0], hidden[1], rule.exp_mult)
 
     arguments = (operands, folded.row_bias, folded.column_bias)
-    return map_blocks(step, arguments, operands.gradient.shape, rule.block_elements)
+    block_elements = rule.block_elements
+    if block_elements is None:
+        block_elements = 1 << 13 if jax.default_backend() == "cpu" else 1 << 18
+    return map_blocks(step, arguments, operands.gradient.shape, block_elements)
 
 
 def accumulator_statistics(

@@ -1,0 +1,412 @@
+"""Milliseconds a step of every optimizer, beside optax.adamw and a plain copy, in one run.
+
+Behind `lopt bench` and `benchmarks/step_time.py`. What is timed is the optimizer's update alone,
+compiled, with the state donated. All variants of a model take turns, so that other work on the
+machine slows all of them alike; what counts are ratios within one run.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
+from lopt_jax.optimizers.velo import velo
+from lopt_jax.weights import Weights
+from lopt_jax.weights.schema import expected_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+_MINIMUM_SECONDS = 0.02  # of one timing; shorter steps are repeated within it
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of the results; None where it was not measured."""
+
+    model: str
+    optimizer: str
+    backend: str
+    dtype: str
+    ms: float | None  # median milliseconds a step
+    copy_fraction: float | None  # bytes/s that the step needs at least, over a plain copy's
+    compile_s: float
+    temp_bytes: int
+    device: str
+    jax: str
+    date: str
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optimizer of the benchmark.
+
+    Attributes:
+      make: builds it for a backend.
+      bytes_per_parameter: least bytes that a step moves, from the bytes of one parameter.
+      backends: those that it has.
+    """
+
+    make: Callable[[str], optax.GradientTransformationExtraArgs]
+    bytes_per_parameter: Callable[[int], int]
+    backends: tuple[str, ...] = ("xla", "pallas")
+
+
+# -- the models' parameter lists ----------------------------------------------------------------
+
+
+def mlp_shapes() -> Shapes:
+    """The 6 tensors (0.67M parameters) of an MLP for MNIST, 784-512-512-10."""
+    layers = enumerate(itertools.pairwise((784, 512, 512, 10)))
+    return {f"{kind}_{i}": s for i, (a, b) in layers for kind, s in (("w", (a, b)), ("b", (b,)))}
+
+
+def _transformer_shapes(layers: int, width: int) -> Shapes:
+    """Pre-norm blocks of 12 tensors with fused query, key and value, and the last norm."""
+    norm = {"scale": (width,), "bias": (width,)}
+    block = {
+        **{f"norm_1_{k}": v for k, v in norm.items()},
+        **{f"norm_2_{k}": v for k, v in norm.items()},
+        "qkv_w": (width, 3 * width),
+        "qkv_b": (3 * width,),
+        "out_w": (width, width),
+        "out_b": (width,),
+        "up_w": (width, 4 * width),
+        "up_b": (4 * width,),
+        "down_w": (4 * width, width),
+        "down_b": (width,),
+    }
+    blocks = {f"block_{i}_{k}": shape for i in range(layers) for k, shape in block.items()}
+    return {**blocks, **{f"norm_{k}": v for k, v in norm.items()}}
+
+
+def vit_b16_shapes() -> Shapes:
+    """The 152 tensors (86.6M parameters) of ViT-B/16 with 1000 classes."""
+    return {
+        "patches_w": (16, 16, 3, 768),
+        "patches_b": (768,),
+        "cls": (1, 1, 768),
+        "positions": (1, 197, 768),
+        **_transformer_shapes(12, 768),
+        "head_w": (768, 1000),
+        "head_b": (1000,),
+    }
+
+
+def gpt2_355m_shapes() -> Shapes:
+    """The 292 tensors (354.8M parameters) of the 24-layer GPT-2."""
+    return {"wte": (50257, 1024), "wpe": (1024, 1024), **_transformer_shapes(24, 1024)}
+
+
+MODELS: dict[str, Callable[[], Shapes]] = {
+    "mlp": mlp_shapes,
+    "vit_b16": vit_b16_shapes,
+    "gpt2_355m": gpt2_355m_shapes,
+}
+
+
+# -- the optimizers -----------------------------------------------------------------------------
+
+
+def random_weights(architecture: str, **config: Any) -> Weights:
+    """Random weights, which take as long as any others.
+
+    Args:
+      architecture: for example "velo".
+      **config: what differs from the architecture's defaults.
+
+    Returns:
+      The weights.
+    """
+    shapes, treedef = jax.tree.flatten(
+        expected_shapes(architecture, config), is_leaf=lambda x: isinstance(x, tuple)
+    )
+    generator = np.random.default_rng(0)
+    arrays = [0.01 * generator.standard_normal(shape, np.float32) for shape in shapes]
+    return Weights(architecture, config, treedef.unflatten(arrays))
+
+
+def _adamw(backend: str) -> optax.GradientTransformationExtraArgs:
+    del backend
+    return optax.with_extra_args_support(optax.adamw(1e-3))
+
+
+def _velo(backend: str) -> optax.GradientTransformationExtraArgs:
+    return velo(10_000, random_weights("velo"), backend=backend)
+
+
+def _small_fc_lopt(hidden: int) -> Callable[[str], optax.GradientTransformationExtraArgs]:
+    return lambda backend: small_fc_lopt(
+        random_weights("small_fc_lopt", hidden_size=hidden), backend=backend
+    )
+
+
+# Bytes, with three momenta and one second moment in float32: the first pass reads the gradient
+# (VeLO's also the parameter), the second gradient, parameter and accumulators, the third the same
+# again, and writes accumulators and update.
+OPTIMIZERS = {
+    "optax.adamw": Optimizer(_adamw, lambda size: 7 * size, ("xla",)),
+    "velo": Optimizer(_velo, lambda size: 7 * size + 48),
+    "small_fc_lopt_h4": Optimizer(_small_fc_lopt(4), lambda size: 6 * size + 48),
+    "small_fc_lopt_h32": Optimizer(_small_fc_lopt(32), lambda size: 6 * size + 48),
+}
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+class _Variant:
+    """A compiled step with its arguments, ready to be timed in turns with others."""
+
+    def __init__(self, run: Callable[[int], Any], compile_s: float, temp_bytes: int):
+        self.run = run  # runs step number i, returns arrays to wait for
+        self.compile_s = compile_s
+        self.temp_bytes = temp_bytes
+        self.inner = 1
+        self.seconds: list[float] = []
+
+    def time(self) -> float:
+        """Seconds a step."""
+        start = time.perf_counter()
+        out = None
+        for i in range(self.inner):
+            out = self.run(i)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / self.inner
+
+
+def _optimizer_variant(
+    tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Sequence[Any], run: bool
+) -> _Variant:
+    def step(state: Any, gradients: Any, params: Any, loss: jax.Array) -> tuple[Any, Any]:
+        updates, state = tx.update(gradients, state, params, value=loss)
+        return state, updates  # in this order the donated state is written in place
+
+    loss = jax.ShapeDtypeStruct((), jnp.float32)
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(step, donate_argnums=0)
+        .lower(jax.eval_shape(tx.init, params), params, params, loss)
+        .compile()
+    )
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    state = [tx.init(params)] if run else []
+    losses = [jnp.float32(1.0), jnp.float32(0.9)]
+
+    def run_step(i: int) -> Any:
+        state[0], updates = compiled(state[0], gradients[i % 2], params, losses[i % 2])
+        return updates
+
+    return _Variant(run_step, compile_s, 0 if memory is None else memory.temp_size_in_bytes)
+
+
+def _copy_variant(elements: int, dtype: Any) -> _Variant:
+    x = jax.random.normal(jax.random.key(0), (elements,), dtype)
+    start = time.perf_counter()
+    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+    return _Variant(lambda i: compiled(x), time.perf_counter() - start, 0)
+
+
+def _random_tree(shapes: Any, seed: int) -> Any:
+    leaves, treedef = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draw = jax.jit(
+        lambda key, like: 0.02 * jax.random.normal(key, like.shape, like.dtype), static_argnums=1
+    )
+    return treedef.unflatten([draw(k, x) for k, x in zip(keys, leaves, strict=True)])
+
+
+def measure(
+    model: str,
+    optimizers: Sequence[str],
+    backends: Sequence[str],
+    *,
+    dtype: str = "float32",
+    repetitions: int = 20,
+    compile_only: bool = False,
+    report: Callable[[str], None] = print,
+) -> list[Record]:
+    """Measures optimizers on one model's parameter list.
+
+    Args:
+      model: a key of `MODELS`.
+      optimizers: keys of `OPTIMIZERS`.
+      backends: "xla", "pallas"; a backend that cannot run here is reported and left out.
+      dtype: of parameters and gradients.
+      repetitions: timings of each variant.
+      compile_only: only compile: nothing as large as the model is allocated.
+      report: takes a line of progress.
+
+    Returns:
+      A record a variant; first that of the plain copy of as many bytes as the parameters have.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+        for name, shape in MODELS[model]().items()
+    }
+    elements = sum(math.prod(x.shape) for x in shapes.values())
+    itemsize = jnp.dtype(dtype).itemsize
+    params: Any = shapes
+    gradients: list[Any] = []
+    variants: dict[tuple[str, str], _Variant] = {}
+    if not compile_only:
+        params = _random_tree(shapes, 0)
+        gradients = [_random_tree(shapes, seed) for seed in (1, 2)]
+        variants[("copy", "xla")] = _copy_variant(elements, dtype)
+    for name in optimizers:
+        for backend in OPTIMIZERS[name].backends:
+            if backend not in backends:
+                continue
+            try:
+                variants[(name, backend)] = _optimizer_variant(
+                    OPTIMIZERS[name].make(backend), params, gradients, not compile_only
+                )
+            except NotImplementedError as error:
+                report(f"{model}: {name} on {backend} left out: {error}")
+            else:
+                seconds = variants[(name, backend)].compile_s
+                report(f"{model}: {name} on {backend} compiled in {seconds:.1f} s")
+    if not compile_only:
+        _take_turns(list(variants.values()), repetitions)
+    return _records(model, variants, dtype, elements, itemsize)
+
+
+def _take_turns(variants: Sequence[_Variant], repetitions: int) -> None:
+    for variant in variants:
+        variant.time()  # the first call is not like the others
+        variant.inner = max(1, math.ceil(_MINIMUM_SECONDS / variant.time()))
+    for _ in range(repetitions):
+        for variant in variants:
+            variant.seconds.append(variant.time())
+
+
+def _records(
+    model: str,
+    variants: dict[tuple[str, str], _Variant],
+    dtype: str,
+    elements: int,
+    itemsize: int,
+) -> list[Record]:
+    copy = variants.get(("copy", "xla"))
+    copy_rate = None if copy is None else 2 * itemsize / statistics.median(copy.seconds)
+    out = []
+    for (name, backend), variant in variants.items():
+        ms = fraction = None
+        if copy_rate is not None:
+            seconds = statistics.median(variant.seconds)
+            moved = (
+                2 * itemsize if name == "copy" else OPTIMIZERS[name].bytes_per_parameter(itemsize)
+            )
+            ms, fraction = 1e3 * seconds, moved / seconds / copy_rate
+        out.append(
+            Record(
+                model=model,
+                optimizer=name,
+                backend=backend,
+                dtype=dtype,
+                ms=ms,
+                copy_fraction=fraction,
+                compile_s=variant.compile_s,
+                temp_bytes=variant.temp_bytes,
+                device=jax.devices()[0].device_kind,
+                jax=jax.__version__,
+                date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            )
+        )
+    return out
+
+
+# -- command line -------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the benchmark's options to a parser."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=["mlp"] if on_cpu else list(MODELS),
+        help="parameter lists; the large ones want a GPU (default here: %(default)s)",
+    )
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="which"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=("xla", "pallas"),
+        default=["xla"] if on_cpu else ["xla", "pallas"],
+        help="implementations of the learned rules (default here: %(default)s)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--repetitions", type=int, default=20, help="timings of each variant")
+    parser.add_argument("--compile-only", action="store_true", help="compile, do not run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there too")
+
+
+def add_commands(commands: Any) -> None:
+    """Registers `lopt bench`."""
+    parser = commands.add_parser("bench", help="measure milliseconds a step of each optimizer")
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures what the options ask for, prints a table and writes the records."""
+    records: list[Record] = []
+    for model in options.models:
+        records += measure(
+            model,
+            options.optimizers,
+            options.backends,
+            dtype=options.dtype,
+            repetitions=options.repetitions,
+            compile_only=options.compile_only,
+        )
+        if options.json is not None:  # after every model: a long run that is cut short keeps some
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps([asdict(r) for r in records], indent=1) + "\n")
+    print_table(records)
+    return 0
+
+
+def print_table(records: Sequence[Record]) -> None:
+    """Prints the records, with each time as a multiple of optax.adamw's on the same model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if not records:
+        return
+    adamw = {r.model: r.ms for r in records if r.optimizer == "optax.adamw"}
+    first = records[0]
+    title = f"{first.device}, jax {first.jax}, {first.dtype}, {first.date}"
+    table = Table("model", "optimizer", "backend", title=title)
+    for column in ("ms a step", "times adamw", "of a copy's speed", "compile s", "temporary MB"):
+        table.add_column(column, justify="right")
+    for r in records:
+        base = adamw.get(r.model)
+        table.add_row(
+            r.model,
+            r.optimizer,
+            r.backend,
+            "" if r.ms is None else f"{r.ms:.3f}",
+            "" if r.ms is None or base is None else f"{r.ms / base:.2f}",
+            "" if r.copy_fraction is None else f"{100 * r.copy_fraction:.0f}%",
+            f"{r.compile_s:.1f}",
+            f"{r.temp_bytes / 1e6:.1f}",
+        )
+    Console(width=120).print(table)
