@@ -191,8 +191,10 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
       The controls, step sizes before any nonlinearity, and the new state.
     """
     if not inputs.shape[0]:
-        banks = jnp.zeros((0, meta_parameters["controls"]["b"].shape[0]))
-        return Controls(banks if "controls" in meta_parameters else None, jnp.zeros((0,)), state)
+        banks = None
+        if "controls" in meta_parameters:
+            banks = jnp.zeros((0, meta_parameters["controls"]["b"].shape[0]))
+        return Controls(banks, jnp.zeros((0,)), state)
     linear = lambda layer, x: (  # noqa: E731
         jnp.dot(x, layer["w"], precision="highest") + layer["b"]
     )

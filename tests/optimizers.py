@@ -49,7 +49,13 @@ class Case:
 OPTIMIZERS = {
     "small_fc_lopt": Case(lopt_jax.small_fc_lopt, "small_fc_lopt", MLP),
     "velo": Case(lopt_jax.velo, "velo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
-    "celo": Case(lopt_jax.celo, "celo", {**MLP, **LSTM}, {"num_steps": NUM_STEPS}, reads_loss=True),
+    "celo": Case(
+        lopt_jax.celo,
+        "celo",
+        {**MLP, **LSTM, "step_mult": 1.0},  # or float16 could not hold its updates
+        {"num_steps": NUM_STEPS},
+        reads_loss=True,
+    ),
     "celo_adam": Case(
         lopt_jax.celo_adam,
         "celo_adam",

@@ -81,10 +81,11 @@ def celo_adam(
 
     def init(params: Any) -> CeloAdamState:
         tensors = engine.count_tensors(params, stacked_axes)
+        unused: Any = ()
         zeros = [engine.zeros_like(params, options.accumulator_dtype) for _ in range(2)]
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=Accumulators((zeros[0],), zeros[1], row=(), column=()),
+            accumulators=Accumulators((zeros[0],), zeros[1], row=unused, column=unused),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),

@@ -68,7 +68,7 @@ def elo(
         zero_non_finite=True,
         precision=options.precision,
     )
-    transformation = per_parameter(
+    functions = per_parameter(
         weights,
         rule,
         options,
@@ -76,6 +76,7 @@ def elo(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate, decay),
     )
+    transformation = common.transformation(*functions, weights.params)
     if max_gradient_norm is None:
         return transformation
     common.check_number("max_gradient_norm", max_gradient_norm)

@@ -16,6 +16,7 @@ from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import GRADIENT_CLIP, AdamSettings, adam_step
 from lopt_jax.optimizers.per_parameter import (
+    Functions,
     PerParameterState,
     fixed_decays,
     network,
@@ -72,9 +73,10 @@ def matrix_optimizer(
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
     stacked_axes = options.stacked_axes
+    learned = _learned_step(weights, options)
 
     def init(params: Any) -> PerParameterState:
-        state = _learned_step(weights, options).init(params)
+        state = learned.init(params)
         labels = _labels(params, label_fn, stacked_axes)
         return state._replace(accumulators=_without_unused(state.accumulators, labels))
 
@@ -89,13 +91,18 @@ def matrix_optimizer(
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
             given = treedef.flatten_up_to(clip.update(treedef.unflatten(given), None)[0])
-        learned = [g if label == LEARNED else None for g, label in zip(given, labels, strict=True)]
         rate, decay = options.rates(state.count, params)
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
         _, adam_decay = adam_options.rates(state.count, params)
-        current = Weights(weights.architecture, weights.config, meta_parameters)
-        steps, state = _learned_step(current, options).update(
-            treedef.unflatten(learned), state, treedef.unflatten(wide)
+        of_learned = [
+            g if label == LEARNED else None for g, label in zip(given, labels, strict=True)
+        ]
+        steps, state = learned.update(
+            meta_parameters,
+            treedef.unflatten(of_learned),
+            state,
+            treedef.unflatten(wide),
+            value=None,
         )
         steps = treedef.flatten_up_to(steps)
         first, *others = state.accumulators.momentum
@@ -149,9 +156,7 @@ def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulato
     )
 
 
-def _learned_step(
-    weights: Weights, options: common.Options
-) -> optax.GradientTransformationExtraArgs:
+def _learned_step(weights: Weights, options: common.Options) -> Functions:
     """The rule's step, before it is normalised: an ascent direction."""
     config = weights.config
     rule = Rule(

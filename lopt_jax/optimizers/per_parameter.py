@@ -23,6 +23,14 @@ class PerParameterState(NamedTuple):
     accumulators: Accumulators  # trees like the params
 
 
+class Functions(NamedTuple):
+    """Init and update before weights are bound to them by `common.transformation`."""
+
+    init: Callable[[Any], PerParameterState]  # from the params
+    update: Callable[..., tuple[Any, PerParameterState]]
+    # from (meta_parameters, gradients, state, params, value) to (updates, state)
+
+
 def per_parameter(
     weights: Weights,
     rule: Rule,
@@ -31,7 +39,7 @@ def per_parameter(
     network: Callable[[Any, jax.Array], MLP],
     decays: Callable[[Any], Decays],
     scales: Callable[[jax.Array, jax.Array, Any], tuple[Any, Any]],
-) -> optax.GradientTransformationExtraArgs:
+) -> Functions:
     """Runs one network on every element of every tensor.
 
     Args:
@@ -44,7 +52,7 @@ def per_parameter(
         multiplies the step and what multiplies the parameter, each () or (tensors,).
 
     Returns:
-      An optax transformation with state `PerParameterState`. It does not read the loss.
+      Its functions; they do not read the loss.
     """
     momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
@@ -76,7 +84,7 @@ def per_parameter(
         )
         return updates, PerParameterState(optax.safe_increment(state.count), accumulators)
 
-    return common.transformation(init, update, weights.params)
+    return Functions(init, update)
 
 
 def fixed_decays(config: Any) -> Decays:

@@ -97,7 +97,7 @@ def small_fc_rule(
         scale, decay = scales(rate, decay, params)
         return scale * config["step_mult"], decay
 
-    return per_parameter(
+    functions = per_parameter(
         weights,
         rule,
         options,
@@ -105,6 +105,7 @@ def small_fc_rule(
         decays=lambda meta: learned_decays(meta, config),
         scales=step_scales,
     )
+    return common.transformation(*functions, weights.params)
 
 
 def learned_decays(meta_parameters: Any, config: Any) -> Decays:

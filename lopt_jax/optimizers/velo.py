@@ -90,7 +90,7 @@ def velo(
     )
 
     def inputs(
-        prepared: engine.Prepared, statistics: Statistics | None, shared: Sequence[jax.Array]
+        prepared: engine.Prepared, statistics: Statistics, shared: Sequence[jax.Array]
     ) -> jax.Array:
         return controller.tensor_features(
             engine.tensor_shapes(prepared.tensors),
