@@ -384,9 +384,7 @@ def _choose_backend(rule: Rule, backend: str, inputs: Sequence[GroupInputs]) -> 
         _log_once(f"Updates run as XLA operations, not as fused kernels: {reason}.")
     else:
         elements = sum(x.gradient.size for x in inputs)
-        fused = sum(
-            x.gradient.size for x, why in zip(inputs, choices, strict=True) if why is None
-        )
+        fused = sum(x.gradient.size for x, why in zip(inputs, choices, strict=True) if why is None)
         _log_once(
             f"Fused kernels update {fused:,} of {elements:,} parameters"
             + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")

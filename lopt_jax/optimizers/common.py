@@ -12,7 +12,6 @@ from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.engine import BACKENDS, tensors_of
 
-
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
 
