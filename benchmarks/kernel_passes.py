@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.rule import Rule
-from pallas_kernels import passes, step, table
-from pallas_kernels.passes import Elements, Inputs, Plan, Table
-from pallas_kernels.view import View, view_of
+from pallas_kernels import step, table
+from pallas_kernels.passes import Inputs, Table
+from pallas_kernels.view import View
 
 SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
 L2_BYTES = 60 << 20
@@ -85,9 +85,7 @@ def make_inputs(
     """Inputs of passes B and C, and the entries of their tables."""
     key = iter(jax.random.split(jax.random.key(seed), 20))
     normal = lambda *shape: jax.random.normal(next(key), shape, jnp.float32)  # noqa: E731
-    decays = Decays(
-        jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]])
-    )
+    decays = Decays(jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]]))
     count = sum(f.varies == "element" for f in rule.features.factored)
     numbers = Table(
         decays=decays,
@@ -95,7 +93,7 @@ def make_inputs(
         bias=(),
         layers=(
             (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
-            (0.3 * normal(1, hidden, 3), normal(1, 3)),
+            (0.3 * normal(1, 2, hidden), normal(1, 2)),
         ),
         scale=jnp.ones((1,)),
         weight_decay=jnp.zeros((1,)),
@@ -142,13 +140,17 @@ def time_pass(
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    view = view_of(shape)
+    is_wide = hidden >= 16
+    view = {
+        "A": step.first_view(shape),
+        "B": step.sums_view(shape),
+        "C": step.update_view_of(shape, is_wide),
+    }[name]
     if rows or width:
         view = replace(view, rows=rows or view.rows, width=width or view.width)
     elements = math.prod(shape)
-    plan = step.plan_for(
-        view, 1, stages=4 if name == "A" else 3, is_wide=hidden >= 16, backwards=name == "C"
-    )
+    stages = {"A": 4, "B": 2, "C": 3}[name]
+    plan = step.plan_for(view, 1, stages, is_wide=is_wide and name == "C", backwards=name == "C")
     if not plan_changes.get("block_rows") and rows and hidden < 16:
         plan = replace(plan, block_rows=rows)
     plan = replace(plan, **plan_changes)

@@ -3,6 +3,7 @@
 The backend's API changes between releases of jax; the kernels use it through these names alone.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+APPROXIMATE = bool(os.environ.get("LOPT_APPROX"))
 WARPGROUP = 128  # threads of a block
 WARPS = 4
 COPY_BYTES = 128  # a copy between global and shared memory moves a multiple of this many bytes
@@ -165,6 +167,7 @@ def call(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
+            approx_math=APPROXIMATE,
             reduction_scratch_bytes=6144,
         ),
     )(*arguments)

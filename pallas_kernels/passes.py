@@ -35,6 +35,7 @@ class Plan:
       tiles: tiles that a program takes, down a strip.
       stages: tiles in shared memory at once.
       block_rows: rows of a tile that are in registers at once.
+      loops: take the blocks of a tile in a loop, not one after another in straight code.
       backwards: walk from the end, where the pass before left off: what it read last is in L2.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     tiles: int
     stages: int
     block_rows: int
+    loops: bool = False
     backwards: bool = False
 
     @property
@@ -159,19 +161,26 @@ class _Registers:
 
     @functools.cached_property
     def layout(self) -> Any:
-        return mosaic.tile_layout(self.plan.view.width)[0]
+        return mosaic.tile_layout(self.plan.view.width, self.plan.view.vector)[0]
 
     @functools.cached_property
     def step(self) -> int:
-        return mosaic.tile_layout(self.plan.view.width)[1]
+        return mosaic.tile_layout(self.plan.view.width, self.plan.view.vector)[1]
 
-    def blocks(self) -> range:
-        return range(0, self.plan.view.rows, self.plan.block_rows)
+    def each_block(self, take: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """Passes a carry through (row, carry) -> carry for every block of a tile."""
+        rows, block = self.plan.view.rows, self.plan.block_rows
+        if self.plan.loops:
+            body = lambda i, carry: take(i * block, carry)  # noqa: E731
+            return jax.lax.fori_loop(0, rows // block, body, carry)
+        for row in range(0, rows, block):
+            carry = take(row, carry)
+        return carry
 
-    def load(self, ref: Any, slot: Any, row: int) -> jax.Array:
+    def load(self, ref: Any, slot: Any, row: Any) -> jax.Array:
         return mosaic.load(ref.at[slot, pl.ds(row, self.plan.block_rows)], self.layout)
 
-    def down(self, ref: Any, slot: Any, row: int, k: int) -> jax.Array:
+    def down(self, ref: Any, slot: Any, row: Any, k: int) -> jax.Array:
         rows = pl.ds(row, self.plan.block_rows)
         vector = mosaic.load(ref.at[slot, k, rows], self.layout.reduce(1), optimized=False)
         return mosaic.spread(vector, self.plan.block, 0, self.layout)
@@ -188,7 +197,7 @@ class _Registers:
         parts = [x[i : i + self.step] for i in range(0, self.plan.block_rows, self.step)]
         return functools.reduce(jnp.add, parts)
 
-    def inside(self, place: Place, tile: Any, row: int) -> jax.Array | None:
+    def inside(self, place: Place, tile: Any, row: Any) -> jax.Array | None:
         """Which elements of a block lie in the tensor; None: all of them."""
         view = self.plan.view
         position = lambda axis: mosaic.positions(self.plan.block, axis, self.layout)  # noqa: E731
@@ -268,19 +277,21 @@ def first_sums(
                 )
 
         def consume(tile: Any, slot: Any, carry: Any) -> Any:
-            across, squares = carry
-            for row in registers.blocks():
+            def take(row: Any, carry: Any) -> Any:
+                across, squares = carry
                 g = rules.prepare_gradient(rule, registers.load(buffers[0], slot, row))
                 squared = jnp.square(g)
-                across = across + registers.fold(squared)
                 rows = pl.ds(tile * view.rows + row, plan.block_rows)
                 target = down_out.at[place.group, place.middle, place.strip, rows]
                 mosaic.store(target, jnp.sum(squared, axis=1), optimized=False)
                 if parameter is not None:
                     p = registers.load(buffers[1], slot, row).astype(jnp.float32)
                     squares = squares + registers.fold(jnp.square(p))
+                return across + registers.fold(squared), squares
+
+            carry = registers.each_block(take, carry)
             mosaic.synchronize()
-            return across, squares
+            return carry
 
         across, squares = _walk(
             plan, place, start, lambda: consume, arrived, (registers.zeros(), registers.zeros())
@@ -388,7 +399,7 @@ class _Kernel:
         return start
 
     def operands(
-        self, buffers: Inputs, slot: Any, row: int, decays: Decays
+        self, buffers: Inputs, slot: Any, row: Any, decays: Decays
     ) -> tuple[Operands, tuple]:
         """Operands of a block, and its new averages where the tensor is not factored."""
         load = lambda ref: self.registers.load(ref, slot, row)  # noqa: E731
@@ -469,15 +480,17 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         start = kernel.copies(place, sources, buffers, arrived, once)
 
         def consume(rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
-            for row in registers.blocks():
+            def take(row: Any, sums: tuple) -> tuple:
                 operands, _ = kernel.operands(buffers, slot, row, rates)
                 inside = registers.inside(place, tile, row)
                 values = [jnp.square(feature.formula(operands)) for feature in features]
                 values += [operands.gradient, jnp.square(operands.gradient)]
-                sums = tuple(
+                return tuple(
                     s + registers.fold(_masked(inside, x))
                     for s, x in zip(sums, values, strict=True)
                 )
+
+            sums = registers.each_block(take, sums)
             mosaic.synchronize()
             return sums
 
@@ -516,7 +529,7 @@ class Table(NamedTuple):
     decays: Decays
     weights: Any  # (element features, H)
     bias: tuple  # one (H,); none where the tensor is factored
-    layers: tuple  # (weight, bias) each
+    layers: tuple  # (weight (outputs, inputs), bias (outputs,)) each
     scale: Any  # ()
     weight_decay: Any  # ()
     centres: Any  # (momenta + 1,): about the means of the accumulators
@@ -579,19 +592,20 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             *zip(buffers.elements.average, sources.elements.average, strict=True),
         ]
 
-        def folded(numbers: Table, rates: Decays, slot: Any, row: int) -> Folded:
+        def folded(numbers: Table, rates: Decays, slot: Any, row: Any) -> Folded:
             weights = tuple(_Row(numbers.weights, k) for k in range(len(features)))
+            layers = tuple((_Transposed(weight), bias) for weight, bias in numbers.layers)
             if not view.is_factored:
-                return Folded(weights, numbers.bias[0], None, numbers.layers)
+                return Folded(weights, numbers.bias[0], None, layers)
             factors = len(rates.factored)
             down = _VectorBias(
                 (hidden,), lambda j: registers.down(buffers.down, slot, row, factors + j)
             )
             across = _VectorBias((hidden,), lambda j: registers.across(buffers.across, factors + j))
-            return Folded(weights, down, across, numbers.layers)
+            return Folded(weights, down, across, layers)
 
         def consume(numbers: Table, rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
-            for row in registers.blocks():
+            def take(row: Any, sums: tuple) -> tuple:
                 operands, averages = kernel.operands(buffers, slot, row, rates)
                 values = [feature.formula(operands) for feature in features]
                 direction, magnitude = rules.network_outputs(
@@ -619,6 +633,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
                     sums = tuple(
                         s + registers.fold(x) for s, x in zip(sums, distances, strict=True)
                     )
+                return sums
+
+            sums = registers.each_block(take, sums)
             mosaic.synchronize()
             mosaic.copy_out(
                 [buffer.at[slot] for buffer, _ in written],
@@ -679,3 +696,13 @@ class _Row:
 
     def __getitem__(self, j: int) -> jax.Array:
         return self.matrix[self.row, j]
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """The transpose of a matrix of numbers: what is read one after another lies side by side."""
+
+    matrix: Numbers
+
+    def __getitem__(self, index: tuple[int, int]) -> jax.Array:
+        return self.matrix[index[1], index[0]]

@@ -23,6 +23,7 @@ from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
+_PROGRAM_ELEMENTS = 1 << 15  # of a program at most: more programs than fit at once even out
 
 
 class Part(NamedTuple):
@@ -51,7 +52,7 @@ def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
       Moments of all parts, with a leading axis of tensors.
     """
     shape = parts[0].gradient.shape[1:]
-    view = view_of(shape)
+    view = first_view(shape)
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     if not view.is_factored:
         if not needs_parameter:
@@ -111,7 +112,9 @@ def second_pass(
       The updates of each part, and the statistics of all.
     """
     shape = parts[0].gradient.shape[1:]
-    view, dims = view_of(shape), factored_dims(shape)
+    hidden = range(mlp.biases[0].shape[-1])
+    is_wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
+    view, update_view, dims = sums_view(shape), update_view_of(shape, is_wide), factored_dims(shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -139,7 +142,7 @@ def second_pass(
         _square_sums(
             plan, rule, rate_entries, mosaic.is_interpreting(), Inputs(x, rates, *factors, start)
         )
-        for plan, x, start in zip(_plans(view, parts, stages=3), elements, starts, strict=True)
+        for plan, x, start in zip(_plans(view, parts, stages=2), elements, starts, strict=True)
     ]
     means = jnp.sum(_join(sums), axis=1) / math.prod(shape)
 
@@ -151,15 +154,12 @@ def second_pass(
     if rule.parameter_scale:
         scale = scale * rules.parameter_scale(moments.parameter_mean_square)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
-    hidden = range(networks.row_bias.shape[1])
     numbers, entries = table.pack(
         Table(
             decays=repeated,
             weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
             bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
-            layers=networks.layers
-            if mlp_per_tensor
-            else jax.tree.map(lambda x: table.repeat(x, tensors), _layers(mlp)),
+            layers=_layers(mlp, mlp_per_tensor, tensors),
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
@@ -169,13 +169,13 @@ def second_pass(
     if dims is not None:
         of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
         factors = _oriented(
-            view,
+            update_view,
             (*vectors.row_factor, *of_unit(networks.row_bias)),
             (*vectors.column_factor, *of_unit(networks.column_bias)),
         )
 
     # pass C
-    is_wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
+    view = update_view
     plans = _plans(view, parts, stages=3, is_wide=is_wide, backwards=True)
     results = [
         _update(plan, rule, entries, mosaic.is_interpreting(), Inputs(x, numbers, *factors, start))
@@ -204,6 +204,23 @@ def second_pass(
     return Updates(out, kept)
 
 
+def first_view(shape: tuple[int, ...]) -> View:
+    """How pass A sees a shape."""
+    return view_of(shape)
+
+
+def sums_view(shape: tuple[int, ...]) -> View:
+    """How pass B sees a shape."""
+    return view_of(shape, tile_elements=2048)
+
+
+def update_view_of(shape: tuple[int, ...], is_wide: bool) -> View:
+    """How pass C sees a shape: wide layers leave few registers, so a thread takes few elements."""
+    if is_wide:
+        return view_of(shape, tile_elements=1024, vector=2, widest=64)
+    return view_of(shape, tile_elements=512)
+
+
 def _plans(
     view: View,
     parts: Sequence[Part],
@@ -223,10 +240,11 @@ def plan_for(
     """A plan with a wave of programs that fills the GPU, or more for large tensors."""
     strips = tensors * view.batch * view.middle * view.strips
     wanted = 3 * MULTIPROCESSORS
-    tiles = max(1, min(32, strips * view.tiles_down // wanted, view.tiles_down))
-    step = mosaic.tile_layout(view.width)[1]
+    most = max(1, _PROGRAM_ELEMENTS // (view.rows * view.width))
+    tiles = max(1, min(most, strips * view.tiles_down // wanted, view.tiles_down))
+    step = mosaic.tile_layout(view.width, view.vector)[1]
     rows = step if is_wide else view.rows
-    return Plan(view, tensors, tiles, min(stages, tiles + 1), rows, backwards)
+    return Plan(view, tensors, tiles, min(stages, tiles + 1), rows, is_wide, backwards)
 
 
 def _starts(parts: Sequence[Part]) -> list[jax.Array]:
@@ -284,8 +302,18 @@ def _folded(
     return rules.fold(mlp, features, normalizers, operands)
 
 
-def _layers(mlp: MLP) -> tuple:
-    return tuple(zip(mlp.weights[1:], mlp.biases[1:], strict=True))
+def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
+    """The layers after the first, as the table holds them: of the last one what is read."""
+
+    def layer(weight: jax.Array, bias: jax.Array, is_last: bool) -> tuple:
+        if not mlp_per_tensor:
+            weight, bias = table.repeat(weight, tensors), table.repeat(bias, tensors)
+        if is_last:
+            weight, bias = weight[..., :2], bias[..., :2]
+        return jnp.swapaxes(weight, 1, 2), bias
+
+    pairs = list(zip(mlp.weights[1:], mlp.biases[1:], strict=True))
+    return tuple(layer(*pair, pair is pairs[-1]) for pair in pairs)
 
 
 def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ class View:
       batch, down, middle, across: sizes.
       stored: `across`, rounded up where copies cannot address it.
       rows, width: of a tile.
+      vector: neighbouring elements across that one thread holds.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class View:
     stored: int
     rows: int
     width: int
+    vector: int
 
     @property
     def is_factored(self) -> bool:
@@ -152,12 +154,16 @@ def _stack(parts: Sequence[jax.Array], size: int) -> jax.Array:
     return jnp.pad(x.astype(jnp.float32), padding)
 
 
-def view_of(shape: tuple[int, ...], tile_elements: int = 1024) -> View:
+def view_of(
+    shape: tuple[int, ...], tile_elements: int = 1024, vector: int = 4, widest: int = LINE
+) -> View:
     """How the kernels see a shape.
 
     Args:
       shape: of one tensor, without zeros.
       tile_elements: elements of a tile, about.
+      vector: as in `View`.
+      widest: largest width of a tile, a power of two.
 
     Returns:
       The view.
@@ -165,25 +171,17 @@ def view_of(shape: tuple[int, ...], tile_elements: int = 1024) -> View:
     dims = factored_dims(shape)
     order = tuple(range(len(shape)))
     if dims is None:
-        lines = -(-math.prod(shape) // LINE)
-        rows = max(tile_elements // LINE, mosaic.WARPS)
-        return View(shape, order, None, 1, lines, 1, LINE, LINE, rows, LINE)
-    if order[-1] not in dims:
-        order = (*(i for i in order if i != dims.d0), dims.d0)
-    down_axis = order.index(dims.d1 if order[-1] == dims.d0 else dims.d0)
-    ordered = [shape[i] for i in order]
-    across = ordered[-1]
-    width = max(min(1 << (across - 1).bit_length(), LINE), 16)
-    step = mosaic.tile_layout(width)[1]
-    return View(
-        shape=shape,
-        order=order,
-        down_axis=down_axis,
-        batch=math.prod(ordered[:down_axis]),
-        down=ordered[down_axis],
-        middle=math.prod(ordered[down_axis + 1 : -1]),
-        across=across,
-        stored=-(-across // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS,
-        rows=max(tile_elements // width // step, 1) * step,
-        width=width,
-    )
+        across = stored = LINE
+        down_axis, batch, down, middle = None, 1, -(-math.prod(shape) // LINE), 1
+    else:
+        if order[-1] not in dims:
+            order = (*(i for i in order if i != dims.d0), dims.d0)
+        down_axis = order.index(dims.d1 if order[-1] == dims.d0 else dims.d0)
+        ordered = [shape[i] for i in order]
+        batch, down = math.prod(ordered[:down_axis]), ordered[down_axis]
+        middle, across = math.prod(ordered[down_axis + 1 : -1]), ordered[-1]
+        stored = -(-across // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
+    width = max(min(1 << (across - 1).bit_length(), widest), 16)
+    step = mosaic.tile_layout(width, vector)[1]
+    rows = max(tile_elements // width // step, 1) * step
+    return View(shape, order, down_axis, batch, down, middle, across, stored, rows, width, vector)

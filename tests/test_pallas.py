@@ -1,0 +1,261 @@
+"""The fused kernels in the interpreter: against the reference trajectories and the XLA path."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lopt_jax
+from lopt_jax import rule as rules
+from lopt_jax.accumulators import Decays, init_accumulators
+from lopt_jax.features import small_fc_features, velo_features
+from lopt_jax.rule import MLP, Rule
+from pallas_kernels import choice, mosaic, step, table
+from pallas_kernels.view import view_of
+
+plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+
+DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
+VELO = Rule(velo_features(), gradient_clip=1e3, parameter_scale=True, accumulator_statistics=True)
+SMALL_FC = Rule(small_fc_features())
+
+
+def random_part(shape, tensors, seed, parameter=jnp.float32, gradient=jnp.float32):
+    rng = np.random.default_rng(seed)
+    normal = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    accumulators = jax.tree.map(
+        lambda x: 1e-2 * jnp.abs(normal(tensors, *x.shape)), init_accumulators(shape, 3, 3)
+    )
+    return step.Part(
+        gradient=(0.3 * normal(tensors, *shape)).astype(gradient),
+        parameter=normal(tensors, *shape).astype(parameter),
+        accumulators=accumulators._replace(
+            momentum=tuple(0.1 * normal(tensors, *shape) for _ in range(3))
+        ),
+    )
+
+
+def random_mlp(rule, tensors, hidden, seed):
+    rng = np.random.default_rng(seed)
+    normal = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
+    sizes = (len(rule.features), hidden, hidden, 3)
+    pairs = list(zip(sizes, sizes[1:], strict=False))
+    return MLP(
+        tuple(normal(tensors, *pair) for pair in pairs),
+        tuple(normal(tensors, n) for n in sizes[1:]),
+    )
+
+
+def on_kernels(rule, parts, mlp, scale, weight_decay):
+    moments = step.first_pass(rule, parts)
+    out = step.second_pass(
+        rule, parts, moments, mlp, True, DECAYS, scale, weight_decay, statistics=None
+    )
+    join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
+    return moments, jax.tree.map(join, *out.parts)._replace(statistics=out.statistics)
+
+
+def on_xla(rule, parts, mlp, scale, weight_decay):
+    part = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+    first = functools.partial(rules.first_pass, rule)
+    moments = jax.vmap(first)(part.gradient, part.parameter)
+    out = jax.vmap(functools.partial(rules.second_pass, rule), in_axes=(0, 0, 0, 0, 0, None, 0, 0))(
+        mlp, moments, *part, DECAYS, scale, weight_decay
+    )
+    return moments, out
+
+
+def check(rule, shape, tensors=1, parts=1, hidden=4, seed=0, tolerance=1e-5, **dtypes):
+    inputs = [random_part(shape, tensors, seed + i, **dtypes) for i in range(parts)]
+    mlp = random_mlp(rule, tensors * parts, hidden, seed)
+    scale = jnp.linspace(0.5, 1.5, tensors * parts)
+    arguments = (inputs, mlp, scale, 0.1 * scale)
+    with plgpu.force_gpu_interpret_mode():
+        got = jax.block_until_ready(jax.jit(functools.partial(on_kernels, rule))(*arguments))
+    expected = jax.jit(functools.partial(on_xla, rule))(*arguments)
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    assert len(paths) == len(jax.tree.leaves(got))
+    for (path, b), a in zip(paths, jax.tree.leaves(got), strict=True):
+        assert a.shape == b.shape, path
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "options"),
+    [
+        (VELO, (24, 160), {"parts": 2}),  # partial tiles down and across
+        (VELO, (6, 3, 16), {"tensors": 2}),  # a middle axis
+        (SMALL_FC, (3, 3, 5, 12), {}),  # batch axes; sizes that copies cannot address
+        (SMALL_FC, (8, 6, 2), {}),  # the last axis is a batch axis
+        (VELO, (130,), {"tensors": 2, "tolerance": 3e-5}),  # not factored
+        (SMALL_FC, (8, 24), {"hidden": 16}),  # a wide layer
+    ],
+)
+def test_equals_xla(rule, shape, options):
+    check(rule, shape, **options)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
+    parameter=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    gradient=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(shape, parameter, gradient, seed):
+    narrow = parameter != jnp.float32  # the kernels return updates in the parameter's dtype
+    check(
+        VELO,
+        shape,
+        seed=seed,
+        tolerance=1e-2 if narrow else 1e-4,
+        parameter=parameter,
+        gradient=gradient,
+    )
+
+
+def first_steps(name, steps):
+    trajectory = reference.trajectory(name)
+    return trajectory._replace(
+        gradients=trajectory.gradients[:steps],
+        losses=trajectory.losses[:steps],
+        params=trajectory.params[:steps],
+    )
+
+
+def optimizer(name):
+    if name.startswith("small_fc"):
+        return lopt_jax.small_fc_lopt(reference.weights(name, step_mult=0.01), backend="pallas")
+    config = reference.config(name)
+    weights = reference.weights(name, **config["kwargs"])
+    return lopt_jax.velo(config["num_steps"], weights, backend="pallas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "small_fc_lopt_h32", "velo"])
+def test_trajectory(name):
+    """Parity with the reference; every step takes the interpreter seconds."""
+    with plgpu.force_gpu_interpret_mode():
+        worst, where = reference.worst_error(optimizer(name), reference.trajectory(name))
+    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+
+
+def test_first_steps_of_a_trajectory():
+    names = ["w", "bias"]
+    run = first_steps("small_fc_lopt_h4", 2)
+    only = lambda tree: {k: tree[k] for k in names}  # noqa: E731
+    run = run._replace(
+        init=only(run.init),
+        gradients=list(map(only, run.gradients)),
+        params=list(map(only, run.params)),
+    )
+    with plgpu.force_gpu_interpret_mode():
+        worst, where = reference.worst_error(optimizer("small_fc_lopt_h4"), run)
+    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+
+
+@pytest.mark.parametrize("hidden", [4, 16])
+def test_lowers_for_cuda(hidden):
+    """Finds layouts and operations that the compiler refuses, without a GPU."""
+    parts = [random_part((40, 256), 1, 0)]
+    scale = jnp.ones((1,))
+    arguments = (parts, random_mlp(VELO, 1, hidden, 0), scale, scale)
+    lowered = (
+        jax.jit(functools.partial(on_kernels, VELO))
+        .trace(*arguments)
+        .lower(lowering_platforms=("cuda",))
+    )
+    text = lowered.as_text()
+    assert text.count("@mosaic_gpu") == 3
+    assert "output_operand_alias" in text  # the accumulators are updated in place
+
+
+@pytest.mark.parametrize(
+    "shape", [(5,), (300,), (7, 13), (16, 8, 64), (8, 16, 64), (3, 3, 8, 16), (9, 8, 2), (2, 9, 1)]
+)
+def test_view_restores(shape):
+    view = view_of(shape)
+    x = jnp.arange(2.0 * np.prod(shape)).reshape((2, *shape))
+    arranged = view.arrange(x)
+    assert arranged.shape == (2 * view.batch, view.down, view.middle, view.stored)
+    np.testing.assert_array_equal(view.restore(arranged), x)
+
+
+def test_view_of_vectors():
+    """A tile sees the vectors of its rows and columns: their product rebuilds a tensor."""
+    rng = np.random.default_rng(0)
+    for shape in [(6, 8), (8, 6), (8, 3, 4), (3, 8, 4), (4, 8, 3)]:
+        view = view_of(shape)
+        axis = view.order[-1]
+        other = view.order[view.down_axis]
+        flat = lambda a, shape=shape: [1 if i == a else n for i, n in enumerate(shape)]  # noqa: E731
+        down = jnp.asarray(rng.normal(size=(2, *flat(axis))), jnp.float32)
+        across = jnp.asarray(rng.normal(size=(2, *flat(other))), jnp.float32)
+        arranged = view.arrange(down * across)[..., : view.across]
+        rows = view.down_vectors([down])[:, :, 0, : view.down]
+        columns = view.across_vectors([across])[:, :, 0, : view.across]
+        product = jnp.einsum("gmd,gma->gdma", rows, columns)
+        np.testing.assert_allclose(arranged, product, rtol=1e-6)
+        np.testing.assert_array_equal(view.restore_down(rows), down.squeeze(axis + 1))
+        np.testing.assert_array_equal(view.restore_across(columns), across.squeeze(other + 1))
+
+
+def test_table_reads_what_it_packs():
+    rng = np.random.default_rng(0)
+    arrays = (rng.normal(size=(2, 20, 15)), rng.normal(size=(2,)), rng.normal(size=(2, 3)))
+    packed, entries = table.pack(jax.tree.map(jnp.float32, arrays), 2)
+    matrix, number, vector = table.read(entries, packed[1])
+    assert matrix[19, 14] == np.float32(arrays[0][1, 19, 14])
+    assert number[()] == np.float32(arrays[1][1])
+    assert [float(x) for x in table.sequence(vector)] == list(np.float32(arrays[2][1]))
+
+
+class TestBackend:
+    """Which backend runs, and what is said of it."""
+
+    params = {"w": jnp.ones((3, 4))}  # noqa: RUF012
+
+    def update(self, backend):
+        tx = lopt_jax.small_fc_lopt(reference.weights("small_fc_lopt_h4"), backend=backend)
+        return tx.update(self.params, tx.init(self.params), self.params)
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="backend: expected one of auto, xla, pallas"):
+            self.update("cuda")
+
+    def test_pallas_without_gpu(self):
+        if mosaic.unsupported_reason() is None:
+            pytest.skip("the kernels run here")
+        with pytest.raises(NotImplementedError, match="backend='pallas'.*not an NVIDIA GPU"):
+            self.update("pallas")
+
+    def test_auto_says_why(self, caplog):
+        if mosaic.unsupported_reason() is None:
+            pytest.skip("the kernels run here")
+        lopt_jax.engine._log_once.cache_clear()
+        with caplog.at_level(logging.INFO, "lopt_jax"):
+            self.update("auto")
+            self.update("auto")
+        (record,) = caplog.records
+        assert "not an NVIDIA GPU" in record.getMessage()
+
+    def test_groups(self):
+        chosen = functools.partial(choice.unsupported_group_reason, VELO, is_asked_for=False)
+        assert chosen((1, 1024, 1024), dtypes=[jnp.float32]) is None
+        assert "small" in chosen((4, 64), dtypes=[jnp.float32])
+        assert "aligned" in chosen((1, 1024, 1023), dtypes=[jnp.float32])
+        assert "float64" in chosen((1, 1024, 1024), dtypes=[np.float64])
+        celo2 = Rule(velo_features(normalizer_axes="matrix"))
+        reason = choice.unsupported_group_reason(
+            celo2, (1, 3, 64, 64), [jnp.float32], is_asked_for=True
+        )
+        assert "matrices" in reason
