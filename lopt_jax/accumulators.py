@@ -138,9 +138,7 @@ def update_factored(
     return update_average(average, mean_square, decays.reshape((-1,) + (1,) * mean_square.ndim))
 
 
-def update_average(
-    average: jax.Array, mean_square: jax.Array, decay: jax.Array | np.ndarray
-) -> jax.Array:
+def update_average(average: jax.Array, mean_square: jax.Array, decay: Any) -> jax.Array:
     """One step of the row or column accumulator of one decay; all shapes broadcast."""
     return decay * average + (1 - decay) * (mean_square + FACTORED_EPSILON)
 
