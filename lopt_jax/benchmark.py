@@ -404,7 +404,7 @@ _COLUMNS = (
 
 def _rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     adamw = {r.model: r.ms for r in records if r.optimizer == "optax.adamw"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for r in records:
         base = adamw.get(r.model)
         rows.append(
