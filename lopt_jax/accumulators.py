@@ -7,7 +7,7 @@ largest dimension, "row" is the mean over `d0`, "column" the mean over `d1`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ class FactoredDims(NamedTuple):
 class Decays(NamedTuple):
     """Decay rates of the accumulators, each an array of float32."""
 
-    momentum: jax.Array  # (momenta,)
-    second_moment: jax.Array  # ()
-    factored: jax.Array  # (factored second moments,)
+    momentum: jax.Array | np.ndarray  # (momenta,)
+    second_moment: jax.Array | np.float32  # ()
+    factored: jax.Array | np.ndarray  # (factored second moments,)
 
 
 class Accumulators(NamedTuple):
@@ -40,9 +40,9 @@ class Accumulators(NamedTuple):
     """
 
     momentum: tuple  # one array of shape S a decay
-    second_moment: jax.Array  # S
-    row: jax.Array  # (n, *S without d0); (n, *S) where the tensor is not factored
-    column: jax.Array  # (n, *S without d1); (1,) where the tensor is not factored
+    second_moment: Any  # S
+    row: Any  # (n, *S without d0); (n, *S) where the tensor is not factored
+    column: Any  # (n, *S without d1); (1,) where the tensor is not factored
 
 
 def factored_dims(shape: Sequence[int]) -> FactoredDims | None:
@@ -116,13 +116,15 @@ def update_momentum(momentum: jax.Array, gradient: jax.Array, decay: jax.Array) 
 
 
 def update_second_moment(
-    second_moment: jax.Array, gradient: jax.Array, decay: jax.Array
+    second_moment: jax.Array, gradient: jax.Array, decay: jax.Array | np.float32
 ) -> jax.Array:
     """One step of an exponential moving average of the squared gradient; all shapes broadcast."""
     return decay * second_moment + (1 - decay) * (gradient * gradient)
 
 
-def update_factored(average: jax.Array, mean_square: jax.Array, decays: jax.Array) -> jax.Array:
+def update_factored(
+    average: jax.Array, mean_square: jax.Array, decays: jax.Array | np.ndarray
+) -> jax.Array:
     """One step of the row or column accumulator.
 
     Args:
@@ -136,7 +138,7 @@ def update_factored(average: jax.Array, mean_square: jax.Array, decays: jax.Arra
     return update_average(average, mean_square, decays.reshape((-1,) + (1,) * mean_square.ndim))
 
 
-def update_average(average: jax.Array, mean_square: jax.Array, decay: jax.Array) -> jax.Array:
+def update_average(average: jax.Array, mean_square: jax.Array, decay: Any) -> jax.Array:
     """One step of the row or column accumulator of one decay; all shapes broadcast."""
     return decay * average + (1 - decay) * (mean_square + FACTORED_EPSILON)
 

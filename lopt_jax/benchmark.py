@@ -356,6 +356,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=int, default=20, help="timings of each variant")
     parser.add_argument("--compile-only", action="store_true", help="compile, do not run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there too")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print a file's records as Markdown; run nothing"
+    )
 
 
 def add_commands(commands: Any) -> None:
@@ -367,6 +370,9 @@ def add_commands(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures what the options ask for, prints a table and writes the records."""
+    if options.show is not None:
+        print(markdown([Record(**fields) for fields in json.loads(options.show.read_text())]))
+        return 0
     records: list[Record] = []
     for model in options.models:
         records += measure(
@@ -384,6 +390,50 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+_COLUMNS = (
+    "model",
+    "optimizer",
+    "backend",
+    "ms a step",
+    "times adamw",
+    "of a copy's speed",
+    "compile s",
+    "temporary MB",
+)
+
+
+def _rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    adamw = {r.model: r.ms for r in records if r.optimizer == "optax.adamw"}
+    rows: list[tuple[str, ...]] = []
+    for r in records:
+        base = adamw.get(r.model)
+        rows.append(
+            (
+                r.model,
+                r.optimizer,
+                r.backend,
+                "" if r.ms is None else f"{r.ms:.3f}",
+                "" if r.ms is None or base is None else f"{r.ms / base:.2f}",
+                "" if r.copy_fraction is None else f"{100 * r.copy_fraction:.0f}%",
+                f"{r.compile_s:.1f}",
+                f"{r.temp_bytes / 1e6:.1f}",
+            )
+        )
+    return rows
+
+
+def _title(records: Sequence[Record]) -> str:
+    first = records[0]
+    return f"{first.device}, jax {first.jax}, {first.dtype}, {first.date}"
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The records as a Markdown table, with each time as a multiple of optax.adamw's."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "| --- | --- | --- |" + " ---: |" * 5]
+    lines += [f"| {' | '.join(row)} |" for row in _rows(records)]
+    return f"{_title(records)}\n\n" + "\n".join(lines)
+
+
 def print_table(records: Sequence[Record]) -> None:
     """Prints the records, with each time as a multiple of optax.adamw's on the same model."""
     from rich.console import Console
@@ -391,22 +441,9 @@ def print_table(records: Sequence[Record]) -> None:
 
     if not records:
         return
-    adamw = {r.model: r.ms for r in records if r.optimizer == "optax.adamw"}
-    first = records[0]
-    title = f"{first.device}, jax {first.jax}, {first.dtype}, {first.date}"
-    table = Table("model", "optimizer", "backend", title=title)
-    for column in ("ms a step", "times adamw", "of a copy's speed", "compile s", "temporary MB"):
+    table = Table(*_COLUMNS[:3], title=_title(records))
+    for column in _COLUMNS[3:]:
         table.add_column(column, justify="right")
-    for r in records:
-        base = adamw.get(r.model)
-        table.add_row(
-            r.model,
-            r.optimizer,
-            r.backend,
-            "" if r.ms is None else f"{r.ms:.3f}",
-            "" if r.ms is None or base is None else f"{r.ms / base:.2f}",
-            "" if r.copy_fraction is None else f"{100 * r.copy_fraction:.0f}%",
-            f"{r.compile_s:.1f}",
-            f"{r.temp_bytes / 1e6:.1f}",
-        )
+    for row in _rows(records):
+        table.add_row(*row)
     Console(width=120).print(table)

@@ -23,7 +23,7 @@ class LossBuffer(NamedTuple):
 
     means: jax.Array  # (10,)
     running_min: jax.Array  # (10,), of the bias-corrected means
-    count: jax.Array  # () int32, losses seen
+    count: jax.Array  # type: ignore[assignment]  # () int32, losses seen
 
 
 class LSTMState(NamedTuple):

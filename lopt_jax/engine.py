@@ -50,7 +50,7 @@ class Tensors(NamedTuple):
     partition: Partition | None = None  # where the leaf is a shard, of what
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         """Number of tensors in the leaf."""
         return math.prod(self.stack)
 
@@ -92,8 +92,8 @@ class Group:
 class GroupInputs(NamedTuple):
     """Arrays of a group, each with a leading axis of tensors."""
 
-    gradient: jax.Array
-    parameter: jax.Array
+    gradient: Any
+    parameter: Any
     accumulators: Accumulators
 
 
@@ -492,11 +492,12 @@ def _choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
+    reason: str | None
     try:
         from pallas_kernels import choice
     except ImportError as error:
         reason = f"this jax has no Mosaic GPU backend ({error})"
-        choices = [reason] * len(inputs)
+        choices: list[str | None] = [reason] * len(inputs)
     else:
         reason = choice.unsupported_reason(must)
         choices = [
@@ -651,7 +652,8 @@ def first_pass(
         if chosen:
             from pallas_kernels import step
 
-            moments.append(step.first_pass(rule, [inputs[i] for i in unit]))
+            parts: list[Any] = [inputs[i] for i in unit]
+            moments.append(step.first_pass(rule, parts))
         else:
             moments.append(_first_pass(rule, groups[unit[0]], inputs[unit[0]]))
     return Prepared(
@@ -732,9 +734,10 @@ def second_pass(
         if chosen:
             from pallas_kernels import step
 
-            updates, kept = step.second_pass(
+            parts: list[Any] = [prepared.inputs[i] for i in unit]
+            results, kept = step.second_pass(
                 rule,
-                [prepared.inputs[i] for i in unit],
+                parts,
                 moments,
                 network,
                 mlp_per_tensor,
@@ -755,8 +758,8 @@ def second_pass(
                 scale[rows],
                 weight_decay[rows],
             )
-            updates, kept = [update], update.statistics
-        for i, result in zip(unit, updates, strict=True):
+            results, kept = [update], update.statistics
+        for i, result in zip(unit, results, strict=True):
             scatter(
                 prepared.groups[i],
                 prepared.tensors,

@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,9 +81,9 @@ class MLP(NamedTuple):
 class Moments(NamedTuple):
     """Statistics of the first pass over a tensor of shape S."""
 
-    row: jax.Array | None  # S without d0: mean of g² over d0; None: not factored
-    column: jax.Array | None  # S without d1: mean of g² over d1
-    parameter_mean_square: jax.Array | None  # (); None where the rule does not need it
+    row: Any  # S without d0: mean of g² over d0; None: not factored
+    column: Any  # S without d1: mean of g² over d1
+    parameter_mean_square: Any  # (); None where the rule does not need it
 
 
 class Statistics(NamedTuple):
@@ -111,7 +111,7 @@ class Folded(NamedTuple):
 class TensorUpdate(NamedTuple):
     """What a step makes of one tensor."""
 
-    update: jax.Array  # to be added to the parameter
+    update: Any  # to be added to the parameter
     accumulators: Accumulators
     statistics: Statistics | None
 

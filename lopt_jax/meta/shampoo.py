@@ -14,7 +14,7 @@ import optax
 class ShampooState(NamedTuple):
     """Momentum, preconditioner statistics and their inverse roots."""
 
-    count: jax.Array  # () int32
+    count: jax.Array  # type: ignore[assignment]  # () int32
     momentum: Any  # like the params
     statistics: Any  # a tuple of (d, d) a leaf, one a preconditioned side
     roots: Any  # like statistics

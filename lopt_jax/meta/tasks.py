@@ -387,7 +387,7 @@ def training_tasks() -> dict[str, Task]:
     places = Tables(("digits",), 64, 10, keep_places=True)
     china = Tables(("china",), 64, 0)
     mse = squared_error
-    tasks = [
+    tasks: list[Task] = [
         Quadratic(),
         _classifier("tables_mlp_16", pooled, Mlp((64, 16, 10)), 32, valid_size=128),
         _classifier("tables_mlp_32x2", pooled, Mlp((64, 32, 32, 10)), 64, valid_size=256),

@@ -18,7 +18,7 @@ from lopt_jax.weights import Weights, resolve
 class CeloAdamState(NamedTuple):
     """State of Celo-Adam."""
 
-    count: jax.Array  # () int32, updates made so far
+    count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # momentum and second moment alone: trees like the params
     lstm: controller.LSTMState
     loss: controller.LossBuffer

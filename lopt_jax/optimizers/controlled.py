@@ -18,7 +18,7 @@ from lopt_jax.weights import Weights
 class ControlledState(NamedTuple):
     """State of VeLO and Celo."""
 
-    count: jax.Array  # () int32, updates made so far
+    count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
     statistics: Statistics | None  # of the accumulators, a row a tensor; None: not read
     lstm: controller.LSTMState

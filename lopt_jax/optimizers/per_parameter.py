@@ -19,7 +19,7 @@ from lopt_jax.weights import Weights
 class PerParameterState(NamedTuple):
     """State of small_fc_lopt, mulo, elo, and of the rule of celo2."""
 
-    count: jax.Array  # () int32, updates made so far
+    count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
 
 

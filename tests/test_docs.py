@@ -1,0 +1,53 @@
+"""What the documentation says runs."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from lopt_jax import benchmark
+from lopt_jax.weights.registry import embedded_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+@pytest.mark.skipif(
+    not (embedded_folder() / "small_fc_lopt").exists(), reason="needs the embedded weights"
+)
+def test_example_of_the_readme():
+    """It runs as it is printed, has ten lines, and trains."""
+    (example,) = code_blocks((ROOT / "README.md").read_text())
+    assert len([line for line in example.splitlines() if line]) == 10
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    start = names["loss_fn"]({"w": jnp.ones((8, 4)), "b": jnp.zeros((4,))}, jnp.ones((2, 8)))
+    assert names["loss"] < 0.9 * start
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_pages(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_benchmark_models_are_the_flax_models():
+    """The lists that `lopt bench` times hold the shapes of the modules in benchmarks/models.py."""
+    import importlib.util
+
+    import jax
+
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
+    models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(models)
+    for name, shapes in benchmark.MODELS.items():
+        of_modules = [tuple(x.shape) for x in jax.tree.leaves(models.MODELS[name]())]
+        assert sorted(shapes().values()) == sorted(of_modules)
