@@ -2,13 +2,26 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+PYTEST := $(VENV)/bin/python -m pytest -n 2 -m "not slow"
+
+.PHONY: demo test test-slow lint clean
 
 demo: $(STAMP)  ## train a Flax model on handwritten digits with a learned optimizer, against Adam
 	$(VENV)/bin/python examples/quickstart.py
 
-test: $(STAMP) lint  ## lint, type-check and run the whole test suite
-	$(VENV)/bin/python -m pytest -n 2
+# Three runs: many small programs, compiled quickly; values against the references, compiled as
+# users compile them; and sharded programs on eight emulated devices.
+EXACT := tests/test_parity.py tests/test_family.py tests/test_pallas.py
+SHARDED := $(wildcard tests/test_sharding*.py)
+QUICKLY := LOPT_JAX_TEST_DEVICES=1 XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+test: $(STAMP) lint  ## lint, type-check and run the test suite
+	$(QUICKLY) $(PYTEST) $(addprefix --ignore=,$(EXACT) $(SHARDED))
+	LOPT_JAX_TEST_DEVICES=1 $(PYTEST) $(EXACT)
+	$(PYTEST) $(SHARDED)
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(VENV)/bin/python -m pytest -m slow
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,5 +1,17 @@
-"""Eight CPU devices, so that sharded computations run on any machine."""
+"""How the tests run: on how many emulated devices, and with which compilation cache."""
+
+import os
+import tempfile
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 8)
+# Sharded computations need several devices, also where there are none: eight of the CPU. The other
+# tests compile faster with one, which `make test` asks for.
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("LOPT_JAX_TEST_DEVICES", "8")))
+
+# The same small programs occur in many tests. Each process has a cache of its own: what one writes
+# another could read half-written.
+_cache = tempfile.TemporaryDirectory(prefix="lopt_jax_tests_", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
