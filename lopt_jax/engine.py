@@ -560,6 +560,19 @@ def _first_pass(rule: Rule, group: Group, x: GroupInputs) -> Moments:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
+    """Passes B and C over tensors of one shape, traced once for all groups of that shape."""
+    axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
+
+    def lopt_passes(*arguments: Any) -> TensorUpdate:
+        return over_tensors(
+            functools.partial(rules.second_pass, rule, partition=None), *arguments, in_axes=axes
+        )
+
+    return jax.jit(lopt_passes)
+
+
 def _second_pass(
     rule: Rule,
     group: Group,
@@ -582,6 +595,8 @@ def _second_pass(
         decays: Decays,
         *factors: jax.Array,
     ) -> TensorUpdate:
+        if partition is None:
+            return _passes(rule, mlp_per_tensor)(mlp, moments, *x, decays, *factors)
         return over_tensors(
             functools.partial(rules.second_pass, rule, partition=partition),
             mlp,

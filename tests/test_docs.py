@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 from lopt_jax import benchmark
-from lopt_jax.weights.registry import embedded_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,9 +15,6 @@ def code_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
-@pytest.mark.skipif(
-    not (embedded_folder() / "small_fc_lopt").exists(), reason="needs the embedded weights"
-)
 def test_example_of_the_readme():
     """It runs as it is printed, has ten lines, and trains."""
     (example,) = code_blocks((ROOT / "README.md").read_text())
