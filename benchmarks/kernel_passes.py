@@ -121,9 +121,7 @@ def time_pass(
     rule: Rule,
     hidden: int = 4,
     parts: list[step.Part] | None = None,
-    rows: int | None = None,
-    width: int | None = None,
-    **plan_changes: Any,
+    **changes: Any,
 ) -> tuple[float, float]:
     """Milliseconds of a pass over one tensor, and the bytes that it moves.
 
@@ -133,27 +131,21 @@ def time_pass(
       rule: the rule.
       hidden: units of a hidden layer.
       parts: tensors of this shape, to save making them.
-      rows, width: of a tile; None: as the kernels choose.
-      **plan_changes: fields of `Plan` to replace.
+      **changes: fields of the pass's `Tuning` to replace.
 
     Returns:
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    is_wide = hidden >= 16
-    view = {
-        "A": step.first_view(shape),
-        "B": step.sums_view(shape),
-        "C": step.update_view_of(shape, is_wide),
+    default = {
+        "A": step.FIRST,
+        "B": step.SUMS,
+        "C": step.WIDE_UPDATE if hidden >= 16 else step.UPDATE,
     }[name]
-    if rows or width:
-        view = replace(view, rows=rows or view.rows, width=width or view.width)
+    tuning = replace(default, **changes)
+    view = step.view_for(shape, tuning)
     elements = math.prod(shape)
-    stages = {"A": 4, "B": 2, "C": 3}[name]
-    plan = step.plan_for(view, 1, stages, is_wide=is_wide and name == "C", backwards=name == "C")
-    if not plan_changes.get("block_rows") and rows and hidden < 16:
-        plan = replace(plan, block_rows=rows)
-    plan = replace(plan, **plan_changes)
+    plan = step.plan_for(view, 1, tuning, backwards=name == "C")
     interpreted = step.mosaic.is_interpreting()
     if name == "A":
         call = functools.partial(step._first_sums, plan, rule, interpreted)
