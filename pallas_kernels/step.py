@@ -1,8 +1,8 @@
 """The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
 
-Tensors come in parts: arrays with a leading axis of tensors, that were never joined because joining
-large arrays would copy them. The vectors between the passes are joined: they are small, and computing
-them for all tensors at once saves hundreds of launches.
+Tensors come in parts: arrays with a leading axis of tensors, that were never joined because that
+would copy them. The vectors between the passes are joined: they are small, and computing them for
+all tensors at once saves hundreds of launches.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Tuning:
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
 SUMS = Tuning(tile_elements=2048, stages=2, programs=2, program_elements=1 << 16)
-UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 14)
+UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 13)
 # wide layers leave few registers, so a thread takes few elements
 WIDE_UPDATE = Tuning(
     tile_elements=1024, stages=3, programs=2, widest=64, vector=2, block_rows=1, loops=True
@@ -250,8 +250,18 @@ def _plans(
 
 
 def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) -> Plan:
-    """A plan whose programs fill the GPU once, or for large tensors a few times, but never a bit
-    more than that: a wave of few programs takes as long as a full one.
+    """A plan whose programs fill the GPU once, or for large tensors a few times.
+
+    Never a bit more than that: a wave of few programs takes as long as a full one.
+
+    Args:
+      view: how the pass sees a tensor.
+      tensors: number of tensors in an array.
+      tuning: how the pass is cut.
+      backwards: as in `Plan`.
+
+    Returns:
+      The plan.
     """
     strips = tensors * view.batch * view.middle * view.strips
     at_once = tuning.programs * MULTIPROCESSORS
