@@ -1,16 +1,19 @@
 """Times each pass of the fused kernels by itself, against a plain copy.
 
-Run on a Hopper GPU: python -m benchmarks.kernel_passes. Prints, for each shape and pass, milliseconds,
-bytes a second (each input read once, each output written once) and the fraction of a copy's.
+Run on a Hopper GPU: python -m benchmarks.kernel_passes. Prints, for each shape and pass, the
+milliseconds that the kernel runs, bytes a second (each input read once, each output written once)
+and the fraction of a copy's. Times are the profiler's: launches can take longer than small kernels.
 """
 
 import argparse
 import functools
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,19 +30,29 @@ SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
 L2_BYTES = 60 << 20
 
 
-def seconds(function: Callable, arguments: Sequence[Any], repeats: int = 7) -> float:
-    """Median seconds of a compiled function that takes many milliseconds, or of many calls."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(function: Callable[[], Any], name: str, repeats: int = 5) -> float:
+    """Median seconds that the kernels whose names contain `name` run."""
+    jax.block_until_ready(function())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(repeats):
+                jax.block_until_ready(function())
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    durations = [
+        event.duration_ns * 1e-9
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+        if name in event.name
+    ]
+    return statistics.median(durations)
 
 
 def sets_for(shape: tuple[int, ...]) -> int:
-    """Number of copies of the arrays of a pass: together well over the L2, and milliseconds long."""
+    """Number of copies of the arrays of a pass: together well over the L2."""
     return max(2, min(16, (1 << 28) // math.prod(shape)))
 
 
@@ -121,9 +134,7 @@ def time_pass(
     rule: Rule,
     hidden: int = 4,
     parts: list[step.Part] | None = None,
-    rows: int | None = None,
-    width: int | None = None,
-    **plan_changes: Any,
+    **changes: Any,
 ) -> tuple[float, float]:
     """Milliseconds of a pass over one tensor, and the bytes that it moves.
 
@@ -133,50 +144,40 @@ def time_pass(
       rule: the rule.
       hidden: units of a hidden layer.
       parts: tensors of this shape, to save making them.
-      rows, width: of a tile; None: as the kernels choose.
-      **plan_changes: fields of `Plan` to replace.
+      **changes: fields of the pass's `Tuning` to replace.
 
     Returns:
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    is_wide = hidden >= 16
-    view = {
-        "A": step.first_view(shape),
-        "B": step.sums_view(shape),
-        "C": step.update_view_of(shape, is_wide),
+    default = {
+        "A": step.FIRST,
+        "B": step.SUMS,
+        "C": step.WIDE_UPDATE if hidden >= 16 else step.UPDATE,
     }[name]
-    if rows or width:
-        view = replace(view, rows=rows or view.rows, width=width or view.width)
+    tuning = replace(default, **changes)
+    view = step.view_for(shape, tuning)
     elements = math.prod(shape)
-    stages = {"A": 4, "B": 2, "C": 3}[name]
-    plan = step.plan_for(view, 1, stages, is_wide=is_wide and name == "C", backwards=name == "C")
-    if not plan_changes.get("block_rows") and rows and hidden < 16:
-        plan = replace(plan, block_rows=rows)
-    plan = replace(plan, **plan_changes)
+    plan = step.plan_for(view, 1, tuning, backwards=name == "C")
     interpreted = step.mosaic.is_interpreting()
     if name == "A":
         call = functools.partial(step._first_sums, plan, rule, interpreted)
         inputs: list[Any] = [(view.arrange(p.gradient), view.arrange(p.parameter)) for p in parts]
         function = jax.jit(lambda xs: [call(*x) for x in xs])
-        size = 8
-    else:
-        made = [make_inputs(view, rule, p, hidden) for p in parts]
-        if name == "B":
-            entries, inputs = made[0][1], [m[0] for m in made]
-            call = functools.partial(step._square_sums, plan, rule, entries, interpreted)
-            function = jax.jit(lambda xs: [call(x) for x in xs])
-            size = 24
-        else:
-            table_entries, inputs = made[0][3], [m[2] for m in made]
-            call = functools.partial(step._update, plan, rule, table_entries, interpreted)
-            size = 44
-            return _time_update(call, inputs) / len(parts) * 1e3, size * elements
-    return seconds(function, (inputs,)) / len(parts) * 1e3, size * elements
+        return seconds(lambda: function(inputs), "lopt_first_pass") * 1e3, 8 * elements
+    made = [make_inputs(view, rule, p, hidden) for p in parts]
+    if name == "B":
+        call = functools.partial(step._square_sums, plan, rule, made[0][1], interpreted)
+        inputs = [m[0] for m in made]
+        function = jax.jit(lambda xs: [call(x) for x in xs])
+        return seconds(lambda: function(inputs), "lopt_square_sums") * 1e3, 24 * elements
+    call = functools.partial(step._update, plan, rule, made[0][3], interpreted)
+    run = _updates(call, [m[2] for m in made])
+    return seconds(run, "lopt_update") * 1e3, 44 * elements
 
 
-def _time_update(call: Callable, inputs: Sequence[Inputs], repeats: int = 7) -> float:
-    """Seconds of pass C on all inputs; momentum and second moment are donated, as in training."""
+def _updates(call: Callable, inputs: Sequence[Inputs]) -> Callable[[], Any]:
+    """Pass C on all inputs; momentum and second moment are donated, as in training."""
     state = [(x.elements.momentum, x.elements.second_moment) for x in inputs]
     rest = [
         x._replace(elements=x.elements._replace(momentum=(), second_moment=None)) for x in inputs
@@ -191,20 +192,25 @@ def _time_update(call: Callable, inputs: Sequence[Inputs], repeats: int = 7) -> 
         new = [(o.elements.momentum, o.elements.second_moment) for o in out]
         return new, [(o.elements.gradient, o.sums) for o in out]
 
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        state, updates = jax.block_until_ready(function(state, rest))
-        times.append(time.perf_counter() - start)
-        del updates
-    return statistics.median(times[1:])
+    def run() -> Any:
+        nonlocal state
+        state, updates = function(state, rest)
+        return updates
+
+    return run
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a device-to-device copy of two gigabytes."""
+def copy_bandwidth(repeats: int = 10) -> float:
+    """Bytes a second, read plus written, of copies of two gigabytes."""
     x = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.float32)
-    copy = jax.jit(lambda x: [jax.lax.optimization_barrier(x + 0.0 * i) for i in range(1, 5)])
-    return 4 * 2 * x.nbytes / seconds(copy, (x,))
+    copy = jax.jit(jnp.copy)
+    jax.block_until_ready(copy(x))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready([copy(x) for _ in range(4)])
+        times.append((time.perf_counter() - start) / 4)
+    return 2 * x.nbytes / statistics.median(times)
 
 
 def main() -> None:

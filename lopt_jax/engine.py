@@ -23,6 +23,8 @@ from lopt_jax.accumulators import (
     FactoredDims,
     factored_dims,
     factored_shapes,
+    update_momentum,
+    update_second_moment,
 )
 from lopt_jax.partition import (
     BATCH,
@@ -452,7 +454,7 @@ class Prepared(NamedTuple):
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
-    has_gradient: list[bool]
+    gradients: list[Any]  # leaves, None where there is none
 
 
 def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
@@ -681,7 +683,7 @@ def first_pass(
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
         accumulators_treedef=jax.tree.structure(accumulators),
-        has_gradient=[g is not None for g in gradient_leaves],
+        gradients=gradient_leaves,
     )
 
 
@@ -775,13 +777,18 @@ def second_pass(
             )
             results, kept = [update], update.statistics
         for i, result in zip(unit, results, strict=True):
-            scatter(
-                prepared.groups[i],
-                prepared.tensors,
-                result.update,
-                result.accumulators,
-                prepared.out,
-            )
+            group, out = prepared.groups[i], prepared.out
+            is_stack = len(group.leaves) > 1
+            accumulators = _accumulate_leaves(rule, group, prepared, decays) if is_stack else None
+            scatter(group, prepared.tensors, result.update, result.accumulators, out)
+            if accumulators is not None:
+                for leaves, arrays in zip(
+                    (*out.accumulators.momentum, out.accumulators.second_moment),
+                    accumulators,
+                    strict=True,
+                ):
+                    for leaf, x in zip(group.leaves, arrays, strict=True):
+                        leaves[leaf] = match_sharding(x, leaves[leaf])
         new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)
@@ -791,8 +798,8 @@ def second_pass(
             lambda default, *rows: _by_tensor(prepared, rows, default), statistics, *new_statistics
         )
     updates = [
-        u if has else None
-        for u, has in zip(prepared.out.updates, prepared.has_gradient, strict=True)
+        None if g is None else u
+        for u, g in zip(prepared.out.updates, prepared.gradients, strict=True)
     ]
     return prepared.treedef.unflatten(updates), accumulators, statistics
 
@@ -812,6 +819,36 @@ def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:
         return values
     chosen = values[entry.first : entry.first + entry.count]
     return chosen.reshape(entry.stack + (1,) * (leaf.ndim - len(entry.stack)))
+
+
+def _accumulate_leaves(
+    rule: Rule, group: Group, prepared: Prepared, decays: Decays
+) -> list[list[jax.Array]]:
+    """Momenta and second moment of a group's leaves after this step, from the leaves themselves.
+
+    The group's arrays hold the same numbers, but to take a leaf out of each is a launch a leaf and
+    array; this is one operation a leaf, and in place.
+    """
+    old = prepared.out.accumulators
+    by_leaf = []
+    for leaf in group.leaves:
+        second_moment = old.second_moment[leaf]
+        gradient = rules.prepare_gradient(rule, prepared.gradients[leaf])
+        gradient = gradient.astype(jnp.promote_types(gradient.dtype, second_moment.dtype))
+        wide = lambda x, dtype=gradient.dtype: x.astype(dtype)  # noqa: E731
+        momenta = zip(old.momentum, decays.momentum, strict=True)
+        by_leaf.append(
+            [
+                *(
+                    update_momentum(wide(m[leaf]), gradient, decay).astype(m[leaf].dtype)
+                    for m, decay in momenta
+                ),
+                update_second_moment(wide(second_moment), gradient, decays.second_moment).astype(
+                    second_moment.dtype
+                ),
+            ]
+        )
+    return [list(arrays) for arrays in zip(*by_leaf, strict=True)]
 
 
 def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:

@@ -3,7 +3,6 @@
 The backend's API changes between releases of jax; the kernels use it through these names alone.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-APPROXIMATE = bool(os.environ.get("LOPT_APPROX"))
 WARPGROUP = 128  # threads of a block
 WARPS = 4
 COPY_BYTES = 128  # a copy between global and shared memory moves a multiple of this many bytes
@@ -91,7 +89,7 @@ def store(ref: Any, value: jax.Array, optimized: bool = True) -> None:
 
 
 def scalars(ref: Any) -> Any:
-    """A buffer to read numbers from: itself, or an array in the interpreter, where reads are slow."""
+    """A buffer to read numbers from; in the interpreter, where reads are slow, an array."""
     return ref[...] if is_interpreting() else ref
 
 
@@ -167,7 +165,6 @@ def call(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
-            approx_math=APPROXIMATE,
             reduction_scratch_bytes=6144,
         ),
     )(*arguments)

@@ -224,8 +224,9 @@ def _masked(inside: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if inside is None else jnp.where(inside, x, 0.0)
 
 
-def _total(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.sum(x, axis=1), axis=0)
+def _store_sums(ref: Any, x: jax.Array) -> None:
+    """Stores a sum, one number a row of the threads: adding these up takes no exchange of warps."""
+    mosaic.store(ref, jnp.sum(x, axis=1), optimized=False)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ class FirstSums(NamedTuple):
 
     down: jax.Array | None  # (groups, middle, strips, down rounded up): of g² across a strip
     across: jax.Array | None  # (groups, middle, chunks, across rounded up): of g² down a chunk
-    parameter: jax.Array | None  # (programs,): of p²
+    parameter: jax.Array | None  # (programs, rows of threads): of p²
 
 
 def first_sums(
@@ -257,12 +258,12 @@ def first_sums(
     view = plan.view
     arrays = [gradient] if parameter is None else [gradient, parameter]
     down_size, across_size = view.tiles_down * view.rows, view.strips * view.width
+    registers = _Registers(plan)
     outputs = [
         jax.ShapeDtypeStruct((plan.groups, view.middle, view.strips, down_size), jnp.float32),
         jax.ShapeDtypeStruct((plan.groups, view.middle, plan.chunks, across_size), jnp.float32),
-        jax.ShapeDtypeStruct((plan.programs,), jnp.float32),
+        jax.ShapeDtypeStruct((plan.programs, registers.step), jnp.float32),
     ]
-    registers = _Registers(plan)
 
     def body(program: Any, *refs: Any) -> None:
         inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
@@ -299,7 +300,7 @@ def first_sums(
         columns = pl.ds(place.strip * view.width, view.width)
         target = across_out.at[place.group, place.middle, place.chunk, columns]
         mosaic.store(target, jnp.sum(across, axis=0), optimized=False)
-        parameter_out[_index(plan, place)] = _total(squares)
+        _store_sums(parameter_out.at[_index(plan, place)], squares)
 
     down, across, squares = mosaic.call(
         body,
@@ -371,17 +372,19 @@ class _Kernel:
 
     def copies(
         self, place: Place, refs: Inputs, buffers: Inputs, arrived: Any, once: Any
-    ) -> Callable[[Any, Any], None]:
-        """Starts the copies that a program needs once; returns the function that starts a tile's."""
+    ) -> tuple[Callable[[Any, Any], None], Callable[[], None]]:
+        """Functions that start the copies of a tile, and those that a program needs once."""
         plan = self.plan
         first = refs.first[0]
         group = first * plan.view.batch + place.group
-        tensor = first + jax.lax.div(place.group, plan.view.batch)
-        mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
-        if refs.across is not None:
-            columns = pl.ds(place.strip * plan.view.width, plan.view.width)
-            source = refs.across.at[group, place.middle, :, columns]
-            mosaic.copy_in(source, buffers.across, once)
+
+        def start_constants() -> None:
+            tensor = first + jax.lax.div(place.group, plan.view.batch)
+            mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
+            if refs.across is not None:
+                columns = pl.ds(place.strip * plan.view.width, plan.view.width)
+                source = refs.across.at[group, place.middle, :, columns]
+                mosaic.copy_in(source, buffers.across, once)
 
         def start(tile: Any, slot: Any) -> None:
             pairs = zip(
@@ -396,7 +399,7 @@ class _Kernel:
                 source = refs.down.at[group, place.middle, :, rows]
                 mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
 
-        return start
+        return start, start_constants
 
     def operands(
         self, buffers: Inputs, slot: Any, row: Any, decays: Decays
@@ -465,7 +468,7 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
       decays: `Decays` of entries of the table.
 
     Returns:
-      (tensors, programs of each, element features + 2) float32.
+      (tensors, programs of each, element features + 2, rows of threads) float32.
     """
     features = _element_features(rule, plan.view)
     kernel = _Kernel(plan, rule, decays)
@@ -477,7 +480,7 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         out, refs = refs[0], refs[1:]
         buffers, arrived, once = _buffers(inputs, refs)
         place = _place(plan, program)
-        start = kernel.copies(place, sources, buffers, arrived, once)
+        start, start_constants = kernel.copies(place, sources, buffers, arrived, once)
 
         def consume(rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
             def take(row: Any, sums: tuple) -> tuple:
@@ -495,23 +498,24 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
             return sums
 
         def prepare() -> Callable:
+            start_constants()
             mosaic.barrier_wait(once)
             return functools.partial(consume, _rates(decays, mosaic.scalars(buffers.table)))
 
         sums = _walk(plan, place, start, prepare, arrived, (registers.zeros(),) * width)
         position = _index(plan, place)
         for k, x in enumerate(sums):
-            out[position, k] = _total(x)
+            _store_sums(out.at[position, k], x)
 
     (out,) = mosaic.call(
         body,
         jax.tree.leaves(inputs),
         programs=plan.programs,
-        outputs=[jax.ShapeDtypeStruct((plan.programs, width), jnp.float32)],
+        outputs=[jax.ShapeDtypeStruct((plan.programs, width, registers.step), jnp.float32)],
         scratch=kernel.scratch(inputs),
         name="lopt_square_sums",
     )
-    return out.reshape((plan.tensors, plan.programs // plan.tensors, width))
+    return out.reshape((plan.tensors, plan.programs // plan.tensors, width, registers.step))
 
 
 def _rates(decays: Any, table: Any) -> Decays:
@@ -539,7 +543,7 @@ class StepOutputs(NamedTuple):
     """What pass C makes."""
 
     elements: Elements  # the gradient's place holds the update, the parameter's nothing
-    sums: jax.Array | None  # (tensors, programs of each, 2 * accumulators) float32
+    sums: jax.Array | None  # (tensors, programs of each, 2 * accumulators, rows of threads)
 
 
 @dataclass(frozen=True)
@@ -576,7 +580,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     parameter = inputs.elements.parameter
     outputs = [
         jax.ShapeDtypeStruct(parameter.shape, parameter.dtype),
-        jax.ShapeDtypeStruct((plan.programs, max(2 * statistics, 1)), jnp.float32),
+        jax.ShapeDtypeStruct((plan.programs, max(2 * statistics, 1), registers.step), jnp.float32),
     ]
 
     def body(program: Any, *refs: Any) -> None:
@@ -584,7 +588,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         (update_out, sums_out), refs = refs[:2], refs[2:]
         buffers, arrived, once = _buffers(inputs, refs)
         place = _place(plan, program)
-        start = kernel.copies(place, sources, buffers, arrived, once)
+        start, start_constants = kernel.copies(place, sources, buffers, arrived, once)
         written = [
             (buffers.elements.parameter, update_out),
             *zip(buffers.elements.momentum, sources.elements.momentum, strict=True),
@@ -645,6 +649,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             return sums
 
         def prepare() -> Callable:
+            start_constants()
             mosaic.barrier_wait(once)
             numbers = mosaic.scalars(buffers.table)
             rates = _rates(entries.decays, numbers)
@@ -654,7 +659,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         sums = _walk(plan, place, start, prepare, arrived, carry)
         position = _index(plan, place)
         for k, x in enumerate(sums):
-            sums_out[position, k] = _total(x)
+            _store_sums(sums_out.at[position, k], x)
         mosaic.await_writes()
 
     elements = inputs.elements
@@ -681,9 +686,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             second_moment=value(changed.second_moment),
             average=tuple(map(value, changed.average)),
         ),
-        sums=sums.reshape((plan.tensors, plan.programs // plan.tensors, -1))
-        if statistics
-        else None,
+        sums=sums.reshape((plan.tensors, -1, *sums.shape[1:])) if statistics else None,
     )
 
 

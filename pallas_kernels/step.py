@@ -1,14 +1,14 @@
 """The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
 
-Tensors come in parts: arrays with a leading axis of tensors, that were never joined because joining
-large arrays would copy them. The vectors between the passes are joined: they are small, and computing
-them for all tensors at once saves hundreds of launches.
+Tensors come in parts: arrays with a leading axis of tensors, that were never joined because that
+would copy them. The vectors between the passes are joined: they are small, and computing them for
+all tensors at once saves hundreds of launches.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,38 @@ from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
-_PROGRAM_ELEMENTS = 1 << 15  # of a program at most: more programs than fit at once even out
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a pass is cut; chosen by measurement (docs/kernels.md).
+
+    Attributes:
+      tile_elements, widest, vector: as in `view_of`.
+      stages: tiles in shared memory at once.
+      block_rows: rows of a tile in registers at once, if possible; 0: all of them.
+      loops: as in `Plan`.
+      programs: that a multiprocessor holds at once.
+      program_elements: of a program at most, about.
+    """
+
+    tile_elements: int
+    stages: int
+    programs: int
+    widest: int = 128
+    vector: int = 4
+    block_rows: int = 0
+    loops: bool = False
+    program_elements: int = 1 << 15
+
+
+FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
+SUMS = Tuning(tile_elements=2048, stages=2, programs=2, program_elements=1 << 16)
+UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 13)
+# wide layers leave few registers, so a thread takes few elements
+WIDE_UPDATE = Tuning(
+    tile_elements=1024, stages=3, programs=2, widest=64, vector=2, block_rows=1, loops=True
+)
 
 
 class Part(NamedTuple):
@@ -52,7 +83,7 @@ def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
       Moments of all parts, with a leading axis of tensors.
     """
     shape = parts[0].gradient.shape[1:]
-    view = first_view(shape)
+    view = view_for(shape, FIRST)
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     if not view.is_factored:
         if not needs_parameter:
@@ -63,7 +94,7 @@ def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
         ]
         return jax.tree.map(lambda *xs: _join(xs), *by_part)
     sums = []
-    plans = _plans(view, parts, stages=4)
+    plans = _plans(view, parts, FIRST)
     for plan, part in zip(plans, parts, strict=True):
         gradient = view.arrange(part.gradient)
         parameter = view.arrange(part.parameter) if needs_parameter else None
@@ -113,8 +144,8 @@ def second_pass(
     """
     shape = parts[0].gradient.shape[1:]
     hidden = range(mlp.biases[0].shape[-1])
-    is_wide = len(hidden) >= rules.WIDE_HIDDEN_SIZE
-    view, update_view, dims = sums_view(shape), update_view_of(shape, is_wide), factored_dims(shape)
+    tuning = WIDE_UPDATE if len(hidden) >= rules.WIDE_HIDDEN_SIZE else UPDATE
+    view, update_view, dims = view_for(shape, SUMS), view_for(shape, tuning), factored_dims(shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -142,9 +173,9 @@ def second_pass(
         _square_sums(
             plan, rule, rate_entries, mosaic.is_interpreting(), Inputs(x, rates, *factors, start)
         )
-        for plan, x, start in zip(_plans(view, parts, stages=2), elements, starts, strict=True)
+        for plan, x, start in zip(_plans(view, parts, SUMS), elements, starts, strict=True)
     ]
-    means = jnp.sum(_join(sums), axis=1) / math.prod(shape)
+    means = jnp.sum(_join(sums), axis=(1, 3)) / math.prod(shape)
 
     # the network
     networks = jax.vmap(
@@ -176,7 +207,7 @@ def second_pass(
 
     # pass C
     view = update_view
-    plans = _plans(view, parts, stages=3, is_wide=is_wide, backwards=True)
+    plans = _plans(view, parts, tuning, backwards=True)
     results = [
         _update(plan, rule, entries, mosaic.is_interpreting(), Inputs(x, numbers, *factors, start))
         for plan, x, start in zip(plans, elements, starts, strict=True)
@@ -204,47 +235,45 @@ def second_pass(
     return Updates(out, kept)
 
 
-def first_view(shape: tuple[int, ...]) -> View:
-    """How pass A sees a shape."""
-    return view_of(shape)
-
-
-def sums_view(shape: tuple[int, ...]) -> View:
-    """How pass B sees a shape."""
-    return view_of(shape, tile_elements=2048)
-
-
-def update_view_of(shape: tuple[int, ...], is_wide: bool) -> View:
-    """How pass C sees a shape: wide layers leave few registers, so a thread takes few elements."""
-    if is_wide:
-        return view_of(shape, tile_elements=1024, vector=2, widest=64)
-    return view_of(shape, tile_elements=512)
+def view_for(shape: tuple[int, ...], tuning: Tuning) -> View:
+    """How a pass sees a shape."""
+    return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest)
 
 
 def _plans(
-    view: View,
-    parts: Sequence[Part],
-    stages: int,
-    is_wide: bool = False,
-    backwards: bool = False,
+    view: View, parts: Sequence[Part], tuning: Tuning, backwards: bool = False
 ) -> list[Plan]:
     """One plan a part, equal but for the number of tensors."""
     counts = [part.gradient.shape[0] for part in parts]
-    plan = plan_for(view, max(counts), stages, is_wide, backwards)
+    plan = plan_for(view, max(counts), tuning, backwards)
     return [replace(plan, tensors=n) for n in counts]
 
 
-def plan_for(
-    view: View, tensors: int, stages: int, is_wide: bool = False, backwards: bool = False
-) -> Plan:
-    """A plan with a wave of programs that fills the GPU, or more for large tensors."""
+def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) -> Plan:
+    """A plan whose programs fill the GPU once, or for large tensors a few times.
+
+    Never a bit more than that: a wave of few programs takes as long as a full one.
+
+    Args:
+      view: how the pass sees a tensor.
+      tensors: number of tensors in an array.
+      tuning: how the pass is cut.
+      backwards: as in `Plan`.
+
+    Returns:
+      The plan.
+    """
     strips = tensors * view.batch * view.middle * view.strips
-    wanted = 3 * MULTIPROCESSORS
-    most = max(1, _PROGRAM_ELEMENTS // (view.rows * view.width))
-    tiles = max(1, min(most, strips * view.tiles_down // wanted, view.tiles_down))
+    at_once = tuning.programs * MULTIPROCESSORS
+    elements = strips * view.tiles_down * view.rows * view.width
+    waves = -(-elements // (at_once * tuning.program_elements))
+    chunks = max(1, at_once * waves // strips)
+    tiles = -(-view.tiles_down // chunks)
+    rows = min(tuning.block_rows or view.rows, view.rows)
     step = mosaic.tile_layout(view.width, view.vector)[1]
-    rows = step if is_wide else view.rows
-    return Plan(view, tensors, tiles, min(stages, tiles + 1), rows, is_wide, backwards)
+    rows = max(rows, step)
+    stages = min(tuning.stages, tiles + 1)
+    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards)
 
 
 def _starts(parts: Sequence[Part]) -> list[jax.Array]:
@@ -328,7 +357,7 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
 
 
 def _statistics(sums: jax.Array, centres: jax.Array, elements: int) -> Statistics:
-    first, second = jnp.split(jnp.sum(sums, axis=1) / elements, 2, axis=1)
+    first, second = jnp.split(jnp.sum(sums, axis=(1, 3)) / elements, 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 

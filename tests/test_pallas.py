@@ -1,6 +1,7 @@
 """The fused kernels in the interpreter: against the reference trajectories and the XLA path."""
 
 import functools
+import itertools
 import logging
 
 import jax
@@ -45,7 +46,7 @@ def random_mlp(rule, tensors, hidden, seed):
     rng = np.random.default_rng(seed)
     normal = lambda *s: jnp.asarray(rng.normal(size=s), jnp.float32)  # noqa: E731
     sizes = (len(rule.features), hidden, hidden, 3)
-    pairs = list(zip(sizes, sizes[1:], strict=False))
+    pairs = list(itertools.pairwise(sizes))
     return MLP(
         tuple(normal(tensors, *pair) for pair in pairs),
         tuple(normal(tensors, n) for n in sizes[1:]),
@@ -235,7 +236,7 @@ class TestBackend:
     def test_pallas_without_gpu(self):
         if mosaic.unsupported_reason() is None:
             pytest.skip("the kernels run here")
-        with pytest.raises(NotImplementedError, match="backend='pallas'.*not an NVIDIA GPU"):
+        with pytest.raises(NotImplementedError, match=r"backend='pallas'.*not an NVIDIA GPU"):
             self.update("pallas")
 
     def test_auto_says_why(self, caplog):
