@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -68,6 +69,19 @@ class Partition:
     def is_split(self) -> bool:
         """Whether any dimension is."""
         return any(self.axes)
+
+    def is_padded(self, shard_shape: Sequence[int]) -> bool:
+        """Whether the last devices' shards hold padding, inside `shard_map`."""
+        return any(
+            size * jax.lax.axis_size(names) != whole
+            for size, names, whole in zip(shard_shape, self.axes, self.shape, strict=True)
+            if names
+        )
+
+    def total(self, x: jax.Array, dims: Sequence[int]) -> jax.Array:
+        """The sum over devices of what each has summed over its part of these dimensions."""
+        names = self.names(dims)
+        return jax.lax.psum(x, names) if names else x
 
     def shard(self, whole: jax.Array) -> jax.Array:
         """The part of the whole tensor that this device holds."""
@@ -232,7 +246,7 @@ def spread(
     if any(any(axes.values()) for axes in typed):
         run: Callable = _in_shard_map
         given: Any = typed
-    elif not typed and jax.device_count() > 1 and not _is_manual():
+    elif not typed and not is_local():
         run, given = _partitioned, guides
     else:
         return function(None, *operands)
@@ -246,10 +260,11 @@ def spread(
     return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, name))
 
 
-def _is_manual() -> bool:
-    """Whether this is traced inside a `shard_map` over the whole mesh: arrays are local then."""
+def is_local() -> bool:
+    """Whether no partitioner will split what is traced: one device, or inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+    is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+    return is_manual or jax.device_count() == 1
 
 
 def _is_dims(x: Any) -> bool:
@@ -337,46 +352,52 @@ def _partitioned(
     name: str,
 ) -> Sequence[jax.Array]:
     whole = lambda *xs: local(None, *xs)  # noqa: E731
+    # custom_partitioning takes no constants: they become operands that every device has.
+    program = jax.make_jaxpr(whole)(*map(_bare, leaves))
+    constants = len(program.consts)
+    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in program.consts), *dims]
+
+    def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(xs[:constants]))
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[constants:]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments]
-        candidates = [
-            _axes(shardings[i].spec, dims[i])
-            for i in guides
-            if isinstance(shardings[i], NamedSharding)
-        ]
-        axes = _most_split(candidates, dict(mesh.shape)) if candidates else {}
-        if not candidates:
+        shardings = [x.sharding for x in arguments[constants:]]
+        specs: list[Any] = [getattr(shardings[i], "spec", None) for i in guides]
+        if None in specs:
             say_once(
-                f"{name}: its sharding is not a NamedSharding, which lopt_jax cannot split by; "
-                "every device gathers and updates the whole tensor."
+                f"{name}: its sharding is no NamedSharding, which lopt_jax cannot split by; every "
+                "device gathers and updates the whole tensor."
             )
-        for i in guides:
-            if candidates and _axes(shardings[i].spec, dims[i]) != axes:
+            axes: Axes = {}
+        else:
+            split_by = [_axes(spec, dims[guides[0]]) for spec in specs]
+            axes = _most_split(split_by, dict(mesh.shape))
+            # A gradient that comes otherwise is no news: its way here is the sum over the batch.
+            if any(other != axes for other in split_by[1:]):
                 say_once(
-                    f"{name}: gradient, parameter and optimizer state are sharded differently "
-                    f"({', '.join(str(shardings[k].spec) for k in guides)}); they are moved to "
-                    "one sharding at every step. lopt_jax.sharding.state_shardings gives the state "
-                    "the parameters' sharding."
+                    f"{name}: parameter and optimizer state are sharded differently "
+                    f"({', '.join(map(str, specs[1:]))}, after an axis of tensors); one of them "
+                    "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+                    "parameters' sharding."
                 )
-                break
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
         how = _partition(shape, axes)
         split = any(axes.values())
         return (
             mesh,
-            lambda *xs: local(how if split else None, *xs),
+            lambda *xs: local(how if split else None, *xs[constants:]),
             tuple(named(d) for d in out_dims),
-            tuple(named(d) for d in dims),
+            tuple(named(d) for d in in_dims),
         )
 
-    operation = custom_partitioning(whole)
-    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(dims, out_dims))
+    operation = custom_partitioning(with_constants)
+    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(in_dims, out_dims))
 
     # custom_partitioning knows neither batching nor differentiation: there the function is plain.
     @custom_vmap
     def batchable(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        return operation(*xs)
+        return operation(*program.consts, *xs)
 
     @batchable.def_vmap
     def _(axis_size: int, in_batched: Any, *xs: jax.Array) -> Any:

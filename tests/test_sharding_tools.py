@@ -158,7 +158,7 @@ def compiled_update(tx, shapes, specs, mesh):
         ((4, 2), {"w": P("data", "model"), "t": P("model", "data"), "k": P(), "b": P("model")}),
     ],
 )
-@pytest.mark.parametrize("make", [small_fc, velo])
+@pytest.mark.parametrize("make", [small_fc, pytest.param(velo, marks=pytest.mark.slow)])
 def test_only_vectors_cross_devices(make, sizes, specs):
     shapes = {"w": (512, 256), "t": (256, 512), "k": (3, 3, 128, 64), "b": (512,)}
     found = collectives(compiled_update(make(), shapes, specs, mesh_of(*sizes)))
@@ -168,6 +168,26 @@ def test_only_vectors_cross_devices(make, sizes, specs):
     assert max(c.largest for c in found) <= max(math.prod(s) // 64 for s in shapes.values())
     statistics = 200 * len(shapes)  # numbers
     assert moved_bytes(found) <= 4 * (vectors + statistics)
+
+
+def test_distributed_moves_gradients_and_updates_once(monkeypatch):
+    """A reduce-scatter, an all-gather, the mean of what stays whole, and FSDP's statistics."""
+    monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 64)
+    shapes = {"w": (64, 96), "t": (40, 72), "b": (128,), "small": (5, 7)}
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    mesh = mesh_of(8)
+    tx = sharding.distributed(small_fc(), "data")
+    specs = sharding.distributed_specs(small_fc(), params, "data", 8)
+    wrap = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    step = wrap(tx.update, in_specs=(P(), specs, P()), out_specs=(P(), specs))
+    state = jax.eval_shape(small_fc().init, params)
+    found = collectives(jax.jit(step).lower(params, state, params).compile())
+    split = 4 * sum(math.prod(s) for k, s in shapes.items() if k != "small")
+    of_params = {"w": P("data"), "t": P("data"), "b": P("data"), "small": P()}
+    statistics = moved_bytes(collectives(compiled_update(small_fc(), shapes, of_params, mesh)))
+    assert moved_bytes(found, "reduce-scatter") == split
+    assert moved_bytes(found, "all-gather") == split
+    assert moved_bytes(found, "all-reduce") == 4 * 5 * 7 + statistics
 
 
 def test_collectives_in_loops():
@@ -189,6 +209,7 @@ def test_collectives_in_loops():
 # Differentiation and batching
 
 
+@pytest.mark.slow
 def test_gradient_and_vmap_of_the_update():
     """As meta-training does: through the update, and over several trainings at once."""
     weights = reference.weights("small_fc_lopt_h4", step_mult=0.01)
@@ -288,6 +309,7 @@ def test_distributed_stacked_axes(small_limits):
     np.testing.assert_allclose(updates["layers"], expected["layers"], atol=2e-6 * scale)
 
 
+@pytest.mark.slow
 def test_distributed_velo_with_accumulation(small_limits):
     rng = np.random.default_rng(0)
     params = {"w": rng.standard_normal((8, 6)).astype(np.float32)}
@@ -350,3 +372,57 @@ def test_orbax_across_meshes(tmp_path):
         ):
             np.testing.assert_array_equal(before, after)
             assert after.sharding.is_equivalent_to(sharding_, after.ndim)
+
+
+def test_functions_with_constants_split():
+    """The partitioner's operation takes no constants; kernels have some."""
+    mesh = mesh_of(8)
+    x = jax.device_put(jnp.arange(32.0).reshape(1, 16, 2), NamedSharding(mesh, P(None, "data")))
+    weights = np.asarray([1.0, 2.0], np.float32)
+
+    def function(how, x):
+        total = jnp.sum(x * jnp.asarray(weights), axis=(1, 2))
+        return total if how is None else how.total(total, (0, 1))
+
+    dims = partition.Dims((partition.BATCH, 0, 1))
+    result = lambda _: partition.Dims((partition.BATCH,))  # noqa: E731
+    run = jax.jit(
+        lambda x: partition.spread(function, (x,), (dims,), result, (16, 2), None, (0,), "x")
+    )
+    np.testing.assert_allclose(run(x), [float(np.sum(np.arange(32).reshape(16, 2) * weights))])
+
+
+@pytest.mark.parametrize("sizes", [(8,), (2, 4)])
+def test_bytes_of_gathers_and_scatters(sizes):
+    """The size of the whole array, whatever the mesh and XLA's way to write its groups."""
+    mesh = mesh_of(*sizes)
+    names = mesh.axis_names
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    def f(x):
+        part = jax.lax.psum_scatter(x, names[-1], tiled=True)
+        return jax.lax.all_gather(2 * part, names[-1], tiled=True)
+
+    found = collectives(f.lower(jnp.ones((64, 3))).compile())
+    assert sorted((c.kind, c.bytes) for c in found) == [
+        ("all-gather", 64 * 3 * 4),
+        ("reduce-scatter", 64 * 3 * 4),
+    ]
+
+
+def test_reading_other_notations():
+    text = """
+HloModule m
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %a = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %b = f32[4]{0} reduce-scatter(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  %c = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), replica_groups={{0,1}}, dimensions={0}
+  %d = f32[8]{0} all-gather-done(%c)
+}
+"""
+    assert [(c.kind, c.bytes) for c in collectives(text)] == [
+        ("reduce-scatter", 32),
+        ("reduce-scatter", 32),
+        ("all-gather", 32),
+    ]
