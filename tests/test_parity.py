@@ -1,5 +1,7 @@
 """Every step and leaf of the reference trajectories, within the reference module's bound."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,6 +9,7 @@ import pytest
 import reference
 
 import lopt_jax
+from lopt_jax import rule
 
 SMALL_FC = {"step_mult": 0.01}
 NO_CONFIG = {"step_mult": 0.002}
@@ -84,6 +87,20 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_trajectory(name):
+    worst, where = reference.worst_error(CASES[name](), reference.trajectory(name))
+    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "small_fc_lopt_h32", "velo", "celo2_base"])
+def test_trajectory_of_large_tensors(name, monkeypatch):
+    """The same through the passes of large tensors: the fixtures' own are small."""
+    second_pass = rule.second_pass
+
+    def as_if_large(of, *arguments, **options):
+        return second_pass(dataclasses.replace(of, small_elements=0), *arguments, **options)
+
+    monkeypatch.setattr(rule, "second_pass", as_if_large)
     worst, where = reference.worst_error(CASES[name](), reference.trajectory(name))
     assert worst <= 1, f"{worst:.2f} times the bound at {where}"
 
