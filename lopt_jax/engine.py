@@ -820,17 +820,11 @@ def second_pass(
             results, kept = [update], update.statistics
         for i, result in zip(unit, results, strict=True):
             group, out = prepared.groups[i], prepared.out
-            is_stack = len(group.leaves) > 1
-            accumulators = _accumulate_leaves(rule, group, prepared, decays) if is_stack else None
+            old = jax.tree.map(lambda x: x, out.accumulators)
             scatter(group, prepared.tensors, result.update, result.accumulators, out)
-            if accumulators is not None:
-                for leaves, arrays in zip(
-                    (*out.accumulators.momentum, out.accumulators.second_moment),
-                    accumulators,
-                    strict=True,
-                ):
-                    for leaf, x in zip(group.leaves, arrays, strict=True):
-                        leaves[leaf] = match_sharding(x, leaves[leaf])
+            if len(group.leaves) > 1:
+                for leaf in group.leaves:
+                    _accumulate_leaf(rule, leaf, prepared, old, decays)
         new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)
@@ -863,34 +857,37 @@ def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:
     return chosen.reshape(entry.stack + (1,) * (leaf.ndim - len(entry.stack)))
 
 
-def _accumulate_leaves(
-    rule: Rule, group: Group, prepared: Prepared, decays: Decays
-) -> list[list[jax.Array]]:
-    """Momenta and second moment of a group's leaves after this step, from the leaves themselves.
+def _accumulate_leaf(
+    rule: Rule, leaf: int, prepared: Prepared, old: Accumulators, decays: Decays
+) -> None:
+    """Writes momenta and second moment of a stacked leaf, from the leaf itself.
 
-    The group's arrays hold the same numbers, but to take a leaf out of each is a launch a leaf and
+    The stack's results hold the same numbers, but to take a leaf out of each is a launch a leaf and
     array; this is one operation a leaf, and in place.
+
+    Args:
+      rule: the rule.
+      leaf: position among the leaves.
+      prepared: of `first_pass`; its lists hold the leaf's new update.
+      old: lists of leaves, before this step.
+      decays: decay rates.
     """
-    old = prepared.out.accumulators
-    by_leaf = []
-    for leaf in group.leaves:
-        second_moment = old.second_moment[leaf]
-        gradient = rules.prepare_gradient(rule, prepared.gradients[leaf])
-        gradient = gradient.astype(jnp.promote_types(gradient.dtype, second_moment.dtype))
-        wide = lambda x, dtype=gradient.dtype: x.astype(dtype)  # noqa: E731
-        momenta = zip(old.momentum, decays.momentum, strict=True)
-        by_leaf.append(
-            [
-                *(
-                    update_momentum(wide(m[leaf]), gradient, decay).astype(m[leaf].dtype)
-                    for m, decay in momenta
-                ),
-                update_second_moment(wide(second_moment), gradient, decays.second_moment).astype(
-                    second_moment.dtype
-                ),
-            ]
-        )
-    return [list(arrays) for arrays in zip(*by_leaf, strict=True)]
+    out, second_moment = prepared.out, old.second_moment[leaf]
+    gradient, update = prepared.gradients[leaf], out.updates[leaf]
+    # Never true, but it orders the operations: the stack has read the old leaf by the time that
+    # this writes to it. Else XLA copies the leaf first.
+    gradient = jnp.where(update < -jnp.inf, jnp.zeros_like(gradient), gradient)
+    gradient = rules.prepare_gradient(rule, gradient)
+    gradient = gradient.astype(jnp.promote_types(gradient.dtype, second_moment.dtype))
+    wide = lambda x: x.astype(gradient.dtype)  # noqa: E731
+    for k, decay in enumerate(decays.momentum):
+        m = old.momentum[k][leaf]
+        new = update_momentum(wide(m), gradient, decay)
+        out.accumulators.momentum[k][leaf] = match_sharding(new.astype(m.dtype), m)
+    new = update_second_moment(wide(second_moment), gradient, decays.second_moment)
+    out.accumulators.second_moment[leaf] = match_sharding(
+        new.astype(second_moment.dtype), second_moment
+    )
 
 
 def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
