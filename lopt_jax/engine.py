@@ -30,6 +30,7 @@ from lopt_jax.partition import (
     BATCH,
     Dims,
     Partition,
+    is_local,
     match_sharding,
     partitions_of,
     spread,
@@ -424,6 +425,11 @@ class GroupDims(NamedTuple):
             column=self.column,
         )
 
+    def inputs(self, tree: GroupInputs) -> GroupInputs:
+        """The inputs of a step."""
+        accumulators = self.accumulators(tree.accumulators)
+        return GroupInputs(self.elementwise, self.elementwise, accumulators)
+
     def moments(self, tree: Moments) -> Moments:
         """The results of the first pass."""
         vector = lambda dims: Dims((BATCH, *dims.labels[2:]))  # noqa: E731
@@ -504,11 +510,10 @@ def _choose_backend(
         reason = choice.unsupported_reason(must)
         choices = [
             reason
-            or (None if group.partition is None else "arrays are shards of tensors")
             or choice.unsupported_group_reason(
                 rule, x.gradient.shape, [leaf.dtype for leaf in jax.tree.leaves(x)], must
             )
-            for group, x in zip(groups, inputs, strict=True)
+            for x in inputs
         ]
     if must and any(choices):
         reason = next(filter(None, choices))
@@ -524,7 +529,10 @@ def _choose_backend(
             f"Fused kernels update {fused:,} of {elements:,} parameters"
             + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")
         )
-    return [why is None for why in choices]
+    return [
+        why is None and _kernels_split(group.partition, x)
+        for why, group, x in zip(choices, groups, inputs, strict=True)
+    ]
 
 
 def _reasons(choices: Sequence[str | None]) -> str:
@@ -532,32 +540,47 @@ def _reasons(choices: Sequence[str | None]) -> str:
 
 
 def _make_units(
-    on_kernels: Sequence[bool], inputs: Sequence[GroupInputs]
+    on_kernels: Sequence[bool], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> tuple[list[list[int]], list[bool]]:
     """Groups that are updated together, and whether by the kernels.
 
-    The kernels take together the groups whose tensors are equal in shape and dtypes.
+    The kernels take together the groups whose tensors are equal in shape and dtypes, where no
+    partitioner may split them in different ways.
     """
     units: dict[Any, list[int]] = {}
-    for i, (chosen, x) in enumerate(zip(on_kernels, inputs, strict=True)):
+    joins = is_local()
+    for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-        units.setdefault((x.gradient.shape[1:], dtypes) if chosen else i, []).append(i)
+        key = (x.gradient.shape[1:], dtypes, group.partition)
+        units.setdefault(key if chosen and joins else i, []).append(i)
     return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
 
-def _first_pass(rule: Rule, group: Group, x: GroupInputs) -> Moments:
-    """Pass A over a group by XLA, on the shards of its tensors."""
+def _kernels_split(partition: Partition | None, x: GroupInputs) -> bool:
+    """Whether the kernels can update shards: they know of no padding."""
+    return partition is None or not partition.is_padded(x.gradient.shape[1:])
+
+
+def _first_pass(rule: Rule, on_kernels: bool, group: Group, x: GroupInputs) -> Moments:
+    """Pass A over a group, on the shards of its tensors."""
     dims = GroupDims.of(group)
+
+    def first(partition: Partition | None, x: GroupInputs) -> Moments:
+        if on_kernels and _kernels_split(partition, x):
+            from pallas_kernels import step
+
+            return step.first_pass(rule, [x], partition)
+        function = functools.partial(rules.first_pass, rule, partition=partition)
+        return over_tensors(function, x.gradient, x.parameter)
+
     return spread(
-        lambda partition, *arrays: over_tensors(
-            functools.partial(rules.first_pass, rule, partition=partition), *arrays
-        ),
-        (x.gradient, x.parameter),
-        (dims.elementwise, dims.elementwise),
+        first,
+        (x,),
+        (dims.inputs(x),),
         dims.moments,
         group.shape,
         group.partition,
-        guides=(0, 1),
+        guides=(0, 1, 2),
         name=group.name,
     )
 
@@ -577,6 +600,7 @@ def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
 
 def _second_pass(
     rule: Rule,
+    on_kernels: bool,
     group: Group,
     x: GroupInputs,
     moments: Moments,
@@ -585,8 +609,9 @@ def _second_pass(
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
+    statistics: Statistics | None,
 ) -> TensorUpdate:
-    """Passes B and C over a group by XLA, on the shards of its tensors."""
+    """Passes B and C over a group, on the shards of its tensors."""
     dims = GroupDims.of(group)
 
     def passes(
@@ -595,8 +620,17 @@ def _second_pass(
         mlp: MLP,
         moments: Moments,
         decays: Decays,
-        *factors: jax.Array,
+        scale: jax.Array,
+        weight_decay: jax.Array,
+        statistics: Statistics | None,
     ) -> TensorUpdate:
+        factors = (scale, weight_decay)
+        if on_kernels and _kernels_split(partition, x):
+            from pallas_kernels import step
+
+            arguments = (mlp, mlp_per_tensor, decays, *factors, statistics, partition)
+            (update,), kept = step.second_pass(rule, [x], moments, *arguments)
+            return update._replace(statistics=kept)
         if partition is None:
             return _passes(rule, mlp_per_tensor)(mlp, moments, *x, decays, *factors)
         return over_tensors(
@@ -611,14 +645,15 @@ def _second_pass(
 
     return spread(
         passes,
-        (x, mlp, moments, decays, scale, weight_decay),
+        (x, mlp, moments, decays, scale, weight_decay, statistics),
         (
-            GroupInputs(dims.elementwise, dims.elementwise, dims.accumulators(x.accumulators)),
+            dims.inputs(x),
             dims.by_tensor(mlp) if mlp_per_tensor else dims.shared(mlp),
             dims.moments(moments),
             dims.shared(decays),
             dims.by_tensor(scale),
             dims.by_tensor(weight_decay),
+            dims.by_tensor(statistics),
         ),
         dims.result,
         group.shape,
@@ -663,16 +698,17 @@ def first_pass(
     )
     groups = make_groups(tensors, leaves, gradient_leaves, _paths(params))
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
-    units, on_kernels = _make_units(_choose_backend(rule, backend, groups, inputs), inputs)
+    units, on_kernels = _make_units(_choose_backend(rule, backend, groups, inputs), groups, inputs)
     moments: list[Any] = []
     for unit, chosen in zip(units, on_kernels, strict=True):
-        if chosen:
+        group = groups[unit[0]]
+        if len(unit) > 1:
             from pallas_kernels import step
 
             parts: list[Any] = [inputs[i] for i in unit]
-            moments.append(step.first_pass(rule, parts))
+            moments.append(step.first_pass(rule, parts, group.partition))
         else:
-            moments.append(_first_pass(rule, groups[unit[0]], inputs[unit[0]]))
+            moments.append(_first_pass(rule, chosen, group, inputs[unit[0]]))
     return Prepared(
         groups=groups,
         tensors=tensors,
@@ -748,7 +784,8 @@ def second_pass(
         rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
         by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
         network = by_row(mlp) if mlp_per_tensor else mlp
-        if chosen:
+        group = prepared.groups[unit[0]]
+        if len(unit) > 1:
             from pallas_kernels import step
 
             parts: list[Any] = [prepared.inputs[i] for i in unit]
@@ -762,11 +799,13 @@ def second_pass(
                 scale[rows],
                 weight_decay[rows],
                 by_row(statistics),
+                group.partition,
             )
         else:
             update = _second_pass(
                 rule,
-                prepared.groups[unit[0]],
+                chosen,
+                group,
                 prepared.inputs[unit[0]],
                 moments,
                 network,
@@ -774,6 +813,7 @@ def second_pass(
                 decays,
                 scale[rows],
                 weight_decay[rows],
+                by_row(statistics) if chosen else None,
             )
             results, kept = [update], update.statistics
         for i, result in zip(unit, results, strict=True):

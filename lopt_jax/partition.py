@@ -69,6 +69,19 @@ class Partition:
         """Whether any dimension is."""
         return any(self.axes)
 
+    def is_padded(self, shard_shape: Sequence[int]) -> bool:
+        """Whether the last devices' shards hold padding, inside `shard_map`."""
+        return any(
+            size * jax.lax.axis_size(names) != whole
+            for size, names, whole in zip(shard_shape, self.axes, self.shape, strict=True)
+            if names
+        )
+
+    def total(self, x: jax.Array, dims: Sequence[int]) -> jax.Array:
+        """The sum over devices of what each has summed over its part of these dimensions."""
+        names = self.names(dims)
+        return jax.lax.psum(x, names) if names else x
+
     def shard(self, whole: jax.Array) -> jax.Array:
         """The part of the whole tensor that this device holds."""
         for dim, names in enumerate(self.axes):
@@ -232,7 +245,7 @@ def spread(
     if any(any(axes.values()) for axes in typed):
         run: Callable = _in_shard_map
         given: Any = typed
-    elif not typed and jax.device_count() > 1 and not _is_manual():
+    elif not typed and not is_local():
         run, given = _partitioned, guides
     else:
         return function(None, *operands)
@@ -246,10 +259,11 @@ def spread(
     return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, name))
 
 
-def _is_manual() -> bool:
-    """Whether this is traced inside a `shard_map` over the whole mesh: arrays are local then."""
+def is_local() -> bool:
+    """Whether no partitioner will split what is traced: one device, or inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+    is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+    return is_manual or jax.device_count() == 1
 
 
 def _is_dims(x: Any) -> bool:

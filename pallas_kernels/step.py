@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
 from lopt_jax.features import Operands
+from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import mosaic, passes, table
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
@@ -72,24 +73,28 @@ class Updates(NamedTuple):
     statistics: Statistics | None  # of all parts, with a leading axis of tensors
 
 
-def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
+def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = None) -> Moments:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
       rule: the rule.
       parts: the tensors.
+      partition: where they are shards, without padding, of what.
 
     Returns:
       Moments of all parts, with a leading axis of tensors.
     """
     shape = parts[0].gradient.shape[1:]
-    view = view_for(shape, FIRST)
+    whole = partition or _unsplit(shape)
+    view = view_for(shape, FIRST, whole.shape)
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     if not view.is_factored:
         if not needs_parameter:
             return Moments(None, None, None)
         by_part = [
-            jax.vmap(functools.partial(rules.first_pass, rule))(part.gradient, part.parameter)
+            jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))(
+                part.gradient, part.parameter
+            )
             for part in parts
         ]
         return jax.tree.map(lambda *xs: _join(xs), *by_part)
@@ -102,13 +107,15 @@ def first_pass(rule: Rule, parts: Sequence[Part]) -> Moments:
     joined = passes.FirstSums(
         *(None if x[0] is None else _join(x) for x in zip(*sums, strict=True))
     )
-    down = jnp.sum(joined.down, axis=2)[..., : view.down] / view.across
-    across = jnp.sum(joined.across, axis=2)[..., : view.across] / view.down
+    down_axis, across_axis = view.order[view.down_axis], view.order[-1]
+    down = whole.total(jnp.sum(joined.down, axis=2)[..., : view.down], [across_axis])
+    across = whole.total(jnp.sum(joined.across, axis=2)[..., : view.across], [down_axis])
+    down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
     mean_square = None
     if joined.parameter is not None:
         tensors = sum(plan.tensors for plan in plans)
         by_tensor = jnp.sum(joined.parameter.reshape((tensors, -1)), axis=1)
-        mean_square = by_tensor / math.prod(shape)
+        mean_square = _mean(by_tensor, whole)
     down, across = view.restore_down(down), view.restore_across(across)
     row, column = (down, across) if view.down_is_row else (across, down)
     return Moments(row, column, mean_square)
@@ -124,6 +131,7 @@ def second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
+    partition: Partition | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
@@ -138,14 +146,17 @@ def second_pass(
       weight_decay: (tensors,).
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
+      partition: where the tensors are shards, without padding, of what.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
     shape = parts[0].gradient.shape[1:]
+    whole = partition or _unsplit(shape)
     hidden = range(mlp.biases[0].shape[-1])
     tuning = WIDE_UPDATE if len(hidden) >= rules.WIDE_HIDDEN_SIZE else UPDATE
-    view, update_view, dims = view_for(shape, SUMS), view_for(shape, tuning), factored_dims(shape)
+    view, update_view = (view_for(shape, t, whole.shape) for t in (SUMS, tuning))
+    dims = factored_dims(whole.shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -154,7 +165,8 @@ def second_pass(
     vectors = FactoredVectors((), (), (), ())
     if dims is not None:
         row, column, vectors = jax.vmap(
-            functools.partial(_factored_after, dims=dims), in_axes=(0, 0, 0, 0, None)
+            functools.partial(_factored_after, dims=dims, partition=partition),
+            in_axes=(0, 0, 0, 0, None),
         )(
             moments.row,
             moments.column,
@@ -175,11 +187,11 @@ def second_pass(
         )
         for plan, x, start in zip(_plans(view, parts, SUMS), elements, starts, strict=True)
     ]
-    means = jnp.sum(_join(sums), axis=(1, 3)) / math.prod(shape)
+    means = _mean(jnp.sum(_join(sums), axis=(1, 3)), whole)
 
     # the network
     networks = jax.vmap(
-        functools.partial(_folded, rule, features, len(shape)),
+        functools.partial(_folded, rule, features, len(whole.shape), partition),
         in_axes=(0 if mlp_per_tensor else None, 0, 0),
     )(mlp, means[:, :-2], vectors)
     if rule.parameter_scale:
@@ -214,7 +226,7 @@ def second_pass(
     ]
     kept = None
     if rule.accumulator_statistics:
-        kept = _statistics(_join([x.sums for x in results]), centres, math.prod(shape))
+        kept = _statistics(_join([x.sums for x in results]), centres, whole)
     out, first = [], 0
     for result, part in zip(results, parts, strict=True):
         new, old = result.elements, part.accumulators
@@ -235,9 +247,9 @@ def second_pass(
     return Updates(out, kept)
 
 
-def view_for(shape: tuple[int, ...], tuning: Tuning) -> View:
-    """How a pass sees a shape."""
-    return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest)
+def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:
+    """How a pass sees a shape; `whole` as in `view_of`."""
+    return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest, whole)
 
 
 def _plans(
@@ -313,22 +325,39 @@ def _factored_after(
     column: jax.Array,
     decays: jax.Array,
     dims: FactoredDims,
+    partition: Partition | None,
 ) -> tuple[jax.Array, jax.Array, FactoredVectors]:
     """One tensor's row and column accumulators after this step, and their vectors."""
     row = update_factored(row.astype(jnp.float32), row_mean, decays)
     column = update_factored(column.astype(jnp.float32), column_mean, decays)
-    return row, column, rules.factored_vectors(row, column, dims)
+    return row, column, rules.factored_vectors(row, column, dims, partition)
 
 
 def _folded(
-    rule: Rule, features: Any, rank: int, mlp: MLP, means: jax.Array, vectors: FactoredVectors
+    rule: Rule,
+    features: Any,
+    rank: int,
+    partition: Partition | None,
+    mlp: MLP,
+    means: jax.Array,
+    vectors: FactoredVectors,
 ) -> Folded:
     """One tensor's folded network from the mean squares of its element features."""
     operands = Operands(None, None, (), None, *vectors)
     axes = rules.normalizer_axes(rule, rank)
     kept = [x.reshape((1,) * rank) for x in means]
-    normalizers = rules.normalizers(rule, features, kept, operands, axes)
+    normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
     return rules.fold(mlp, features, normalizers, operands)
+
+
+def _unsplit(shape: tuple[int, ...]) -> Partition:
+    """The partition of tensors that are not split."""
+    return Partition(shape, ((),) * len(shape))
+
+
+def _mean(sums: jax.Array, whole: Partition) -> jax.Array:
+    """Means over the whole tensors from sums over the shards."""
+    return whole.total(sums, range(len(whole.shape))) / math.prod(whole.shape)
 
 
 def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
@@ -356,8 +385,8 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
     return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
 
 
-def _statistics(sums: jax.Array, centres: jax.Array, elements: int) -> Statistics:
-    first, second = jnp.split(jnp.sum(sums, axis=(1, 3)) / elements, 2, axis=1)
+def _statistics(sums: jax.Array, centres: jax.Array, whole: Partition) -> Statistics:
+    first, second = jnp.split(_mean(jnp.sum(sums, axis=(1, 3)), whole), 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 

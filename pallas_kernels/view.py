@@ -34,6 +34,8 @@ class View:
       stored: `across`, rounded up where copies cannot address it.
       rows, width: of a tile.
       vector: neighbouring elements across that one thread holds.
+      down_is_row: whether the row accumulator is the one that lies down (or else the column's
+        does).
     """
 
     shape: tuple[int, ...]
@@ -47,17 +49,12 @@ class View:
     rows: int
     width: int
     vector: int
+    down_is_row: bool
 
     @property
     def is_factored(self) -> bool:
         """Whether the tensor's second moment is factored."""
         return self.down_axis is not None
-
-    @property
-    def down_is_row(self) -> bool:
-        """Whether the row accumulator is the one that lies down (or else the column's does)."""
-        dims = factored_dims(self.shape)
-        return dims is not None and self.order[-1] == dims.d0
 
     @property
     def is_copied(self) -> bool:
@@ -155,12 +152,17 @@ def _stack(parts: Sequence[jax.Array], size: int) -> jax.Array:
 
 
 def view_of(
-    shape: tuple[int, ...], tile_elements: int = 1024, vector: int = 4, widest: int = LINE
+    shape: tuple[int, ...],
+    tile_elements: int = 1024,
+    vector: int = 4,
+    widest: int = LINE,
+    whole: tuple[int, ...] | None = None,
 ) -> View:
     """How the kernels see a shape.
 
     Args:
       shape: of one tensor, without zeros.
+      whole: where the shape is that of a shard: of the whole tensor.
       tile_elements: elements of a tile, about.
       vector: as in `View`.
       widest: largest width of a tile, a power of two.
@@ -168,7 +170,7 @@ def view_of(
     Returns:
       The view.
     """
-    dims = factored_dims(shape)
+    dims = factored_dims(shape if whole is None else whole)
     order = tuple(range(len(shape)))
     if dims is None:
         across = stored = LINE
@@ -184,4 +186,5 @@ def view_of(
     width = max(min(1 << (across - 1).bit_length(), widest), 16)
     step = mosaic.tile_layout(width, vector)[1]
     rows = max(tile_elements // width // step, 1) * step
-    return View(shape, order, down_axis, batch, down, middle, across, stored, rows, width, vector)
+    sizes = (batch, down, middle, across, stored, rows, width, vector)
+    return View(shape, order, down_axis, *sizes, dims is not None and order[-1] == dims.d0)
