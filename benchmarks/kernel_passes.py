@@ -98,7 +98,9 @@ def make_inputs(
     """Inputs of passes B and C, and the entries of their tables."""
     key = iter(jax.random.split(jax.random.key(seed), 20))
     normal = lambda *shape: jax.random.normal(next(key), shape, jnp.float32)  # noqa: E731
-    decays = Decays(jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]]))
+    decays = Decays(
+        jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]])
+    )
     count = sum(f.varies == "element" for f in rule.features.factored)
     numbers = Table(
         decays=decays,

@@ -42,12 +42,22 @@ STEPS_OF_PARITY = 20
 TOKENS = (4, 1024)  # of each device in a training step: batch, length
 
 
+def moving_weights(architecture: str, **config: Any) -> lopt_jax.Weights:
+    """Random weights, large enough that steps move the parameters: parity then says something."""
+    weights = random_weights(architecture, **config)
+    larger = {
+        key: value if key.endswith("_decays") else jax.tree.map(lambda x: 30 * x, value)
+        for key, value in weights.params.items()
+    }
+    return lopt_jax.Weights(weights.architecture, weights.config, larger)
+
+
 def velo(backend: str) -> optax.GradientTransformation:
-    return lopt_jax.velo(10_000, random_weights("velo"), backend=backend)
+    return lopt_jax.velo(10_000, moving_weights("velo"), backend=backend)
 
 
 def small_fc_lopt_h32(backend: str) -> optax.GradientTransformation:
-    weights = random_weights("small_fc_lopt", hidden_size=32)
+    weights = moving_weights("small_fc_lopt", hidden_size=32)
     return lopt_jax.small_fc_lopt(weights, backend=backend)
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -351,9 +352,17 @@ def _partitioned(
     name: str,
 ) -> Sequence[jax.Array]:
     whole = lambda *xs: local(None, *xs)  # noqa: E731
+    # custom_partitioning takes no constants: they become operands that every device has.
+    program = jax.make_jaxpr(whole)(*map(_bare, leaves))
+    constants = len(program.consts)
+    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in program.consts), *dims]
+
+    def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
+        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(xs[:constants]))
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[constants:]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments]
+        shardings = [x.sharding for x in arguments[constants:]]
         candidates = [
             _axes(shardings[i].spec, dims[i])
             for i in guides
@@ -379,18 +388,18 @@ def _partitioned(
         split = any(axes.values())
         return (
             mesh,
-            lambda *xs: local(how if split else None, *xs),
+            lambda *xs: local(how if split else None, *xs[constants:]),
             tuple(named(d) for d in out_dims),
-            tuple(named(d) for d in dims),
+            tuple(named(d) for d in in_dims),
         )
 
-    operation = custom_partitioning(whole)
-    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(dims, out_dims))
+    operation = custom_partitioning(with_constants)
+    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(in_dims, out_dims))
 
     # custom_partitioning knows neither batching nor differentiation: there the function is plain.
     @custom_vmap
     def batchable(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        return operation(*xs)
+        return operation(*program.consts, *xs)
 
     @batchable.def_vmap
     def _(axis_size: int, in_batched: Any, *xs: jax.Array) -> Any:

@@ -33,9 +33,8 @@ def means(
         return tuple(x.reshape(kept) / count for x in _sums(tuple(axes), *arrays))
     count = math.prod(partition.shape[axis] for axis in axes)
     sums = _sums(tuple(axes), *(partition.clear_padding(x, axes) for x in arrays))
-    names = partition.names(axes)
-    if names:
-        sums = tuple(jax.lax.psum(jnp.stack(sums), names))
+    if partition.names(axes):
+        sums = tuple(partition.total(jnp.stack(sums), axes))
     return tuple(x.reshape(kept) / count for x in sums)
 
 
@@ -61,10 +60,7 @@ def mean(
     if partition is None:
         return jnp.mean(x, axes, keepdims=keepdims)
     total = jnp.sum(partition.clear_padding(x, axes), axes, keepdims=keepdims)
-    names = partition.names(axes)
-    if names:
-        total = jax.lax.psum(total, names)
-    return total / math.prod(partition.shape[axis] for axis in axes)
+    return partition.total(total, axes) / math.prod(partition.shape[axis] for axis in axes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
