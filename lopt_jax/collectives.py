@@ -1,5 +1,6 @@
 """What a compiled program moves between devices, read off its HLO."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count[^}]*?"n":"(\d+)"')
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
 
 
@@ -84,6 +86,10 @@ def _arrays(type_text: str) -> list[tuple[int, int]]:
 
 
 def _group_size(line: str) -> int:
+    mesh = _MESH_GROUPS.search(line)
+    if mesh is not None:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']*)'", mesh[2]))
     found = _GROUPS.search(line)
     if found is None:
         return 1

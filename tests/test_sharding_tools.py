@@ -368,3 +368,39 @@ def test_functions_with_constants_split():
         lambda x: partition.spread(function, (x,), (dims,), result, (16, 2), None, (0,), "x")
     )
     np.testing.assert_allclose(run(x), [float(np.sum(np.arange(32).reshape(16, 2) * weights))])
+
+
+@pytest.mark.parametrize("sizes", [(8,), (2, 4)])
+def test_bytes_of_gathers_and_scatters(sizes):
+    """The size of the whole array, whatever the mesh and XLA's way to write its groups."""
+    mesh = mesh_of(*sizes)
+    names = mesh.axis_names
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    def f(x):
+        part = jax.lax.psum_scatter(x, names[-1], tiled=True)
+        return jax.lax.all_gather(2 * part, names[-1], tiled=True)
+
+    found = collectives(f.lower(jnp.ones((64, 3))).compile())
+    assert sorted((c.kind, c.bytes) for c in found) == [
+        ("all-gather", 64 * 3 * 4),
+        ("reduce-scatter", 64 * 3 * 4),
+    ]
+
+
+def test_reading_other_notations():
+    text = """
+HloModule m
+ENTRY %main (p: f32[8]) -> f32[4] {
+  %a = f32[4]{0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %b = f32[4]{0} reduce-scatter(%p), replica_groups=[4,2]<=[8], dimensions={0}
+  %c = (f32[4]{0}, f32[8]{0}) all-gather-start(%p), replica_groups={{0,1}}, dimensions={0}
+  %d = f32[8]{0} all-gather-done(%c)
+}
+"""
+    assert [(c.kind, c.bytes) for c in collectives(text)] == [
+        ("reduce-scatter", 32),
+        ("reduce-scatter", 32),
+        ("all-gather", 32),
+    ]
