@@ -374,15 +374,15 @@ def _partitioned(
                 f"{name}: its sharding is not a NamedSharding, which lopt_jax cannot split by; "
                 "every device gathers and updates the whole tensor."
             )
-        for i in guides:
-            if candidates and _axes(shardings[i].spec, dims[i]) != axes:
-                say_once(
-                    f"{name}: gradient, parameter and optimizer state are sharded differently "
-                    f"({', '.join(str(shardings[k].spec) for k in guides)}); they are moved to "
-                    "one sharding at every step. lopt_jax.sharding.state_shardings gives the state "
-                    "the parameters' sharding."
-                )
-                break
+        # A gradient that comes otherwise is no news: its way here is the sum over the batch.
+        _, *kept = (shardings[i].spec for i in guides) if candidates else (None,)
+        if any(_axes(spec, dims[guides[0]]) != axes for spec in kept):
+            say_once(
+                f"{name}: parameter and optimizer state are sharded differently "
+                f"({', '.join(str(spec) for spec in kept)}, after an axis of tensors); one of them "
+                "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+                "parameters' sharding."
+            )
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
         how = _partition(shape, axes)
         split = any(axes.values())
