@@ -363,26 +363,24 @@ def _partitioned(
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         shardings = [x.sharding for x in arguments[constants:]]
-        candidates = [
-            _axes(shardings[i].spec, dims[i])
-            for i in guides
-            if isinstance(shardings[i], NamedSharding)
-        ]
-        axes = _most_split(candidates, dict(mesh.shape)) if candidates else {}
-        if not candidates:
+        specs = [getattr(shardings[i], "spec", None) for i in guides]
+        if None in specs:
             say_once(
-                f"{name}: its sharding is not a NamedSharding, which lopt_jax cannot split by; "
-                "every device gathers and updates the whole tensor."
+                f"{name}: its sharding is no NamedSharding, which lopt_jax cannot split by; every "
+                "device gathers and updates the whole tensor."
             )
-        # A gradient that comes otherwise is no news: its way here is the sum over the batch.
-        _, *kept = (shardings[i].spec for i in guides) if candidates else (None,)
-        if any(_axes(spec, dims[guides[0]]) != axes for spec in kept):
-            say_once(
-                f"{name}: parameter and optimizer state are sharded differently "
-                f"({', '.join(str(spec) for spec in kept)}, after an axis of tensors); one of them "
-                "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
-                "parameters' sharding."
-            )
+            axes: Axes = {}
+        else:
+            split_by = [_axes(spec, dims[guides[0]]) for spec in specs]
+            axes = _most_split(split_by, dict(mesh.shape))
+            # A gradient that comes otherwise is no news: its way here is the sum over the batch.
+            if any(other != axes for other in split_by[1:]):
+                say_once(
+                    f"{name}: parameter and optimizer state are sharded differently "
+                    f"({', '.join(map(str, specs[1:]))}, after an axis of tensors); one of them "
+                    "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+                    "parameters' sharding."
+                )
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
         how = _partition(shape, axes)
         split = any(axes.values())
