@@ -44,8 +44,11 @@ def small_fc_wide(**kwargs):
 
 
 NAMES = [*optimizers.OPTIMIZERS, "small_fc_lopt_h32"]
-ALWAYS = ("small_fc_lopt", "small_fc_lopt_h32", "velo")
-OPTIMIZERS = [pytest.param(n, marks=() if n in ALWAYS else pytest.mark.slow) for n in NAMES]
+
+
+def names(always):
+    """Every optimizer; all but some are for the slow runs: each takes seconds to compile."""
+    return [pytest.param(n, marks=() if n in always else pytest.mark.slow) for n in NAMES]
 
 
 def make(name):
@@ -140,8 +143,17 @@ def run_sharded(tx, mesh, specs, constrain=None):
     return params, state, state_shardings
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+ALWAYS = {("small_fc_lopt", "fsdp"), ("small_fc_lopt", "grid"), ("velo", "both_axes")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(n, k, marks=() if (n, k) in ALWAYS else pytest.mark.slow)
+        for n in NAMES
+        for k in LAYOUTS
+    ],
+)
 def test_jit(name, layout):
     shape, names, specs = LAYOUTS[layout]
     params, state, shardings = run_sharded(make(name), mesh_of(shape, names), specs)
@@ -150,7 +162,7 @@ def test_jit(name, layout):
         assert x.sharding.is_equivalent_to(sharding_, x.ndim)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_jit_uneven(name):
     """Dimensions that the mesh does not divide: only a constraint inside jit can ask for those."""
     mesh = mesh_of((8,), ("data",))
@@ -167,7 +179,7 @@ def test_jit_uneven(name):
     check(params, unsharded(name))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", names(["small_fc_lopt_h32"]))
 def test_explicit(name):
     """Types say the shardings; the state's are those of the parameters, from init on."""
     mesh = mesh_of((4, 2), ("data", "model"), AxisType.Explicit)
@@ -204,8 +216,8 @@ def split_gradients(params, step, devices=8):
     return parts, losses
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo"]))
 def test_distributed_shard_map(name, check_vma):
     mesh = mesh_of((8,), ("data",))
     inner = make(name)
@@ -232,7 +244,7 @@ def test_distributed_shard_map(name, check_vma):
     assert momentum["wide"].addressable_shards[0].data.size == momentum["wide"].size // 8
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_distributed_pmap(name):
     tx = sharding.distributed(make(name), "data")
     params = make_params()

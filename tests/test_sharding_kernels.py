@@ -60,7 +60,17 @@ def one_after_the_other(function, statics):
     return call
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((16, 24), 1), ((16, 24), 0), ((16, 16), 0)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((16, 24), 1),
+        pytest.param((16, 24), 0, marks=SLOW),
+        pytest.param((16, 16), 0, marks=SLOW),
+    ],
+)
 def test_passes_on_shards(shape, dim, monkeypatch):
     """The two calls on halves of a tensor against the XLA rule on the whole."""
     from pallas_kernels import step
@@ -131,7 +141,8 @@ def test_passes_on_shards(shape, dim, monkeypatch):
         np.testing.assert_array_equal(row[0], row[1])
 
 
-@pytest.mark.parametrize("name", ["small_fc_lopt", pytest.param("velo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
 def test_distributed(name, monkeypatch):
     """On a mesh of one device, as the interpreter knows no more."""
     devices = 1

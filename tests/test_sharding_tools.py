@@ -158,7 +158,7 @@ def compiled_update(tx, shapes, specs, mesh):
         ((4, 2), {"w": P("data", "model"), "t": P("model", "data"), "k": P(), "b": P("model")}),
     ],
 )
-@pytest.mark.parametrize("make", [small_fc, velo])
+@pytest.mark.parametrize("make", [small_fc, pytest.param(velo, marks=pytest.mark.slow)])
 def test_only_vectors_cross_devices(make, sizes, specs):
     shapes = {"w": (512, 256), "t": (256, 512), "k": (3, 3, 128, 64), "b": (512,)}
     found = collectives(compiled_update(make(), shapes, specs, mesh_of(*sizes)))
@@ -189,6 +189,7 @@ def test_collectives_in_loops():
 # Differentiation and batching
 
 
+@pytest.mark.slow
 def test_gradient_and_vmap_of_the_update():
     """As meta-training does: through the update, and over several trainings at once."""
     weights = reference.weights("small_fc_lopt_h4", step_mult=0.01)
@@ -288,6 +289,7 @@ def test_distributed_stacked_axes(small_limits):
     np.testing.assert_allclose(updates["layers"], expected["layers"], atol=2e-6 * scale)
 
 
+@pytest.mark.slow
 def test_distributed_velo_with_accumulation(small_limits):
     rng = np.random.default_rng(0)
     params = {"w": rng.standard_normal((8, 6)).astype(np.float32)}
