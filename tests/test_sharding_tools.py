@@ -170,6 +170,26 @@ def test_only_vectors_cross_devices(make, sizes, specs):
     assert moved_bytes(found) <= 4 * (vectors + statistics)
 
 
+def test_distributed_moves_gradients_and_updates_once(monkeypatch):
+    """A reduce-scatter, an all-gather, the mean of what stays whole, and FSDP's statistics."""
+    monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 64)
+    shapes = {"w": (64, 96), "t": (40, 72), "b": (128,), "small": (5, 7)}
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    mesh = mesh_of(8)
+    tx = sharding.distributed(small_fc(), "data")
+    specs = sharding.distributed_specs(small_fc(), params, "data", 8)
+    wrap = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    step = wrap(tx.update, in_specs=(P(), specs, P()), out_specs=(P(), specs))
+    state = jax.eval_shape(small_fc().init, params)
+    found = collectives(jax.jit(step).lower(params, state, params).compile())
+    split = 4 * sum(math.prod(s) for k, s in shapes.items() if k != "small")
+    of_params = {"w": P("data"), "t": P("data"), "b": P("data"), "small": P()}
+    statistics = moved_bytes(collectives(compiled_update(small_fc(), shapes, of_params, mesh)))
+    assert moved_bytes(found, "reduce-scatter") == split
+    assert moved_bytes(found, "all-gather") == split
+    assert moved_bytes(found, "all-reduce") == 4 * 5 * 7 + statistics
+
+
 def test_collectives_in_loops():
     mesh = mesh_of(8)
 
