@@ -556,6 +556,11 @@ def _make_units(
     return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
 
+# The first accumulator and the parameter decide how a group is split, in a draw the accumulator: it
+# stands for more arrays. A gradient that comes otherwise is no news: its way is the batch's sum.
+_GUIDES = (2, 1)
+
+
 def _kernels_split(partition: Partition | None, x: GroupInputs) -> bool:
     """Whether the kernels can update shards: they know of no padding."""
     return partition is None or not partition.is_padded(x.gradient.shape[1:])
@@ -581,7 +586,7 @@ def _first_pass(rule: Rule, on_kernels: bool, group: Group, x: GroupInputs) -> M
         dims.moments,
         group.shape,
         group.partition,
-        guides=(0, 1, 2),
+        guides=_GUIDES,
         name=group.name,
     )
 
@@ -660,7 +665,7 @@ def _second_pass(
         dims.result,
         group.shape,
         group.partition,
-        guides=(0, 1, 2),
+        guides=_GUIDES,
         name=group.name,
     )
 

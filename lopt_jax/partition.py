@@ -373,11 +373,10 @@ def _partitioned(
         else:
             split_by = [_axes(spec, dims[guides[0]]) for spec in specs]
             axes = _most_split(split_by, dict(mesh.shape))
-            # A gradient that comes otherwise is no news: its way here is the sum over the batch.
-            if any(other != axes for other in split_by[1:]):
+            if any(other != axes for other in split_by):
                 say_once(
                     f"{name}: parameter and optimizer state are sharded differently "
-                    f"({', '.join(map(str, specs[1:]))}, after an axis of tensors); one of them "
+                    f"({', '.join(map(str, specs))}, after an axis of tensors); one of them "
                     "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
                     "parameters' sharding."
                 )

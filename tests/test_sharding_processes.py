@@ -107,14 +107,12 @@ def test_two_processes_train_as_one(name, tmp_path):
 
 
 def restored(folder, step):
-    with ocp.CheckpointManager(folder / "checkpoints") as manager:
-        assert manager.latest_step() == step
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-            manager.item_metadata(step).tree,
-        )
-        return manager.restore(step, args=ocp.args.StandardRestore(target))
+    """The arrays of a checkpoint, on one device."""
+    path = folder / "checkpoints" / str(step) / "default"
+    here = ocp.ArrayRestoreArgs(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        return checkpointer.restore(path, restore_args=jax.tree.map(lambda _: here, tree))
 
 
 @pytest.mark.slow
