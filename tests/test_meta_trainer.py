@@ -105,7 +105,8 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
 
 _MESH = """
 import os, sys
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+count = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
 import jax, numpy as np
 from lopt_jax.meta.config import from_json
 from lopt_jax.meta.trainer import Trainer
