@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ def load_source_code(num_bytes: int = 400_000) -> tuple[np.ndarray, int]:
     """
     folder = os.path.dirname(os.__file__)
     paths = [os.path.join(folder, module) for module in _MODULES]
-    text = b"".join(open(path, "rb").read() for path in paths if os.path.exists(path))  # noqa: SIM115
+    text = b"".join(Path(path).read_bytes() for path in paths if os.path.exists(path))
     if len(text) < 10_000:
         raise FileNotFoundError(f"no standard library sources found in {folder}")
     raw = np.frombuffer(text[:num_bytes], np.uint8).astype(np.int32)
