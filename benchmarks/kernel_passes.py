@@ -27,7 +27,6 @@ from pallas_kernels.passes import Inputs, Table
 from pallas_kernels.view import View
 
 SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
-L2_BYTES = 60 << 20
 
 
 def seconds(function: Callable[[], Any], name: str, repeats: int = 5) -> float:

@@ -113,12 +113,3 @@ def mlp() -> Shapes:
 
 
 MODELS = {"mlp": mlp, "vit_b16": vit_b16, "gpt2_355m": gpt2_355m}
-
-
-def random_tree(shapes: Shapes, seed: int, scale: float = 0.02) -> Any:
-    """Normal arrays of these shapes and dtypes, one compilation for each distinct shape."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(
-        [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )

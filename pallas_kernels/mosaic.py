@@ -11,11 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUP = 128  # threads of a block
 WARPS = 4
-COPY_BYTES = 128  # a copy between global and shared memory moves a multiple of this many bytes
-STRIDE_BYTES = 16  # strides of a copied array are multiples of this
-COPY_LIMIT = 256  # elements of a copy along any axis
 
 barrier_wait = plgpu.barrier_wait
 copy_in = plgpu.copy_gmem_to_smem

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.accumulators import update_momentum, update_second_moment
-
-GRADIENT_CLIP = 1000.0
+from lopt_jax.optimizers import common
 
 
 class AdamSettings(NamedTuple):
@@ -46,7 +45,7 @@ def adam_step(
       The step to be subtracted, and the new moments in their dtypes.
     """
     dtype = jnp.promote_types(jnp.promote_types(gradient.dtype, momentum.dtype), jnp.float32)
-    gradient = jnp.clip(gradient.astype(dtype), -GRADIENT_CLIP, GRADIENT_CLIP)
+    gradient = jnp.clip(gradient.astype(dtype), -common.GRADIENT_CLIP, common.GRADIENT_CLIP)
     beta1, beta2 = (jnp.asarray(beta, jnp.float32) for beta in settings.betas)
     m = update_momentum(momentum.astype(dtype), gradient, beta1)
     v = update_second_moment(second_moment.astype(dtype), gradient, beta2)

@@ -68,7 +68,7 @@ def celo(
     rule = Rule(
         features=velo_features(len(weights.config["initial_momentum_decays"])),
         exp_mult=weights.config["exp_mult"],
-        gradient_clip=1000.0,
+        gradient_clip=common.GRADIENT_CLIP,
         parameter_scale=True,
         precision=options.precision,
     )

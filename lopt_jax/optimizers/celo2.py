@@ -74,17 +74,14 @@ def celo2(
         backend,
         precision,
     )
-    adamw = AdamW(
-        adam_learning_rate_mult,
-        weight_decay if adam_weight_decay is None else adam_weight_decay,
-        AdamSettings(adam_betas, adam_epsilon),
-    )
-    return matrix_optimizer(
-        resolve(weights, ARCHITECTURES),
+    return _celo2(
+        weights,
         options,
-        adamw,
-        label_fn=label_fn,
-        max_gradient_norm=max_gradient_norm,
+        AdamSettings(adam_betas, adam_epsilon),
+        adam_learning_rate_mult,
+        adam_weight_decay,
+        label_fn,
+        max_gradient_norm,
         orthogonal=True,
     )
 
@@ -119,16 +116,34 @@ def celo2_base(
         backend,
         precision,
     )
-    adamw = AdamW(
-        adam_learning_rate_mult,
-        weight_decay if adam_weight_decay is None else adam_weight_decay,
+    return _celo2(
+        weights,
+        options,
         AdamSettings(adam_betas, adam_epsilon),
+        adam_learning_rate_mult,
+        adam_weight_decay,
+        label_fn,
+        max_gradient_norm,
+        orthogonal=False,
     )
+
+
+def _celo2(
+    weights: str | Weights,
+    options: common.Options,
+    adam: AdamSettings,
+    adam_learning_rate_mult: Any,
+    adam_weight_decay: Any,
+    label_fn: LabelFn | None,
+    max_gradient_norm: float | None,
+    orthogonal: bool,
+) -> optax.GradientTransformationExtraArgs:
+    decay = options.weight_decay if adam_weight_decay is None else adam_weight_decay
     return matrix_optimizer(
         resolve(weights, ARCHITECTURES),
         options,
-        adamw,
+        AdamW(adam_learning_rate_mult, decay, adam),
         label_fn=label_fn,
         max_gradient_norm=max_gradient_norm,
-        orthogonal=False,
+        orthogonal=orthogonal,
     )

@@ -14,6 +14,8 @@ from lopt_jax import engine
 from lopt_jax.engine import BACKENDS, tensors_of
 from lopt_jax.partition import current_shards, shards
 
+GRADIENT_CLIP = 1000.0  # of every element, where the original clips
+
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
 

@@ -14,7 +14,7 @@ from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
-from lopt_jax.optimizers.adam import GRADIENT_CLIP, AdamSettings, adam_step
+from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.per_parameter import (
     Functions,
     PerParameterState,
@@ -167,7 +167,7 @@ def _learned_step(weights: Weights, options: common.Options) -> Functions:
             normalizer_axes="matrix",
         ),
         exp_mult=config["exp_mult"],
-        gradient_clip=GRADIENT_CLIP,
+        gradient_clip=common.GRADIENT_CLIP,
         precision=options.precision,
     )
     return per_parameter(

@@ -83,7 +83,7 @@ def velo(
     rule = Rule(
         features=velo_features(len(config["initial_momentum_decays"])),
         exp_mult=config["exp_mult"],
-        gradient_clip=1000.0,
+        gradient_clip=common.GRADIENT_CLIP,
         parameter_scale=True,
         accumulator_statistics=True,
         precision=options.precision,
