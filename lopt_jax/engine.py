@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,8 @@ from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
+# On a CPU, wide layers of so large groups are written out, unless that would take long to compile.
+WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 
@@ -85,6 +87,11 @@ class Group:
     shape: tuple[int, ...]  # of each tensor
     partition: Partition | None  # where they are shards, of what
     name: str  # of the first leaf
+
+    @property
+    def size(self) -> int:
+        """Number of elements of all tensors."""
+        return len(self.tensors) * math.prod(self.shape)
 
     @property
     def dims(self) -> FactoredDims | None:
@@ -730,6 +737,14 @@ def first_pass(
     )
 
 
+def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
+    """The rule for a group: with its network written out where that is worth its compilation."""
+    is_large = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
+    few = sum(map(is_large, groups)) <= WRITTEN_OUT_GROUPS
+    on_cpu = jax.default_backend() == "cpu"
+    return replace(rule, write_out=on_cpu and few and is_large(group))
+
+
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
     return _by_tensor(prepared, [m.parameter_mean_square for m in prepared.moments])
@@ -810,7 +825,7 @@ def second_pass(
             )
         else:
             update = _second_pass(
-                rule,
+                _write_out(rule, group, prepared.groups),
                 chosen,
                 group,
                 prepared.inputs[unit[0]],

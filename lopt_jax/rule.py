@@ -55,6 +55,8 @@ class Rule:
       block_elements: elements that a wide hidden layer takes at a time; None: what suits the
         default device (on a CPU, a block's hidden layers stay in the cache).
       small_elements: tensors up to this size are updated by `small_tensor_step`.
+      write_out: write wide hidden layers out too, as elementwise operations: on CPUs half the time
+        of matrix products, but a tensor takes seconds to compile.
     """
 
     features: FeatureSet
@@ -66,6 +68,7 @@ class Rule:
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
     block_elements: int | None = None
     small_elements: int = 1 << 13
+    write_out: bool = False
 
 
 class MLP(NamedTuple):
@@ -501,7 +504,7 @@ def network_step(
     element = tuple(feature for feature in features if feature.varies == "element")
     hidden = folded.row_bias.shape[0]
     per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
-    if hidden >= WIDE_HIDDEN_SIZE and per_tensor:
+    if hidden >= WIDE_HIDDEN_SIZE and per_tensor and not rule.write_out:
         return _matrix_step(rule, element, folded, operands)
     inputs = [feature.formula(operands) for feature in element]
     return output_step(*network_outputs(inputs, folded), rule.exp_mult)
