@@ -23,8 +23,6 @@ from lopt_jax.accumulators import (
     FactoredDims,
     factored_dims,
     factored_shapes,
-    update_momentum,
-    update_second_moment,
 )
 from lopt_jax.partition import (
     BATCH,
@@ -36,6 +34,7 @@ from lopt_jax.partition import (
     spread,
     zeros,
 )
+from lopt_jax.rows import rows_taker
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
@@ -351,6 +350,7 @@ def scatter(
     tensors: Sequence[Tensors],
     update: jax.Array,
     accumulators: Accumulators,
+    take: Callable[[jax.Array, slice], jax.Array],
     out: "Leaves",
 ) -> None:
     """Writes a group's results back into lists of leaves, the inverse of `gather`.
@@ -360,14 +360,19 @@ def scatter(
       tensors: of `tensors_of`.
       update: (B, *shape).
       accumulators: with a leading axis of tensors.
+      take: takes rows out of an array, of `rows_taker`.
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
+    if len(group.leaves) > 1:
+        # else parts of their computation are repeated for every leaf, after its old value is gone:
+        # XLA copies that value first
+        update, accumulators = jax.lax.optimization_barrier((update, accumulators))
     start = 0
     for i in group.leaves:
         rows = slice(start, start + tensors[i].count)
         start += tensors[i].count
         whole = len(group.leaves) == 1
-        part = lambda x, rows=rows, whole=whole: x if whole else x[rows]  # noqa: E731
+        part = lambda x, rows=rows, whole=whole: x if whole else take(x, rows)  # noqa: E731
 
         def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
             x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
@@ -799,6 +804,7 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
+    take = rows_taker(scale)
     new_statistics = []
     for unit, chosen, moments in zip(
         prepared.units, prepared.on_kernels, prepared.moments, strict=True
@@ -840,11 +846,7 @@ def second_pass(
             results, kept = [update], update.statistics
         for i, result in zip(unit, results, strict=True):
             group, out = prepared.groups[i], prepared.out
-            old = jax.tree.map(lambda x: x, out.accumulators)
-            scatter(group, prepared.tensors, result.update, result.accumulators, out)
-            if len(group.leaves) > 1:
-                for leaf in group.leaves:
-                    _accumulate_leaf(rule, leaf, prepared, old, decays)
+            scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
         new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)
@@ -875,39 +877,6 @@ def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:
         return values
     chosen = values[entry.first : entry.first + entry.count]
     return chosen.reshape(entry.stack + (1,) * (leaf.ndim - len(entry.stack)))
-
-
-def _accumulate_leaf(
-    rule: Rule, leaf: int, prepared: Prepared, old: Accumulators, decays: Decays
-) -> None:
-    """Writes momenta and second moment of a stacked leaf, from the leaf itself.
-
-    The stack's results hold the same numbers, but to take a leaf out of each is a launch a leaf and
-    array; this is one operation a leaf, and in place.
-
-    Args:
-      rule: the rule.
-      leaf: position among the leaves.
-      prepared: of `first_pass`; its lists hold the leaf's new update.
-      old: lists of leaves, before this step.
-      decays: decay rates.
-    """
-    out, second_moment = prepared.out, old.second_moment[leaf]
-    gradient, update = prepared.gradients[leaf], out.updates[leaf]
-    # Never true, but it orders the operations: the stack has read the old leaf by the time that
-    # this writes to it. Else XLA copies the leaf first.
-    gradient = jnp.where(update < -jnp.inf, jnp.zeros_like(gradient), gradient)
-    gradient = rules.prepare_gradient(rule, gradient)
-    gradient = gradient.astype(jnp.promote_types(gradient.dtype, second_moment.dtype))
-    wide = lambda x: x.astype(gradient.dtype)  # noqa: E731
-    for k, decay in enumerate(decays.momentum):
-        m = old.momentum[k][leaf]
-        new = update_momentum(wide(m), gradient, decay)
-        out.accumulators.momentum[k][leaf] = match_sharding(new.astype(m.dtype), m)
-    new = update_second_moment(wide(second_moment), gradient, decays.second_moment)
-    out.accumulators.second_moment[leaf] = match_sharding(
-        new.astype(second_moment.dtype), second_moment
-    )
 
 
 def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:

@@ -18,6 +18,7 @@ from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
 from lopt_jax.features import Operands
 from lopt_jax.partition import Partition
+from lopt_jax.rows import rows_taker
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import mosaic, passes, table
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
@@ -229,6 +230,8 @@ def second_pass(
     if rule.accumulator_statistics:
         kept = _statistics(_join([x.sums for x in results]), centres, whole)
     out, first = [], 0
+    take = rows_taker(scale)
+    row, column = jax.lax.optimization_barrier((row, column))
     for result, part in zip(results, parts, strict=True):
         new, old = result.elements, part.accumulators
         if dims is None:
@@ -236,7 +239,8 @@ def second_pass(
             new_column = old.column
         else:
             last = first + part.gradient.shape[0]
-            new_row, new_column = row[first:last], column[first:last]
+            rows = slice(first, last)
+            new_row, new_column = (x if len(parts) == 1 else take(x, rows) for x in (row, column))
             first = last
         accumulators = Accumulators(
             momentum=tuple(map(view.restore, new.momentum)),
