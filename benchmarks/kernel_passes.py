@@ -119,9 +119,9 @@ def make_inputs(
     first = jnp.zeros((1,), jnp.int32)
     vectors = -(-(3 + hidden) // 8) * 8
     return (
-        Inputs(elements, rates, down(8), across(8), first),
+        Inputs([elements], rates, down(8), across(8), first),
         rate_entries,
-        Inputs(elements, packed, down(vectors), across(vectors), first),
+        Inputs([elements], packed, down(vectors), across(vectors), first),
         entries,
     )
 
@@ -161,7 +161,8 @@ def time_pass(
     interpreted = step.mosaic.is_interpreting()
     if name == "A":
         call = functools.partial(step._first_sums, plan, rule, interpreted)
-        inputs: list[Any] = [(view.arrange(p.gradient), view.arrange(p.parameter)) for p in parts]
+        arranged = lambda x: (view.arrange(x),)  # noqa: E731
+        inputs: list[Any] = [(arranged(p.gradient), arranged(p.parameter)) for p in parts]
         function = jax.jit(lambda xs: [call(*x) for x in xs])
         return seconds(lambda: function(inputs), "lopt_first_pass") * 1e3, 8 * elements
     made = [make_inputs(view, rule, p, hidden) for p in parts]
@@ -177,19 +178,20 @@ def time_pass(
 
 def _updates(call: Callable, inputs: Sequence[Inputs]) -> Callable[[], Any]:
     """Pass C on all inputs; momentum and second moment are donated, as in training."""
-    state = [(x.elements.momentum, x.elements.second_moment) for x in inputs]
+    state = [(x.elements[0].momentum, x.elements[0].second_moment) for x in inputs]
     rest = [
-        x._replace(elements=x.elements._replace(momentum=(), second_moment=None)) for x in inputs
+        x._replace(elements=[x.elements[0]._replace(momentum=(), second_moment=None)])
+        for x in inputs
     ]
 
     @functools.partial(jax.jit, donate_argnums=0)
     def function(state: Any, rest: Any) -> Any:
         out = [
-            call(x._replace(elements=x.elements._replace(momentum=m, second_moment=v)))
+            call(x._replace(elements=[x.elements[0]._replace(momentum=m, second_moment=v)]))
             for (m, v), x in zip(state, rest, strict=True)
         ]
-        new = [(o.elements.momentum, o.elements.second_moment) for o in out]
-        return new, [(o.elements.gradient, o.sums) for o in out]
+        new = [(o.elements[0].momentum, o.elements[0].second_moment) for o in out]
+        return new, [(o.elements[0].gradient, o.sums) for o in out]
 
     def run() -> Any:
         nonlocal state

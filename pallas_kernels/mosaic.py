@@ -3,13 +3,16 @@
 The backend's API changes between releases of jax; the kernels use it through these names alone.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.mosaic.gpu import fragmented_array, launch_context
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
 
 WARPS = 4
 
@@ -123,6 +126,78 @@ def await_reads(pending: int) -> None:
 def await_writes() -> None:
     """Waits until every `copy_out` is complete."""
     plgpu.wait_smem_to_gmem(0)
+
+
+def any_of(parts: Sequence[Any], index: Any) -> Callable[[Callable[[Any], None]], None]:
+    """Copies to and from one of several sets of arrays, which one known at run time.
+
+    A branch for each set would do, but the compiler makes a loop of each branch: minutes for eight.
+    What a copy needs of an array is its descriptor, and those of the sets lie one behind another.
+
+    Args:
+      parts: trees of refs of arrays in global memory, equal in structure, shapes and dtypes.
+      index: which of them, the same for all copies.
+
+    Returns:
+      A function that calls a function of one of the trees, which may only start copies.
+    """
+    if len(parts) == 1:
+        return lambda do: do(parts[0])
+    if is_interpreting():
+        return lambda do: jax.lax.switch(index, [functools.partial(do, part) for part in parts])
+    sets = tuple(tuple(jax.tree.leaves(part)) for part in parts)
+    types = jax.tree.map(lambda _: plgpu.RefType(), sets)
+
+    @plgpu.inline_mgpu(arg_types=(types, plgpu.Layout.WG_SPLAT(())))
+    def choose(context: Any, sets: Any, index: Any) -> None:
+        _choose_descriptors(context, list(zip(*sets, strict=True)), index.registers.item())
+
+    choose(sets, index)
+    return lambda do: do(parts[0])
+
+
+def _choose_descriptors(context: Any, alternatives: Sequence[Sequence[Any]], index: Any) -> None:
+    """Makes the descriptor of the first of some arrays that of the one with an index.
+
+    Args:
+      context: of the launch; from here on.
+      alternatives: values of arrays, those that stand for each other together.
+      index: int32 value.
+    """
+    argument = launch_context._find_kernel_argument_for_gmem_ref
+    known = [[argument(x) for x in arrays] for arrays in alternatives]
+    size = launch_context.TMA_DESCRIPTOR_BYTES
+    descriptor_of = context._get_tma_desc
+
+    def descriptor(array: Any, *arguments: Any, **options: Any) -> Any:
+        array = argument(array)
+        for arrays in known:
+            if arrays[0] == array:
+                start = context.scratch.next_offset
+                first, *_ = [descriptor_of(x, *arguments, **options) for x in arrays]
+                if context.scratch.next_offset - start not in (0, size * len(arrays)):
+                    raise NotImplementedError("descriptors of copies do not lie side by side")
+                number = ir.IntegerType.get_signless(64)
+                offset = arith.muli(arith.extsi(number, index), arith.constant(number, size))
+                byte, flags = ir.IntegerType.get_signless(8), llvm.GEPNoWrapFlags.none
+                is_dynamic = -(1 << 31)
+                return llvm.getelementptr(first.type, first, [offset], [is_dynamic], byte, flags)
+        return descriptor_of(array, *arguments, **options)
+
+    context._get_tma_desc = descriptor
+    scratch, finalize = context.scratch, context.scratch.finalize_size
+
+    def finalize_size() -> None:
+        allocation, load, _ = scratch._find_alloc_load_and_device_ptr()
+        finalize()
+        # The descriptors are loaded at once, to be a kernel's argument. In bytes, as they come,
+        # LLVM takes tens of seconds for that; in words a fraction of one.
+        word = ir.IntegerType.get_signless(64)
+        words = ir.Type.parse(f"!llvm.array<{scratch.next_offset // 8} x {word}>")
+        allocation.elem_type = ir.TypeAttr.get(words)
+        load.result.set_type(words)
+
+    scratch.finalize_size = finalize_size
 
 
 def call(

@@ -31,7 +31,8 @@ class Plan:
 
     Attributes:
       view: of each tensor.
-      tensors: their number.
+      tensors: their number in an array.
+      parts: number of arrays: they lie in different places, but one launch takes them all.
       tiles: tiles that a program takes, down a strip.
       stages: tiles in shared memory at once.
       block_rows: rows of a tile that are in registers at once.
@@ -46,6 +47,7 @@ class Plan:
     block_rows: int
     loops: bool = False
     backwards: bool = False
+    parts: int = 1
 
     @property
     def chunks(self) -> int:
@@ -55,11 +57,11 @@ class Plan:
     @property
     def programs(self) -> int:
         """Number of programs."""
-        return self.groups * self.view.middle * self.chunks * self.view.strips
+        return self.parts * self.groups * self.view.middle * self.chunks * self.view.strips
 
     @property
     def groups(self) -> int:
-        """Number of matrices: tensors times their batch."""
+        """Number of matrices of a part: tensors times their batch."""
         return self.tensors * self.view.batch
 
     @property
@@ -76,7 +78,8 @@ class Plan:
 class Place(NamedTuple):
     """Where a program works."""
 
-    group: Any
+    part: Any
+    group: Any  # within the part
     middle: Any
     chunk: Any
     strip: Any
@@ -90,12 +93,19 @@ def _place(plan: Plan, program: jax.Array) -> Place:
     chunk = jax.lax.rem(program, plan.chunks)
     program = jax.lax.div(program, plan.chunks)
     middle = jax.lax.rem(program, plan.view.middle)
-    return Place(jax.lax.div(program, plan.view.middle), middle, chunk, strip)
+    program = jax.lax.div(program, plan.view.middle)
+    group = jax.lax.rem(program, plan.groups)
+    return Place(jax.lax.div(program, plan.groups), group, middle, chunk, strip)
+
+
+def _group(plan: Plan, place: Place) -> jax.Array:
+    """Position of a program's matrix among those of all parts."""
+    return place.part * plan.groups + place.group
 
 
 def _index(plan: Plan, place: Place) -> jax.Array:
     """Position of a program's sums: the tensors in order, each one's programs in a fixed order."""
-    out = (place.group * plan.view.middle + place.middle) * plan.chunks + place.chunk
+    out = (_group(plan, place) * plan.view.middle + place.middle) * plan.chunks + place.chunk
     return out * plan.view.strips + place.strip
 
 
@@ -236,46 +246,56 @@ def _store_sums(ref: Any, x: jax.Array) -> None:
 class FirstSums(NamedTuple):
     """Sums of pass A, every program's."""
 
-    down: jax.Array | None  # (groups, middle, strips, down rounded up): of g² across a strip
-    across: jax.Array | None  # (groups, middle, chunks, across rounded up): of g² down a chunk
+    down: jax.Array | None  # (all groups, middle, strips, down rounded up): of g² across a strip
+    across: jax.Array | None  # (all groups, middle, chunks, across rounded up): of g² down a chunk
     parameter: jax.Array | None  # (programs, rows of threads): of p²
 
 
 def first_sums(
-    plan: Plan, rule: Rule, gradient: jax.Array, parameter: jax.Array | None
+    plan: Plan,
+    rule: Rule,
+    gradients: Sequence[jax.Array],
+    parameters: Sequence[jax.Array] | None,
 ) -> FirstSums:
     """Pass A.
 
     Args:
       plan: the plan.
       rule: the rule.
-      gradient: arranged as the plan's view does.
-      parameter: the same; None: its square is not summed.
+      gradients: of each part, arranged as the plan's view does.
+      parameters: the same; None: their squares are not summed.
 
     Returns:
-      The sums.
+      The sums, of all parts.
     """
     view = plan.view
-    arrays = [gradient] if parameter is None else [gradient, parameter]
+    parts = [(g,) for g in gradients]
+    if parameters is not None:
+        parts = [(g, p) for g, p in zip(gradients, parameters, strict=True)]
     down_size, across_size = view.tiles_down * view.rows, view.strips * view.width
     registers = _Registers(plan)
+    groups = plan.parts * plan.groups
     outputs = [
-        jax.ShapeDtypeStruct((plan.groups, view.middle, view.strips, down_size), jnp.float32),
-        jax.ShapeDtypeStruct((plan.groups, view.middle, plan.chunks, across_size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, view.middle, view.strips, down_size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, view.middle, plan.chunks, across_size), jnp.float32),
         jax.ShapeDtypeStruct((plan.programs, registers.step), jnp.float32),
     ]
 
     def body(program: Any, *refs: Any) -> None:
-        inputs, refs = refs[: len(arrays)], refs[len(arrays) :]
+        inputs, refs = _split(refs, parts)
         (down_out, across_out, parameter_out), refs = refs[:3], refs[3:]
         buffers, arrived = refs[:-1], refs[-1]
         place = _place(plan, program)
+        of_part = mosaic.any_of(inputs, place.part)
 
         def start(tile: Any, slot: Any) -> None:
-            for source, target in zip(inputs, buffers, strict=True):
-                mosaic.copy_in(
-                    source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
-                )
+            def start_part(sources: Any) -> None:
+                for source, target in zip(sources, buffers, strict=True):
+                    mosaic.copy_in(
+                        source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
+                    )
+
+            of_part(start_part)
 
         def consume(tile: Any, slot: Any, carry: Any) -> Any:
             def take(row: Any, carry: Any) -> Any:
@@ -283,9 +303,9 @@ def first_sums(
                 g = rules.prepare_gradient(rule, registers.load(buffers[0], slot, row))
                 squared = jnp.square(g)
                 rows = pl.ds(tile * view.rows + row, plan.block_rows)
-                target = down_out.at[place.group, place.middle, place.strip, rows]
+                target = down_out.at[_group(plan, place), place.middle, place.strip, rows]
                 mosaic.store(target, jnp.sum(squared, axis=1), optimized=False)
-                if parameter is not None:
+                if parameters is not None:
                     p = registers.load(buffers[1], slot, row).astype(jnp.float32)
                     squares = squares + registers.fold(jnp.square(p))
                 return across + registers.fold(squared), squares
@@ -298,22 +318,22 @@ def first_sums(
             plan, place, start, lambda: consume, arrived, (registers.zeros(), registers.zeros())
         )
         columns = pl.ds(place.strip * view.width, view.width)
-        target = across_out.at[place.group, place.middle, place.chunk, columns]
+        target = across_out.at[_group(plan, place), place.middle, place.chunk, columns]
         mosaic.store(target, jnp.sum(across, axis=0), optimized=False)
         _store_sums(parameter_out.at[_index(plan, place)], squares)
 
     down, across, squares = mosaic.call(
         body,
-        arrays,
+        jax.tree.leaves(parts),
         programs=plan.programs,
         outputs=outputs,
         scratch=[
-            *(mosaic.shared((plan.stages, *plan.tile), x.dtype) for x in arrays),
-            mosaic.barrier(len(arrays), plan.stages),
+            *(mosaic.shared((plan.stages, *plan.tile), x.dtype) for x in parts[0]),
+            mosaic.barrier(len(parts[0]), plan.stages),
         ],
         name="lopt_first_pass",
     )
-    return FirstSums(down, across, None if parameter is None else squares)
+    return FirstSums(down, across, None if parameters is None else squares)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -333,11 +353,11 @@ class Elements(NamedTuple):
 class Inputs(NamedTuple):
     """What passes B and C read."""
 
-    elements: Elements
+    elements: Sequence[Elements]  # of each part
     table: jax.Array  # (all tensors, rows, 256), of `table.pack`
     down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
     across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
-    first: jax.Array  # (1,) int32: position among all tensors of the first of the elements'
+    first: jax.Array  # (1,) int32: position among all tensors of the first part's first
 
 
 @dataclass(frozen=True)
@@ -356,7 +376,7 @@ class _Kernel:
         plan = self.plan
         out = [
             mosaic.shared((plan.stages, *plan.tile), x.dtype)
-            for x in jax.tree.leaves(inputs.elements)
+            for x in jax.tree.leaves(inputs.elements[0])
         ]
         constants = [mosaic.shared(inputs.table.shape[1:], jnp.float32)]
         if inputs.down is not None and inputs.across is not None:
@@ -371,15 +391,30 @@ class _Kernel:
         ]
 
     def copies(
-        self, place: Place, refs: Inputs, buffers: Inputs, arrived: Any, once: Any
+        self,
+        place: Place,
+        of_part: Callable[[Callable[[Any], None]], None],
+        refs: Inputs,
+        buffers: Inputs,
+        arrived: Any,
+        once: Any,
     ) -> tuple[Callable[[Any, Any], None], Callable[[], None]]:
-        """Functions that start the copies of a tile, and those that a program needs once."""
+        """Functions that start the copies of a tile, and those that a program needs once.
+
+        Args:
+          place: the program's.
+          of_part: calls a function of (elements, ...) of the program's part.
+          refs: the inputs.
+          buffers: in shared memory, of the elements of one part.
+          arrived: barriers of the tiles.
+          once: barrier of what a program needs once.
+        """
         plan = self.plan
         first = refs.first[0]
-        group = first * plan.view.batch + place.group
+        group = first * plan.view.batch + _group(plan, place)
 
         def start_constants() -> None:
-            tensor = first + jax.lax.div(place.group, plan.view.batch)
+            tensor = first + jax.lax.div(_group(plan, place), plan.view.batch)
             mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
             if refs.across is not None:
                 columns = pl.ds(place.strip * plan.view.width, plan.view.width)
@@ -387,13 +422,16 @@ class _Kernel:
                 mosaic.copy_in(source, buffers.across, once)
 
         def start(tile: Any, slot: Any) -> None:
-            pairs = zip(
-                jax.tree.leaves(refs.elements), jax.tree.leaves(buffers.elements), strict=True
-            )
-            for source, target in pairs:
-                mosaic.copy_in(
-                    source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
+            def start_part(sources: Elements) -> None:
+                pairs = zip(
+                    jax.tree.leaves(sources), jax.tree.leaves(buffers.elements), strict=True
                 )
+                for source, target in pairs:
+                    mosaic.copy_in(
+                        source.at[_tile_of(plan, place, tile)], target.at[slot], arrived.at[slot]
+                    )
+
+            of_part(lambda part: start_part(part[0]))
             if refs.down is not None:
                 rows = pl.ds(tile * plan.view.rows, plan.view.rows)
                 source = refs.down.at[group, place.middle, :, rows]
@@ -447,8 +485,9 @@ def _split(refs: Sequence[Any], tree: Any) -> tuple[Any, Sequence[Any]]:
     return treedef.unflatten(refs[:count]), refs[count:]
 
 
-def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Inputs, Any, Any]:
-    elements, refs = _split(refs, inputs.elements)
+def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Buffers in shared memory, of the elements of one part; barriers."""
+    elements, refs = _split(refs, inputs.elements[0])
     down = across = None
     if inputs.down is not None:
         (down, table, across), refs = refs[:3], refs[3:]
@@ -480,7 +519,8 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         out, refs = refs[0], refs[1:]
         buffers, arrived, once = _buffers(inputs, refs)
         place = _place(plan, program)
-        start, start_constants = kernel.copies(place, sources, buffers, arrived, once)
+        of_part = mosaic.any_of([(x,) for x in sources.elements], place.part)
+        start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
 
         def consume(rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
             def take(row: Any, sums: tuple) -> tuple:
@@ -515,7 +555,8 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         scratch=kernel.scratch(inputs),
         name="lopt_square_sums",
     )
-    return out.reshape((plan.tensors, plan.programs // plan.tensors, width, registers.step))
+    tensors = plan.parts * plan.tensors
+    return out.reshape((tensors, plan.programs // tensors, width, registers.step))
 
 
 def _rates(decays: Any, table: Any) -> Decays:
@@ -542,8 +583,10 @@ class Table(NamedTuple):
 class StepOutputs(NamedTuple):
     """What pass C makes."""
 
-    elements: Elements  # the gradient's place holds the update, the parameter's nothing
-    sums: jax.Array | None  # (tensors, programs of each, 2 * accumulators, rows of threads)
+    elements: list[Elements]  # the gradients' places hold the updates, the parameters' nothing
+    sums: (
+        jax.Array | None
+    )  # (tensors of all parts, programs of each, 2 * accumulators, rows of threads)
 
 
 @dataclass(frozen=True)
@@ -575,26 +618,23 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     kernel = _Kernel(plan, rule, entries.decays)
     registers = kernel.registers
     hidden = entries.weights.shape[1]
-    momenta = len(inputs.elements.momentum)
+    momenta = len(inputs.elements[0].momentum)
     statistics = momenta + 1 if rule.accumulator_statistics else 0
-    parameter = inputs.elements.parameter
     outputs = [
-        jax.ShapeDtypeStruct(parameter.shape, parameter.dtype),
+        *(jax.ShapeDtypeStruct(x.parameter.shape, x.parameter.dtype) for x in inputs.elements),
         jax.ShapeDtypeStruct((plan.programs, max(2 * statistics, 1), registers.step), jnp.float32),
     ]
 
     def body(program: Any, *refs: Any) -> None:
         sources, refs = _split(refs, inputs)
-        (update_out, sums_out), refs = refs[:2], refs[2:]
+        update_outs, sums_out = refs[: plan.parts], refs[plan.parts]
+        refs = refs[plan.parts + 1 :]
         buffers, arrived, once = _buffers(inputs, refs)
         place = _place(plan, program)
-        start, start_constants = kernel.copies(place, sources, buffers, arrived, once)
-        written = [
-            (buffers.elements.parameter, update_out),
-            *zip(buffers.elements.momentum, sources.elements.momentum, strict=True),
-            (buffers.elements.second_moment, sources.elements.second_moment),
-            *zip(buffers.elements.average, sources.elements.average, strict=True),
-        ]
+        of_part = mosaic.any_of(list(zip(sources.elements, update_outs, strict=True)), place.part)
+        start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
+        stored = lambda x: [*x.momentum, x.second_moment, *x.average]  # noqa: E731
+        written = [buffers.elements.parameter, *stored(buffers.elements)]
 
         def folded(numbers: Table, rates: Decays, slot: Any, row: Any) -> Folded:
             weights = tuple(_Row(numbers.weights, k) for k in range(len(features)))
@@ -625,7 +665,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
                     *averages,
                 ]
                 rows = pl.ds(row, plan.block_rows)
-                for (buffer, _), value in zip(written, new, strict=True):
+                for buffer, value in zip(written, new, strict=True):
                     mosaic.store(buffer.at[slot, rows], value.astype(buffer.dtype))
                 if statistics:
                     inside = registers.inside(place, tile, row)
@@ -641,10 +681,15 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
 
             sums = registers.each_block(take, sums)
             mosaic.synchronize()
-            mosaic.copy_out(
-                [buffer.at[slot] for buffer, _ in written],
-                [target.at[_tile_of(plan, place, tile)] for _, target in written],
-            )
+
+            def store_part(part: tuple[Elements, Any]) -> None:
+                elements, update_out = part
+                mosaic.copy_out(
+                    [buffer.at[slot] for buffer in written],
+                    [x.at[_tile_of(plan, place, tile)] for x in (update_out, *stored(elements))],
+                )
+
+            of_part(store_part)
             mosaic.await_reads(1)
             return sums
 
@@ -662,14 +707,16 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             _store_sums(sums_out.at[position, k], x)
         mosaic.await_writes()
 
-    elements = inputs.elements
     new_ref = lambda x: jax.new_ref(x)  # noqa: E731
-    changed = elements._replace(
-        momentum=tuple(map(new_ref, elements.momentum)),
-        second_moment=new_ref(elements.second_moment),
-        average=tuple(map(new_ref, elements.average)),
-    )
-    out, sums = mosaic.call(
+    changed = [
+        x._replace(
+            momentum=tuple(map(new_ref, x.momentum)),
+            second_moment=new_ref(x.second_moment),
+            average=tuple(map(new_ref, x.average)),
+        )
+        for x in inputs.elements
+    ]
+    *out, sums = mosaic.call(
         body,
         jax.tree.leaves(inputs._replace(elements=changed)),
         programs=plan.programs,
@@ -679,14 +726,17 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     )
     value = lambda ref: ref[...]  # noqa: E731
     return StepOutputs(
-        elements=Elements(
-            gradient=out,
-            parameter=None,
-            momentum=tuple(map(value, changed.momentum)),
-            second_moment=value(changed.second_moment),
-            average=tuple(map(value, changed.average)),
-        ),
-        sums=sums.reshape((plan.tensors, -1, *sums.shape[1:])) if statistics else None,
+        elements=[
+            Elements(
+                gradient=made,
+                parameter=None,
+                momentum=tuple(map(value, refs.momentum)),
+                second_moment=value(refs.second_moment),
+                average=tuple(map(value, refs.average)),
+            )
+            for made, refs in zip(out, changed, strict=True)
+        ],
+        sums=sums.reshape((plan.parts * plan.tensors, -1, *sums.shape[1:])) if statistics else None,
     )
 
 

@@ -6,9 +6,10 @@ all tensors at once saves hundreds of launches.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
+LAUNCH_PARTS = 8  # arrays that one launch takes: each one more is code to compile
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,12 @@ def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = 
         ]
         return jax.tree.map(lambda *xs: _join(xs), *by_part)
     sums = []
-    plans = _plans(view, parts, FIRST)
-    for plan, part in zip(plans, parts, strict=True):
-        gradient = view.arrange(part.gradient)
-        parameter = view.arrange(part.parameter) if needs_parameter else None
-        sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradient, parameter))
+    arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
+    for chosen in _launches(parts):
+        plan = _plan(view, chosen, FIRST)
+        gradients = arranged(part.gradient for part in chosen)
+        parameters = arranged(part.parameter for part in chosen) if needs_parameter else None
+        sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
     joined = passes.FirstSums(
         *(None if x[0] is None else _join(x) for x in zip(*sums, strict=True))
     )
@@ -114,7 +117,7 @@ def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = 
     down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
     mean_square = None
     if joined.parameter is not None:
-        tensors = sum(plan.tensors for plan in plans)
+        tensors = sum(part.gradient.shape[0] for part in parts)
         by_tensor = jnp.sum(joined.parameter.reshape((tensors, -1)), axis=1)
         mean_square = _mean(by_tensor, whole)
     down, across = view.restore_down(down), view.restore_across(across)
@@ -176,8 +179,9 @@ def second_pass(
             _join([part.accumulators.column for part in parts]),
             decays.factored,
         )
-    elements = [_elements(view, part) for part in parts]
-    starts = _starts(parts)
+    launches = _launches(parts)
+    elements = [[_elements(view, part) for part in chosen] for chosen in launches]
+    starts = _starts(launches)
 
     # pass B
     repeated = jax.tree.map(lambda x: table.repeat(x, tensors), decays)
@@ -185,9 +189,13 @@ def second_pass(
     factors = _oriented(view, vectors.row_factor, vectors.column_factor)
     sums = [
         _square_sums(
-            plan, rule, rate_entries, mosaic.is_interpreting(), Inputs(x, rates, *factors, start)
+            _plan(view, chosen, SUMS),
+            rule,
+            rate_entries,
+            mosaic.is_interpreting(),
+            Inputs(x, rates, *factors, start),
         )
-        for plan, x, start in zip(_plans(view, parts, SUMS), elements, starts, strict=True)
+        for chosen, x, start in zip(launches, elements, starts, strict=True)
     ]
     means = _mean(jnp.sum(_join(sums), axis=(1, 3)), whole)
 
@@ -221,10 +229,15 @@ def second_pass(
 
     # pass C
     view = update_view
-    plans = _plans(view, parts, tuning, backwards=True)
     results = [
-        _update(plan, rule, entries, mosaic.is_interpreting(), Inputs(x, numbers, *factors, start))
-        for plan, x, start in zip(plans, elements, starts, strict=True)
+        _update(
+            _plan(view, chosen, tuning, backwards=True),
+            rule,
+            entries,
+            mosaic.is_interpreting(),
+            Inputs(x, numbers, *factors, start),
+        )
+        for chosen, x, start in zip(launches, elements, starts, strict=True)
     ]
     kept = None
     if rule.accumulator_statistics:
@@ -232,8 +245,9 @@ def second_pass(
     out, first = [], 0
     take = rows_taker(scale)
     row, column = jax.lax.optimization_barrier((row, column))
-    for result, part in zip(results, parts, strict=True):
-        new, old = result.elements, part.accumulators
+    made = [x for result in results for x in result.elements]
+    for new, part in zip(made, parts, strict=True):
+        old = part.accumulators
         if dims is None:
             new_row = jnp.stack([view.restore(a) for a in new.average], axis=1)
             new_column = old.column
@@ -257,16 +271,29 @@ def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | No
     return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest, whole=whole)
 
 
-def _plans(
-    view: View, parts: Sequence[Part], tuning: Tuning, backwards: bool = False
-) -> list[Plan]:
-    """One plan a part, equal but for the number of tensors."""
-    counts = [part.gradient.shape[0] for part in parts]
-    plan = plan_for(view, max(counts), tuning, backwards)
-    return [replace(plan, tensors=n) for n in counts]
+def _launches(parts: Sequence[Part]) -> list[Sequence[Part]]:
+    """Parts that one launch takes: neighbours with equally many tensors.
+
+    As many as allowed, but where that leaves none over, a few less: launches of as many parts share
+    a compiled kernel.
+    """
+    out: list[Sequence[Part]] = []
+    for _, group in itertools.groupby(parts, lambda part: part.gradient.shape[0]):
+        run = list(group)
+        even = (n for n in range(LAUNCH_PARTS, LAUNCH_PARTS // 2, -1) if len(run) % n == 0)
+        size = next(even, LAUNCH_PARTS)
+        out += [run[i : i + size] for i in range(0, len(run), size)]
+    return out
 
 
-def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) -> Plan:
+def _plan(view: View, parts: Sequence[Part], tuning: Tuning, backwards: bool = False) -> Plan:
+    """The plan of a launch."""
+    return plan_for(view, parts[0].gradient.shape[0], tuning, backwards, len(parts))
+
+
+def plan_for(
+    view: View, tensors: int, tuning: Tuning, backwards: bool = False, parts: int = 1
+) -> Plan:
     """A plan whose programs fill the GPU once, or for large tensors a few times.
 
     Never a bit more than that: a wave of few programs takes as long as a full one.
@@ -276,11 +303,12 @@ def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) 
       tensors: number of tensors in an array.
       tuning: how the pass is cut.
       backwards: as in `Plan`.
+      parts: number of such arrays.
 
     Returns:
       The plan.
     """
-    strips = tensors * view.batch * view.middle * view.strips
+    strips = parts * tensors * view.batch * view.middle * view.strips
     at_once = tuning.programs * MULTIPROCESSORS
     elements = strips * view.tiles_down * view.rows * view.width
     waves = -(-elements // (at_once * tuning.program_elements))
@@ -290,12 +318,12 @@ def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) 
     step = mosaic.tile_layout(view.width, view.vector)[1]
     rows = max(rows, step)
     stages = min(tuning.stages, tiles + 1)
-    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards)
+    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards, parts)
 
 
-def _starts(parts: Sequence[Part]) -> list[jax.Array]:
-    """The position of each part's first tensor among all, for the kernels to read."""
-    counts = [part.gradient.shape[0] for part in parts]
+def _starts(launches: Sequence[Sequence[Part]]) -> list[jax.Array]:
+    """The position of each launch's first tensor among all, for the kernels to read."""
+    counts = [sum(part.gradient.shape[0] for part in chosen) for chosen in launches]
     return [jnp.full((1,), sum(counts[:i]), jnp.int32) for i in range(len(counts))]
 
 
@@ -401,9 +429,9 @@ def _statistics(sums: jax.Array, centres: jax.Array, whole: Partition) -> Statis
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _first_sums(plan: Plan, rule: Rule, interpreted: bool, gradient: Any, parameter: Any) -> Any:
+def _first_sums(plan: Plan, rule: Rule, interpreted: bool, gradients: Any, parameters: Any) -> Any:
     del interpreted
-    return passes.first_sums(plan, rule, gradient, parameter)
+    return passes.first_sums(plan, rule, gradients, parameters)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
