@@ -4,6 +4,8 @@ The formulas are those of google/learned_optimization, `research/general_lopt/hy
 arXiv 2211.09760) and amoudgl/celo, `optimizers/celo.py` (Celo, arXiv 2501.12670).
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -198,19 +200,23 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
     linear = lambda layer, x: (  # noqa: E731
         jnp.dot(x, layer["w"], precision="highest") + layer["b"]
     )
-    mixed = jnp.max(jax.nn.relu(linear(meta_parameters["mix"], inputs)), axis=0, keepdims=True)
-    x = linear(meta_parameters["input"], inputs) + mixed
+
+    def linear_layers(names: Sequence[str], x: jax.Array) -> list[jax.Array]:
+        """Layers with the same inputs, as one product."""
+        layers = [meta_parameters[name] for name in names]
+        joined = {k: jnp.concatenate([layer[k] for layer in layers], axis=-1) for k in ("w", "b")}
+        sizes = [layer["b"].shape[0] for layer in layers]
+        return jnp.split(linear(joined, x), list(itertools.accumulate(sizes[:-1])), axis=1)
+
+    to_mix, own = linear_layers(["mix", "input"], inputs)
+    x = own + jnp.max(jax.nn.relu(to_mix), axis=0, keepdims=True)
     gates = linear(meta_parameters["lstm"], jnp.concatenate([x, state.hidden], axis=1))
     write, candidate, forget, read = jnp.split(gates, 4, axis=1)
     cell = jax.nn.sigmoid(forget + 1) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(candidate)
     hidden = jax.nn.sigmoid(read) * jnp.tanh(cell)
-    return Controls(
-        banks=linear(meta_parameters["controls"], hidden)
-        if "controls" in meta_parameters
-        else None,
-        step_size=linear(meta_parameters["step_size"], hidden)[:, 0],
-        state=LSTMState(hidden, cell),
-    )
+    outputs = ["step_size", *(["controls"] if "controls" in meta_parameters else [])]
+    step_size, *banks = linear_layers(outputs, hidden)
+    return Controls(banks[0] if banks else None, step_size[:, 0], LSTMState(hidden, cell))
 
 
 def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
@@ -223,12 +229,15 @@ def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
     Returns:
       The networks, with a leading axis of tensors.
     """
-    count = weights.shape[1]
-    mix = lambda x: (  # noqa: E731
-        jnp.tensordot(weights, x, axes=1, precision="highest") / count
-    )
+    tensors, count = weights.shape
     layers = range(len(mlp) // 2)
-    return MLP(
-        weights=tuple(mix(mlp[f"w{i}"]) for i in layers),
-        biases=tuple(mix(mlp[f"b{i}"]) for i in layers),
-    )
+    names = [f"{kind}{i}" for kind in "wb" for i in layers]
+    sizes = [math.prod(mlp[name].shape[1:]) for name in names]
+    # one product, not one a layer
+    banks = jnp.concatenate([mlp[name].reshape((count, -1)) for name in names], axis=1)
+    mixed = jnp.dot(weights, banks, precision="highest") / count
+    parts = jnp.split(mixed, list(itertools.accumulate(sizes[:-1])), axis=1)
+    shaped = [
+        x.reshape((tensors, *mlp[name].shape[1:])) for x, name in zip(parts, names, strict=True)
+    ]
+    return MLP(weights=tuple(shaped[: len(layers)]), biases=tuple(shaped[len(layers) :]))

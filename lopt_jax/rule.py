@@ -469,10 +469,12 @@ def fold(
 
     def vector_bias(varies: str) -> jax.Array:
         """Contribution of the features of this kind: (H, *vector's shape)."""
-        chosen = [k for k, feature in enumerate(features) if feature.varies == varies]
-        values = jnp.stack([features[k].formula(operands) * normalizers[k] for k in chosen])
-        rows = jnp.stack([first[k] for k in chosen])
-        return jnp.einsum("kh,k...->h...", rows, values, precision="highest")
+        # written out: a product of matrices would be a kernel of its own
+        return sum(
+            column_vector(first[k]) * (feature.formula(operands) * normalizers[k])
+            for k, feature in enumerate(features)
+            if feature.varies == varies
+        )
 
     is_factored = any(feature.varies != "element" for feature in features)
     return Folded(

@@ -380,6 +380,8 @@ def _folded(
     axes = rules.normalizer_axes(rule, rank)
     kept = [x.reshape((1,) * rank) for x in means]
     normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
+    # computed once, or XLA takes features of a row for softmaxes and makes a kernel of each
+    normalizers = tuple(jax.lax.optimization_barrier(jnp.stack(normalizers)))
     return rules.fold(mlp, features, normalizers, operands)
 
 

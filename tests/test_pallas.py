@@ -176,16 +176,16 @@ def test_first_steps_of_a_trajectory():
 @pytest.mark.parametrize("hidden", [4, 16])
 def test_lowers_for_cuda(hidden):
     """Finds layouts and operations that the compiler refuses, without a GPU."""
-    parts = [random_part((40, 256), 1, 0)]
-    scale = jnp.ones((1,))
-    arguments = (parts, random_mlp(VELO, 1, hidden, 0), scale, scale)
+    parts = [random_part((40, 256), 1, seed) for seed in range(2)]
+    scale = jnp.ones((2,))
+    arguments = (parts, random_mlp(VELO, 2, hidden, 0), scale, scale)
     lowered = (
         jax.jit(functools.partial(on_kernels, VELO))
         .trace(*arguments)
         .lower(lowering_platforms=("cuda",))
     )
     text = lowered.as_text()
-    assert text.count("@mosaic_gpu") == 3
+    assert text.count("@mosaic_gpu") == 3  # one launch takes both arrays
     assert "output_operand_alias" in text  # the accumulators are updated in place
 
 
