@@ -32,7 +32,7 @@ from lopt_jax.accumulators import (
     update_second_moment,
 )
 from lopt_jax.blocks import map_blocks
-from lopt_jax.features import Feature, FeatureSet, Operands
+from lopt_jax.features import Feature, FeatureSet, Operands, Varies
 from lopt_jax.partition import Partition
 from lopt_jax.reductions import mean, means
 
@@ -369,14 +369,10 @@ def factored_vectors(
     """
     row_partition = None if partition is None else partition.reduced(dims.d0)
     row_mean = functools.partial(mean, partition=row_partition)
-    rows = tuple(jnp.expand_dims(x, dims.d0) for x in row)
-    columns = tuple(jnp.expand_dims(x, dims.d1) for x in column)
-    return FactoredVectors(
-        row=rows,
-        column=columns,
-        row_factor=tuple(row_factor(x, dims.d1, row_mean) for x in rows),
-        column_factor=tuple(safe_rsqrt(x) for x in columns),
-    )
+    # all decays at once: on a GPU, each of them apart would be kernels of its own
+    rows, columns = jnp.expand_dims(row, dims.d0 + 1), jnp.expand_dims(column, dims.d1 + 1)
+    row_factors = jax.vmap(lambda x: row_factor(x, dims.d1, row_mean))(rows)
+    return FactoredVectors(*map(tuple, (rows, columns, row_factors, safe_rsqrt(columns))))
 
 
 def normalizer_axes(rule: Rule, rank: int) -> tuple[int, ...]:
@@ -438,14 +434,21 @@ def normalizers(
     dims = None if partition is None else factored_dims(partition.shape)
     if partition is not None and dims is not None:
         along = {"row": partition.reduced(dims.d0), "column": partition.reduced(dims.d1)}
-    known = iter(element_mean_squares)
-    # a row or column feature's mean over its vector is its mean over the tensor
-    mean_squares = [
-        next(known)
-        if feature.varies == "element"
-        else mean(jnp.square(feature.formula(operands)), axes, along[feature.varies], keepdims=True)
-        for feature in features
-    ]
+
+    def of_vectors(varies: Varies) -> Iterator[jax.Array]:
+        """Mean squares of the features of a kind, at once; that of a vector is the tensor's."""
+        squares = [jnp.square(f.formula(operands)) for f in features if f.varies == varies]
+        if not squares:
+            return iter(())
+        average = functools.partial(mean, axes=axes, partition=along[varies], keepdims=True)
+        return iter(jax.vmap(average)(jnp.stack(squares)))
+
+    known = {
+        "element": iter(element_mean_squares),
+        "row": of_vectors("row"),
+        "column": of_vectors("column"),
+    }
+    mean_squares = [next(known[feature.varies]) for feature in features]
     return tuple(jax.lax.rsqrt(x + rule.features.normalizer_epsilon) for x in mean_squares)
 
 

@@ -11,7 +11,7 @@ from lopt_jax.rule import Rule
 from pallas_kernels import mosaic
 from pallas_kernels.view import view_of
 
-WORTHWHILE_ELEMENTS = 1 << 17  # of the tensors of a group; smaller ones XLA updates as fast
+WORTHWHILE_ELEMENTS = 1 << 14  # of the tensors of a group; smaller ones XLA updates as fast
 
 
 def unsupported_reason(is_asked_for: bool) -> str | None:

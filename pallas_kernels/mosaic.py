@@ -141,16 +141,18 @@ def any_of(parts: Sequence[Any], index: Any) -> Callable[[Callable[[Any], None]]
     Returns:
       A function that calls a function of one of the trees, which may only start copies.
     """
-    if len(parts) == 1:
-        return lambda do: do(parts[0])
     if is_interpreting():
+        if len(parts) == 1:
+            return lambda do: do(parts[0])
         return lambda do: jax.lax.switch(index, [functools.partial(do, part) for part in parts])
     sets = tuple(tuple(jax.tree.leaves(part)) for part in parts)
     types = jax.tree.map(lambda _: plgpu.RefType(), sets)
 
     @plgpu.inline_mgpu(arg_types=(types, plgpu.Layout.WG_SPLAT(())))
     def choose(context: Any, sets: Any, index: Any) -> None:
-        _choose_descriptors(context, list(zip(*sets, strict=True)), index.registers.item())
+        if len(sets) > 1:
+            _choose_descriptors(context, list(zip(*sets, strict=True)), index.registers.item())
+        _load_words(context.scratch)
 
     choose(sets, index)
     return lambda do: do(parts[0])
@@ -185,15 +187,20 @@ def _choose_descriptors(context: Any, alternatives: Sequence[Sequence[Any]], ind
         return descriptor_of(array, *arguments, **options)
 
     context._get_tma_desc = descriptor
-    scratch, finalize = context.scratch, context.scratch.finalize_size
+
+
+def _load_words(scratch: Any) -> None:
+    """Has descriptors loaded by the word.
+
+    They are loaded at once, to be a kernel's argument. By the byte, as they come, LLVM takes tens
+    of seconds for those of eight sets of arrays; by the word less than one.
+    """
+    finalize = scratch.finalize_size
 
     def finalize_size() -> None:
         allocation, load, _ = scratch._find_alloc_load_and_device_ptr()
         finalize()
-        # The descriptors are loaded at once, to be a kernel's argument. In bytes, as they come,
-        # LLVM takes tens of seconds for that; in words a fraction of one.
-        word = ir.IntegerType.get_signless(64)
-        words = ir.Type.parse(f"!llvm.array<{scratch.next_offset // 8} x {word}>")
+        words = ir.Type.parse(f"!llvm.array<{scratch.next_offset // 16} x vector<2xi64>>")
         allocation.elem_type = ir.TypeAttr.get(words)
         load.result.set_type(words)
 

@@ -103,10 +103,24 @@ def _group(plan: Plan, place: Place) -> jax.Array:
     return place.part * plan.groups + place.group
 
 
-def _index(plan: Plan, place: Place) -> jax.Array:
-    """Position of a program's sums: the tensors in order, each one's programs in a fixed order."""
-    out = (_group(plan, place) * plan.view.middle + place.middle) * plan.chunks + place.chunk
-    return out * plan.view.strips + place.strip
+def _sums_of_programs(plan: Plan, sums: int, step: int) -> jax.ShapeDtypeStruct:
+    """What `_store_sums` stores into; its last axis is left to be added up."""
+    tensors = plan.parts * plan.tensors
+    return jax.ShapeDtypeStruct((tensors, sums, plan.programs // tensors * step), jnp.float32)
+
+
+def _store_sums(plan: Plan, place: Place, ref: Any, sums: Sequence[jax.Array]) -> None:
+    """Stores a program's sums, each as one number a row of the threads.
+
+    Adding these up takes no exchange between warps, and programs lie in a fixed order.
+    """
+    group = _group(plan, place)
+    tensor = jax.lax.div(group, plan.view.batch)
+    program = jax.lax.rem(group, plan.view.batch) * plan.view.middle + place.middle
+    program = (program * plan.chunks + place.chunk) * plan.view.strips + place.strip
+    for k, x in enumerate(sums):
+        numbers = pl.ds(program * x.shape[0], x.shape[0])
+        mosaic.store(ref.at[tensor, k, numbers], jnp.sum(x, axis=1), optimized=False)
 
 
 def _tile_of(plan: Plan, place: Place, tile: Any) -> tuple[Any, ...]:
@@ -234,11 +248,6 @@ def _masked(inside: jax.Array | None, x: jax.Array) -> jax.Array:
     return x if inside is None else jnp.where(inside, x, 0.0)
 
 
-def _store_sums(ref: Any, x: jax.Array) -> None:
-    """Stores a sum, one number a row of the threads: adding these up takes no exchange of warps."""
-    mosaic.store(ref, jnp.sum(x, axis=1), optimized=False)
-
-
 # ------------------------------------------------------------------------------------------------
 # pass A
 
@@ -248,7 +257,7 @@ class FirstSums(NamedTuple):
 
     down: jax.Array | None  # (all groups, middle, strips, down rounded up): of g² across a strip
     across: jax.Array | None  # (all groups, middle, chunks, across rounded up): of g² down a chunk
-    parameter: jax.Array | None  # (programs, rows of threads): of p²
+    parameter: jax.Array | None  # (tensors, 1, programs and threads): of p²
 
 
 def first_sums(
@@ -278,7 +287,7 @@ def first_sums(
     outputs = [
         jax.ShapeDtypeStruct((groups, view.middle, view.strips, down_size), jnp.float32),
         jax.ShapeDtypeStruct((groups, view.middle, plan.chunks, across_size), jnp.float32),
-        jax.ShapeDtypeStruct((plan.programs, registers.step), jnp.float32),
+        _sums_of_programs(plan, 1, registers.step),
     ]
 
     def body(program: Any, *refs: Any) -> None:
@@ -320,7 +329,7 @@ def first_sums(
         columns = pl.ds(place.strip * view.width, view.width)
         target = across_out.at[_group(plan, place), place.middle, place.chunk, columns]
         mosaic.store(target, jnp.sum(across, axis=0), optimized=False)
-        _store_sums(parameter_out.at[_index(plan, place)], squares)
+        _store_sums(plan, place, parameter_out, [squares])
 
     down, across, squares = mosaic.call(
         body,
@@ -354,7 +363,7 @@ class Inputs(NamedTuple):
     """What passes B and C read."""
 
     elements: Sequence[Elements]  # of each part
-    table: jax.Array  # (all tensors, rows, 256), of `table.pack`
+    table: jax.Array  # (all tensors or 1, rows, 256), of `table.pack`
     down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
     across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
     first: jax.Array  # (1,) int32: position among all tensors of the first part's first
@@ -410,12 +419,13 @@ class _Kernel:
           once: barrier of what a program needs once.
         """
         plan = self.plan
+        tables = refs.table.shape[0]
         first = refs.first[0]
         group = first * plan.view.batch + _group(plan, place)
 
         def start_constants() -> None:
             tensor = first + jax.lax.div(_group(plan, place), plan.view.batch)
-            mosaic.copy_in(refs.table.at[tensor], buffers.table, once)
+            mosaic.copy_in(refs.table.at[0 if tables == 1 else tensor], buffers.table, once)
             if refs.across is not None:
                 columns = pl.ds(place.strip * plan.view.width, plan.view.width)
                 source = refs.across.at[group, place.middle, :, columns]
@@ -507,7 +517,7 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
       decays: `Decays` of entries of the table.
 
     Returns:
-      (tensors, programs of each, element features + 2, rows of threads) float32.
+      (tensors, element features + 2, programs and threads) float32.
     """
     features = _element_features(rule, plan.view)
     kernel = _Kernel(plan, rule, decays)
@@ -543,20 +553,17 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
             return functools.partial(consume, _rates(decays, mosaic.scalars(buffers.table)))
 
         sums = _walk(plan, place, start, prepare, arrived, (registers.zeros(),) * width)
-        position = _index(plan, place)
-        for k, x in enumerate(sums):
-            _store_sums(out.at[position, k], x)
+        _store_sums(plan, place, out, sums)
 
     (out,) = mosaic.call(
         body,
         jax.tree.leaves(inputs),
         programs=plan.programs,
-        outputs=[jax.ShapeDtypeStruct((plan.programs, width, registers.step), jnp.float32)],
+        outputs=[_sums_of_programs(plan, width, registers.step)],
         scratch=kernel.scratch(inputs),
         name="lopt_square_sums",
     )
-    tensors = plan.parts * plan.tensors
-    return out.reshape((tensors, plan.programs // tensors, width, registers.step))
+    return out
 
 
 def _rates(decays: Any, table: Any) -> Decays:
@@ -584,9 +591,7 @@ class StepOutputs(NamedTuple):
     """What pass C makes."""
 
     elements: list[Elements]  # the gradients' places hold the updates, the parameters' nothing
-    sums: (
-        jax.Array | None
-    )  # (tensors of all parts, programs of each, 2 * accumulators, rows of threads)
+    sums: jax.Array | None  # (all tensors, 2 * accumulators, programs and threads)
 
 
 @dataclass(frozen=True)
@@ -622,7 +627,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     statistics = momenta + 1 if rule.accumulator_statistics else 0
     outputs = [
         *(jax.ShapeDtypeStruct(x.parameter.shape, x.parameter.dtype) for x in inputs.elements),
-        jax.ShapeDtypeStruct((plan.programs, max(2 * statistics, 1), registers.step), jnp.float32),
+        _sums_of_programs(plan, max(2 * statistics, 1), registers.step),
     ]
 
     def body(program: Any, *refs: Any) -> None:
@@ -702,9 +707,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
 
         carry = (registers.zeros(),) * (2 * statistics)
         sums = _walk(plan, place, start, prepare, arrived, carry)
-        position = _index(plan, place)
-        for k, x in enumerate(sums):
-            _store_sums(sums_out.at[position, k], x)
+        _store_sums(plan, place, sums_out, sums)
         mosaic.await_writes()
 
     new_ref = lambda x: jax.new_ref(x)  # noqa: E731
@@ -736,7 +739,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             )
             for made, refs in zip(out, changed, strict=True)
         ],
-        sums=sums.reshape((plan.parts * plan.tensors, -1, *sums.shape[1:])) if statistics else None,
+        sums=sums if statistics else None,
     )
 
 

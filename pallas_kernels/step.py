@@ -117,9 +117,7 @@ def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = 
     down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
     mean_square = None
     if joined.parameter is not None:
-        tensors = sum(part.gradient.shape[0] for part in parts)
-        by_tensor = jnp.sum(joined.parameter.reshape((tensors, -1)), axis=1)
-        mean_square = _mean(by_tensor, whole)
+        mean_square = _mean(jnp.sum(joined.parameter[:, 0], axis=1), whole)
     down, across = view.restore_down(down), view.restore_across(across)
     row, column = (down, across) if view.down_is_row else (across, down)
     return Moments(row, column, mean_square)
@@ -184,8 +182,7 @@ def second_pass(
     starts = _starts(launches)
 
     # pass B
-    repeated = jax.tree.map(lambda x: table.repeat(x, tensors), decays)
-    rates, rate_entries = table.pack(repeated, tensors)
+    rates, rate_entries = table.pack(jax.tree.map(lambda x: table.repeat(x, 1), decays), 1)
     factors = _oriented(view, vectors.row_factor, vectors.column_factor)
     sums = [
         _square_sums(
@@ -197,7 +194,7 @@ def second_pass(
         )
         for chosen, x, start in zip(launches, elements, starts, strict=True)
     ]
-    means = _mean(jnp.sum(_join(sums), axis=(1, 3)), whole)
+    means = _mean(jnp.sum(_join(sums), axis=2), whole)
 
     # the network
     networks = jax.vmap(
@@ -209,7 +206,7 @@ def second_pass(
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     numbers, entries = table.pack(
         Table(
-            decays=repeated,
+            decays=jax.tree.map(lambda x: table.repeat(x, tensors), decays),
             weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
             bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
             layers=_layers(mlp, mlp_per_tensor, tensors),
@@ -421,7 +418,7 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
 
 
 def _statistics(sums: jax.Array, centres: jax.Array, whole: Partition) -> Statistics:
-    first, second = jnp.split(_mean(jnp.sum(sums, axis=(1, 3)), whole), 2, axis=1)
+    first, second = jnp.split(_mean(jnp.sum(sums, axis=2), whole), 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 
