@@ -215,8 +215,8 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
     cell = jax.nn.sigmoid(forget + 1) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(candidate)
     hidden = jax.nn.sigmoid(read) * jnp.tanh(cell)
     outputs = ["step_size", *(["controls"] if "controls" in meta_parameters else [])]
-    step_size, *banks = linear_layers(outputs, hidden)
-    return Controls(banks[0] if banks else None, step_size[:, 0], LSTMState(hidden, cell))
+    step_size, *others = linear_layers(outputs, hidden)
+    return Controls(others[0] if others else None, step_size[:, 0], LSTMState(hidden, cell))
 
 
 def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:

@@ -192,6 +192,9 @@ def _adjust(context: Any) -> None:
     """Changes, for the kernel that is being built, what its copies become."""
     _copy_by_descriptor(context)
     _load_words(context.scratch)
+    # asked for with every descriptor, and searched for in the whole kernel
+    pointer = context.scratch.device_ptr()
+    context.scratch.device_ptr = lambda: pointer
 
 
 def _copy_by_descriptor(context: Any) -> None:

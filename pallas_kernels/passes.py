@@ -404,7 +404,7 @@ class _Kernel:
         place: Place,
         of_part: Callable[[Callable[[Any], None]], None],
         refs: Inputs,
-        buffers: Inputs,
+        buffers: Any,
         arrived: Any,
         once: Any,
     ) -> tuple[Callable[[Any, Any], None], Callable[[], None]]:
@@ -449,9 +449,7 @@ class _Kernel:
 
         return start, start_constants
 
-    def operands(
-        self, buffers: Inputs, slot: Any, row: Any, decays: Decays
-    ) -> tuple[Operands, tuple]:
+    def operands(self, buffers: Any, slot: Any, row: Any, decays: Decays) -> tuple[Operands, tuple]:
         """Operands of a block, and its new averages where the tensor is not factored."""
         load = lambda ref: self.registers.load(ref, slot, row)  # noqa: E731
         wide = lambda ref: load(ref).astype(jnp.float32)  # noqa: E731
