@@ -34,7 +34,7 @@ from lopt_jax.partition import (
     spread,
     zeros,
 )
-from lopt_jax.rows import rows_taker
+from lopt_jax.rows import RowsTaker, rows_taker
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
@@ -350,7 +350,7 @@ def scatter(
     tensors: Sequence[Tensors],
     update: jax.Array,
     accumulators: Accumulators,
-    take: Callable[[jax.Array, slice], jax.Array],
+    take: RowsTaker | None,
     out: "Leaves",
 ) -> None:
     """Writes a group's results back into lists of leaves, the inverse of `gather`.
@@ -360,7 +360,7 @@ def scatter(
       tensors: of `tensors_of`.
       update: (B, *shape).
       accumulators: with a leading axis of tensors.
-      take: takes rows out of an array, of `rows_taker`.
+      take: takes rows out of an array; None: there is one leaf.
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
     if len(group.leaves) > 1:
@@ -372,7 +372,7 @@ def scatter(
         rows = slice(start, start + tensors[i].count)
         start += tensors[i].count
         whole = len(group.leaves) == 1
-        part = lambda x, rows=rows, whole=whole: x if whole else take(x, rows)  # noqa: E731
+        part = lambda x, rows=rows, whole=whole: x if whole or take is None else take(x, rows)  # noqa: E731
 
         def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
             x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
@@ -804,7 +804,7 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
-    take = rows_taker(scale)
+    take = rows_taker(prepared.inputs[0].gradient) if prepared.inputs else None
     new_statistics = []
     for unit, chosen, moments in zip(
         prepared.units, prepared.on_kernels, prepared.moments, strict=True
@@ -828,6 +828,7 @@ def second_pass(
                 weight_decay[rows],
                 by_row(statistics),
                 group.partition,
+                take,
             )
         else:
             update = _second_pass(

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from lopt_jax.partition import is_local
 
+RowsTaker = Callable[[jax.Array, slice], jax.Array]
 
-def rows_taker(number: jax.Array) -> Callable[[jax.Array, slice], jax.Array]:
+
+def rows_taker(array: jax.Array) -> RowsTaker:
     """A function that takes rows out of an array: x[rows], but in few launches.
 
     On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
@@ -16,15 +18,15 @@ def rows_taker(number: jax.Array) -> Callable[[jax.Array, slice], jax.Array]:
     slices of an array that are of one shape.
 
     Args:
-      number: any number or numbers that are only known at run time.
+      array: any array, not empty, whose values are known at run time only.
 
     Returns:
       The function.
     """
     if not is_local():
         return lambda x, rows: x[rows]
-    # zero, which XLA does not know
-    zero = jnp.any(number < -jnp.inf).astype(jnp.int32)
+    # zero, but XLA does not know
+    zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
     return lambda x, rows: jax.lax.dynamic_slice_in_dim(
         x, rows.start + zero, rows.stop - rows.start
     )

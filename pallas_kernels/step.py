@@ -19,7 +19,7 @@ from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
 from lopt_jax.features import Operands
 from lopt_jax.partition import Partition
-from lopt_jax.rows import rows_taker
+from lopt_jax.rows import RowsTaker, rows_taker
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import mosaic, passes, table
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
@@ -134,6 +134,7 @@ def second_pass(
     weight_decay: jax.Array,
     statistics: Statistics | None,
     partition: Partition | None = None,
+    take: RowsTaker | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
@@ -149,6 +150,7 @@ def second_pass(
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
       partition: where the tensors are shards, without padding, of what.
+      take: takes rows out of an array, of `rows_taker`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
@@ -240,7 +242,7 @@ def second_pass(
     if rule.accumulator_statistics:
         kept = _statistics(_join([x.sums for x in results]), centres, whole)
     out, first = [], 0
-    take = rows_taker(scale)
+    take = take or rows_taker(parts[0].gradient)
     row, column = jax.lax.optimization_barrier((row, column))
     made = [x for result in results for x in result.elements]
     for new, part in zip(made, parts, strict=True):
