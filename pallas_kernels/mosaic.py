@@ -3,15 +3,24 @@
 The backend's API changes between releases of jax; the kernels use it through these names alone.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import inline
+
 WARPS = 4
+OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
+_OPERAND_TRANSFORMS = (
+    plgpu.TilingTransform((8, OPERAND_COLUMNS)),
+    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),
+)
 
 barrier_wait = plgpu.barrier_wait
 copy_in = plgpu.copy_gmem_to_smem
@@ -164,3 +173,85 @@ def call(
             reduction_scratch_bytes=6144,
         ),
     )(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------
+# Matrix units. A factor is a pair of bfloat16 arrays, high and low part, whose sum has 16 bits of
+# the float32's 24; products leave out the product of the low parts. The interpreter knows neither
+# products with an operand in registers nor inlined code: there the same sums are taken in jnp.
+
+MATRIX_ROWS = 64  # of the first factor, a multiple
+matrix_layout = plgpu.Layout.WGMMA
+
+
+def operand(shape: tuple[int, int]) -> Any:
+    """A buffer in shared memory that the matrix units read."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_OPERAND_TRANSFORMS)
+
+
+def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The high and the low part of an array in registers."""
+    if is_interpreting():  # XLA takes a conversion to bfloat16 and back for the identity
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    else:
+        high = x.astype(jnp.bfloat16).astype(jnp.float32)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def products(
+    starts: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], weights: tuple[Any, Any]
+) -> list[jax.Array]:
+    """start + factor @ weight.T, for each start and factor; all are under way at once.
+
+    Args:
+      starts: (rows, outputs) float32, in `matrix_layout`.
+      factors: high and low part each, (rows, inputs): arrays in `matrix_layout`, or operands.
+      weights: high and low part, operands (outputs, inputs).
+
+    Returns:
+      The sums, float32.
+    """
+    high, low = weights
+    pairs = [((a, high), (b, high), (a, low)) for a, b in factors]
+    if is_interpreting():
+        value = lambda x: x[...].astype(jnp.float32)  # noqa: E731
+        return [
+            functools.reduce(
+                lambda sum_, pair: sum_ + jnp.dot(value(pair[0]), value(pair[1]).T), of_one, start
+            )
+            for start, of_one in zip(starts, pairs, strict=True)
+        ]
+
+    def compute(sums: Any) -> None:
+        for sum_, of_one in zip(sums, pairs, strict=True):
+            for a, b in of_one:
+                plgpu.wgmma(sum_, a, b.T)
+
+    return pl.run_state(compute)([plgpu.ACC.init(x) for x in starts])
+
+
+def store_factors(
+    high: Any, low: Any, values: Sequence[jax.Array], shape: tuple[int, int], layout: Any
+) -> None:
+    """Stores the columns of a factor, from registers to two operands.
+
+    Args:
+      high: operand (elements, columns) for the high parts.
+      low: the same for the low parts.
+      values: one array (rows, width) a column, float32; further columns are set to zero. Elements
+        of `high` are in the order of their rows, then of their columns.
+      shape: (rows, width).
+      layout: of `values`.
+    """
+    if is_interpreting():
+        columns = [jnp.broadcast_to(x, shape).reshape(-1) for x in values]
+        columns += [jnp.zeros_like(columns[0])] * (high.shape[1] - len(columns))
+        high[...], low[...] = split(jnp.stack(columns, axis=1))
+        return
+    reference = plgpu.RefType(_OPERAND_TRANSFORMS)
+
+    @plgpu.inline_mgpu(arg_types=(reference, reference, *([layout] * len(values))))
+    def store(_: Any, high: Any, low: Any, *values: Any) -> None:
+        inline.store_factors(high, low, values, shape)
+
+    store(high, low, *(plgpu.layout_cast(x, layout) for x in values))

@@ -19,7 +19,7 @@ from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_d
 from lopt_jax.features import Operands
 from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
-from pallas_kernels import mosaic, passes, table
+from pallas_kernels import matrix_units, mosaic, passes, table
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
@@ -37,6 +37,7 @@ class Tuning:
       loops: as in `Plan`.
       programs: that a multiprocessor holds at once.
       program_elements: of a program at most, about.
+      together: as in `Plan`.
     """
 
     tile_elements: int
@@ -47,6 +48,7 @@ class Tuning:
     block_rows: int = 0
     loops: bool = False
     program_elements: int = 1 << 15
+    together: int = 1
 
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
@@ -55,6 +57,18 @@ UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 1
 # wide layers leave few registers, so a thread takes few elements
 WIDE_UPDATE = Tuning(
     tile_elements=1024, stages=3, programs=2, widest=64, vector=2, block_rows=1, loops=True
+)
+# on the matrix units: a row of a tile is what one instruction takes; a thread stores whole rows of
+# features, which meets no bank twice if neighbouring threads hold neighbouring elements
+MATRIX_UPDATE = Tuning(
+    tile_elements=512,
+    stages=3,
+    programs=3,
+    widest=matrix_units.WIDTH,
+    vector=1,
+    block_rows=4,
+    program_elements=1 << 14,
+    together=2,
 )
 
 
@@ -154,10 +168,13 @@ def second_pass(
     shape = parts[0].gradient.shape[1:]
     whole = partition or _unsplit(shape)
     hidden = range(mlp.biases[0].shape[-1])
-    tuning = WIDE_UPDATE if len(hidden) >= rules.WIDE_HIDDEN_SIZE else UPDATE
+    dims = factored_dims(whole.shape)
+    on_matrix_units = uses_matrix_units(rule, len(hidden), shape, whole.shape)
+    tuning = UPDATE
+    if len(hidden) >= rules.WIDE_HIDDEN_SIZE:
+        tuning = MATRIX_UPDATE if on_matrix_units else WIDE_UPDATE
     view = view_for(shape, SUMS, whole.shape)
     update_view = view_for(shape, tuning, whole.shape)
-    dims = factored_dims(whole.shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -198,19 +215,26 @@ def second_pass(
     if rule.parameter_scale:
         scale = scale * rules.parameter_scale(moments.parameter_mean_square)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
+    layers = _layers(mlp, mlp_per_tensor, tensors)
+    matrices = weights = None
+    if on_matrix_units:
+        matrices = matrix_units.pack(networks, layers, update_view)
+        layers = layers[-1][1]
+    else:
+        weights = jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1)
     numbers, entries = table.pack(
         Table(
             decays=repeated,
-            weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
+            weights=weights,
             bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
-            layers=_layers(mlp, mlp_per_tensor, tensors),
+            layers=layers,
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
         ),
         tensors,
     )
-    if dims is not None:
+    if dims is not None and not on_matrix_units:
         of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
         factors = _oriented(
             update_view,
@@ -218,11 +242,20 @@ def second_pass(
             (*vectors.column_factor, *of_unit(networks.column_bias)),
         )
 
+    elif dims is not None:
+        factors = _oriented(update_view, vectors.row_factor, vectors.column_factor)
+
     # pass C
     view = update_view
     plans = _plans(view, parts, tuning, backwards=True)
     results = [
-        _update(plan, rule, entries, mosaic.is_interpreting(), Inputs(x, numbers, *factors, start))
+        _update(
+            plan,
+            rule,
+            entries,
+            mosaic.is_interpreting(),
+            Inputs(x, numbers, *factors, start, matrices),
+        )
         for plan, x, start in zip(plans, elements, starts, strict=True)
     ]
     kept = None
@@ -246,6 +279,17 @@ def second_pass(
         )
         out.append(TensorUpdate(view.restore(new.gradient), accumulators, None))
     return Updates(out, kept)
+
+
+def uses_matrix_units(
+    rule: Rule, hidden: int, shape: tuple[int, ...], whole: tuple[int, ...]
+) -> bool:
+    """Whether pass C of a tensor, or of a shard of a whole one, takes the matrix units."""
+    if hidden < rules.WIDE_HIDDEN_SIZE or rule.precision == jax.lax.Precision.HIGHEST:
+        return False
+    return view_for(shape, MATRIX_UPDATE, whole).width == matrix_units.WIDTH and (
+        factored_dims(whole) is not None
+    )
 
 
 def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:
@@ -286,7 +330,7 @@ def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) 
     step = mosaic.tile_layout(view.width, view.vector)[1]
     rows = max(rows, step)
     stages = min(tuning.stages, tiles + 1)
-    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards)
+    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards, tuning.together)
 
 
 def _starts(parts: Sequence[Part]) -> list[jax.Array]:
