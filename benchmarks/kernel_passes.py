@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import small_fc_features, velo_features
-from lopt_jax.rule import Rule
-from pallas_kernels import step, table
+from lopt_jax.rule import WIDE_HIDDEN_SIZE, Folded, Rule
+from pallas_kernels import matrix_units, step, table
 from pallas_kernels.passes import Inputs, Table
 from pallas_kernels.view import View
 
@@ -86,9 +86,9 @@ def velo_rule() -> Rule:
     )
 
 
-def small_fc_rule() -> Rule:
+def small_fc_rule(precision: str = "highest") -> Rule:
     """small_fc_lopt's rule."""
-    return Rule(features=small_fc_features())
+    return Rule(features=small_fc_features(), precision=jax.lax.Precision(precision))
 
 
 def make_inputs(
@@ -99,14 +99,25 @@ def make_inputs(
     normal = lambda *shape: jax.random.normal(next(key), shape, jnp.float32)  # noqa: E731
     decays = Decays(jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]]))
     count = sum(f.varies == "element" for f in rule.features.factored)
+    weights = 0.3 * normal(1, count, hidden)
+    layers = (
+        (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
+        (0.3 * normal(1, 2, hidden), normal(1, 2)),
+    )
+    matrices = None
+    if step.uses_matrix_units(rule, hidden, view.shape, view.shape):
+        down_bias = normal(1, hidden, *(view.down if i == view.down_axis else 1 for i in (0, 1)))
+        across_bias = normal(1, hidden, 1, view.across)
+        row_bias, column_bias = down_bias, across_bias
+        if not view.down_is_row:
+            row_bias, column_bias = column_bias, row_bias
+        first = tuple(weights[:, k, :, None, None] for k in range(count))
+        matrices = matrix_units.pack(Folded(first, row_bias, column_bias, ()), layers, view)
     numbers = Table(
         decays=decays,
-        weights=0.3 * normal(1, count, hidden),
+        weights=weights if matrices is None else None,
         bias=(),
-        layers=(
-            (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
-            (0.3 * normal(1, 2, hidden), normal(1, 2)),
-        ),
+        layers=layers if matrices is None else layers[-1][1],
         scale=jnp.ones((1,)),
         weight_decay=jnp.zeros((1,)),
         centres=jnp.zeros((1, 4)) if rule.accumulator_statistics else (),
@@ -117,11 +128,11 @@ def make_inputs(
     rates, rate_entries = table.pack(decays, 1)
     packed, entries = table.pack(numbers, 1)
     first = jnp.zeros((1,), jnp.int32)
-    vectors = -(-(3 + hidden) // 8) * 8
+    vectors = 8 if matrices is not None else -(-(3 + hidden) // 8) * 8
     return (
         Inputs(elements, rates, down(8), across(8), first),
         rate_entries,
-        Inputs(elements, packed, down(vectors), across(vectors), first),
+        Inputs(elements, packed, down(vectors), across(vectors), first, matrices),
         entries,
     )
 
@@ -149,11 +160,10 @@ def time_pass(
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    default = {
-        "A": step.FIRST,
-        "B": step.SUMS,
-        "C": step.WIDE_UPDATE if hidden >= 16 else step.UPDATE,
-    }[name]
+    wide = step.UPDATE if hidden < WIDE_HIDDEN_SIZE else step.WIDE_UPDATE
+    if step.uses_matrix_units(rule, hidden, shape, shape):
+        wide = step.MATRIX_UPDATE
+    default = {"A": step.FIRST, "B": step.SUMS, "C": wide}[name]
     tuning = replace(default, **changes)
     view = step.view_for(shape, tuning)
     elements = math.prod(shape)

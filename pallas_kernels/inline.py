@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 _COLUMNS = 16  # of a tile of an operand: eight rows of 32 bytes
 _ROWS = 8
@@ -59,13 +60,90 @@ def store_factors(high: Any, low: Any, values: Sequence[Any], shape: tuple[int, 
         np.ndindex(registers[0].shape), indices, strict=True
     ):
         row, column = (arith.index_castui(i32, x) for x in (row, column))
-        (length,) = ir.VectorType(registers[0][position].type).shape
-        for k in range(length):
-            numbers = [
-                vector.extract(x[position], dynamic_position=[], static_position=[k])
-                for x in registers
-            ]
-            store(row, arith.addi(column, constant(k)), numbers)
+        numbers = [_numbers(x[position]) for x in registers]
+        for k, of_element in enumerate(zip(*numbers, strict=True)):
+            store(row, arith.addi(column, constant(k)), list(of_element))
+
+
+def split(x: Any) -> tuple[Any, Any]:
+    """The high and the low parts of an array whose registers hold two neighbours each.
+
+    Args:
+      x: fragmented array, float32.
+
+    Returns:
+      Two fragmented arrays, bfloat16, in the layout of `x`.
+    """
+    pair = ir.VectorType.get((2,), ir.BF16Type.get())
+    parts = tuple(np.empty_like(x.registers) for _ in range(2))
+    for position, register in np.ndenumerate(x.registers):
+        for part, word in zip(parts, _split(*_numbers(register)), strict=True):
+            part[position] = utils.bitcast(word, pair)
+    high, low = (
+        mgpu.FragmentedArray(_registers=part, _layout=x.layout, _is_signed=None) for part in parts
+    )
+    return high, low
+
+
+def store_outputs(
+    results: Any, row: int, hidden: Any, direction: Sequence[Any], magnitude: Sequence[Any]
+) -> None:
+    """Stores the sums over the rows of a matrix, weighted in two ways.
+
+    Four neighbouring threads hold a row, and each of them two of the 64 rows. They exchange their
+    sums so that at the end each holds one: of its first or second row, in one of the two ways.
+
+    Args:
+      results: memref (2, rows, 64) float32 in shared memory.
+      row: where to store.
+      hidden: fragmented array (64, H) float32 in the layout of the matrix units; negative numbers
+        count as zero.
+      direction: fragmented array (H,), the weights of the first sums.
+      magnitude: the same of the second sums.
+    """
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    constant = lambda x: arith.constant(i32, ir.IntegerAttr.get(i32, x))  # noqa: E731
+    zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
+    weights = [[_numbers(x) for x in w.registers.flat] for w in (direction, magnitude)]
+    registers = hidden.registers.reshape((hidden.shape[1] // 8, 2))
+    sums = [[zero, zero], [zero, zero]]  # of each of the two rows, in each way
+    for tile in range(registers.shape[0]):
+        for half in range(2):
+            for k, x in enumerate(_numbers(registers[tile, half])):
+                x = arith.maximumf(x, zero)
+                for way in range(2):
+                    sums[half][way] = llvm.intr_fma(x, weights[way][tile][k], sums[half][way])
+    thread = arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x))
+
+    def bit(k: int) -> Any:
+        is_set = arith.andi(thread, constant(1 << k))
+        return arith.cmpi(arith.CmpIPredicate.ne, is_set, constant(0))
+
+    def exchange(k: int, if_not_set: Any, if_set: Any) -> Any:
+        kept = arith.select(bit(k), if_set, if_not_set)
+        given = arith.select(bit(k), if_not_set, if_set)
+        return arith.addf(kept, utils.shfl_bfly(given, 1 << k))
+
+    by_way = [exchange(0, first, second) for first, second in zip(*sums, strict=True)]
+    out = exchange(1, *by_way)
+    # of 64 rows a warp has 16, a thread's two are 8 apart
+    shift = lambda x, k: arith.shli(x, constant(k))  # noqa: E731
+    warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
+    line = arith.andi(arith.shrui(thread, constant(2)), constant(7))
+    first_bit = arith.andi(thread, constant(1))
+    second_bit = arith.andi(arith.shrui(thread, constant(1)), constant(1))
+    place = arith.addi(arith.addi(shift(warp, 4), line), shift(first_bit, 3))
+    rows, width = ir.MemRefType(results.type).shape[1:]
+    place = arith.addi(place, arith.muli(second_bit, constant(rows * width)))
+    place = arith.addi(place, constant(row * width))
+    llvm.store(out, utils.getelementptr(utils.memref_ptr(results), [place], f32))
+
+
+def _numbers(register: Any) -> list[Any]:
+    (length,) = ir.VectorType(register.type).shape
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[k]) for k in range(length)
+    ]
 
 
 def _split(first: Any, second: Any) -> tuple[Any, Any]:

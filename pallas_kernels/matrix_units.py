@@ -143,16 +143,15 @@ class Blocks:
                 bias = spread(vectors.at[layer])
                 inputs = [mosaic.split(jnp.maximum(h, 0)) for h in hidden]
                 hidden = mosaic.products([bias] * len(inputs), inputs, weight)
-            for output in range(2):
-                weight = spread(vectors.at[len(weights) - 1 + output])
-                for row, h in zip(rows, hidden, strict=True):
-                    out = jnp.sum(jnp.maximum(h, 0) * weight, axis=1)
-                    mosaic.store(results.at[output, row], out, optimized=False)
+            last = [self._vector(vectors.at[len(weights) - 1 + k]) for k in range(2)]
+            for row, h in zip(rows, hidden, strict=True):
+                mosaic.store_outputs(results, row, h, last)
         mosaic.synchronize()
         direction, magnitude = (mosaic.load(results.at[i], self.layout) for i in range(2))
         return direction, magnitude
 
+    def _vector(self, ref: Any) -> jax.Array:
+        return mosaic.load(ref, mosaic.matrix_layout.reduce(0), optimized=False)
+
     def _spread(self, ref: Any, units: int) -> jax.Array:
-        layout = mosaic.matrix_layout
-        vector = mosaic.load(ref, layout.reduce(0), optimized=False)
-        return mosaic.spread(vector, (WIDTH, units), 1, layout)
+        return mosaic.spread(self._vector(ref), (WIDTH, units), 1, mosaic.matrix_layout)

@@ -190,12 +190,39 @@ def operand(shape: tuple[int, int]) -> Any:
 
 
 def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The high and the low part of an array in registers."""
+    """The high and the low part of an array in `matrix_layout`."""
     if is_interpreting():  # XLA takes a conversion to bfloat16 and back for the identity
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    else:
-        high = x.astype(jnp.bfloat16).astype(jnp.float32)
-    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+        return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+    part = plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=matrix_layout)
+
+    @plgpu.inline_mgpu(arg_types=(matrix_layout,), return_type=(part, part))
+    def parts(_: Any, x: Any) -> Any:
+        return inline.split(x)
+
+    return parts(x)
+
+
+def store_outputs(results: Any, row: int, hidden: jax.Array, weights: Sequence[jax.Array]) -> None:
+    """Stores relu(hidden) @ weight for two vectors of weights, in one row of a buffer each.
+
+    Args:
+      results: ref (2, rows, 64) float32.
+      row: where to store.
+      hidden: (64, H) in `matrix_layout`.
+      weights: two vectors (H,) in that layout, reduced over its rows.
+    """
+    if is_interpreting():
+        for output, weight in enumerate(weights):
+            results[output, row] = jnp.dot(jnp.maximum(hidden, 0), weight)
+        return
+    vector = matrix_layout.reduce(0)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), matrix_layout, vector, vector))
+    def store(_: Any, results: Any, hidden: Any, *weights: Any) -> None:
+        inline.store_outputs(results, row, hidden, *weights)
+
+    store(results, hidden, *weights)
 
 
 def products(
