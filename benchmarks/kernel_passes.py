@@ -105,7 +105,7 @@ def make_inputs(
         (0.3 * normal(1, 2, hidden), normal(1, 2)),
     )
     matrices = None
-    if step.uses_matrix_units(rule, hidden, view.shape, view.shape):
+    if step.uses_matrix_units(rule, hidden, view.is_factored):
         down_bias = normal(1, hidden, *(view.down if i == view.down_axis else 1 for i in (0, 1)))
         across_bias = normal(1, hidden, 1, view.across)
         row_bias, column_bias = down_bias, across_bias
@@ -161,7 +161,7 @@ def time_pass(
     """
     parts = parts or tensors(shape, sets_for(shape))
     wide = step.UPDATE if hidden < WIDE_HIDDEN_SIZE else step.WIDE_UPDATE
-    if step.uses_matrix_units(rule, hidden, shape, shape):
+    if step.uses_matrix_units(rule, hidden, len(shape) > 1):
         wide = step.MATRIX_UPDATE
     default = {"A": step.FIRST, "B": step.SUMS, "C": wide}[name]
     tuning = replace(default, **changes)

@@ -31,7 +31,7 @@ class Tuning:
     """How a pass is cut; chosen by measurement (docs/kernels.md).
 
     Attributes:
-      tile_elements, widest, vector: as in `view_of`.
+      tile_elements, widest, narrowest, vector: as in `view_of`.
       stages: tiles in shared memory at once.
       block_rows: rows of a tile in registers at once, if possible; 0: all of them.
       loops: as in `Plan`.
@@ -44,6 +44,7 @@ class Tuning:
     stages: int
     programs: int
     widest: int = 128
+    narrowest: int = 16
     vector: int = 4
     block_rows: int = 0
     loops: bool = False
@@ -65,6 +66,7 @@ MATRIX_UPDATE = Tuning(
     stages=3,
     programs=3,
     widest=matrix_units.WIDTH,
+    narrowest=matrix_units.WIDTH,
     vector=1,
     block_rows=4,
     program_elements=1 << 14,
@@ -169,7 +171,7 @@ def second_pass(
     whole = partition or _unsplit(shape)
     hidden = range(mlp.biases[0].shape[-1])
     dims = factored_dims(whole.shape)
-    on_matrix_units = uses_matrix_units(rule, len(hidden), shape, whole.shape)
+    on_matrix_units = uses_matrix_units(rule, len(hidden), dims is not None)
     tuning = UPDATE
     if len(hidden) >= rules.WIDE_HIDDEN_SIZE:
         tuning = MATRIX_UPDATE if on_matrix_units else WIDE_UPDATE
@@ -281,20 +283,22 @@ def second_pass(
     return Updates(out, kept)
 
 
-def uses_matrix_units(
-    rule: Rule, hidden: int, shape: tuple[int, ...], whole: tuple[int, ...]
-) -> bool:
-    """Whether pass C of a tensor, or of a shard of a whole one, takes the matrix units."""
-    if hidden < rules.WIDE_HIDDEN_SIZE or rule.precision == jax.lax.Precision.HIGHEST:
-        return False
-    return view_for(shape, MATRIX_UPDATE, whole).width == matrix_units.WIDTH and (
-        factored_dims(whole) is not None
-    )
+def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
+    """Whether pass C of tensors takes the matrix units."""
+    is_wide = hidden >= rules.WIDE_HIDDEN_SIZE
+    return is_wide and is_factored and rule.precision != jax.lax.Precision.HIGHEST
 
 
 def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:
     """How a pass sees a shape, of a tensor or of a shard of the whole one."""
-    return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest, whole=whole)
+    return view_of(
+        shape,
+        tuning.tile_elements,
+        tuning.vector,
+        tuning.widest,
+        tuning.narrowest,
+        whole=whole,
+    )
 
 
 def _plans(

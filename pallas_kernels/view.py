@@ -156,6 +156,7 @@ def view_of(
     tile_elements: int = 1024,
     vector: int = 4,
     widest: int = LINE,
+    narrowest: int = 16,
     whole: tuple[int, ...] | None = None,
 ) -> View:
     """How the kernels see a shape.
@@ -166,6 +167,7 @@ def view_of(
       tile_elements: elements of a tile, about.
       vector: as in `View`.
       widest: largest width of a tile, a power of two.
+      narrowest: smallest width of a tile, a power of two.
 
     Returns:
       The view.
@@ -183,7 +185,7 @@ def view_of(
         batch, down = math.prod(ordered[:down_axis]), ordered[down_axis]
         middle, across = math.prod(ordered[down_axis + 1 : -1]), ordered[-1]
         stored = -(-across // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
-    width = max(min(1 << (across - 1).bit_length(), widest), 16)
+    width = max(min(1 << (across - 1).bit_length(), widest), narrowest)
     step = mosaic.tile_layout(width, vector)[1]
     rows = max(tile_elements // width // step, 1) * step
     sizes = (batch, down, middle, across, stored, rows, width, vector)
