@@ -3,12 +3,13 @@
 Depends on the version of Mosaic GPU as `pallas_kernels.mosaic` does, its only user.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils
+from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
@@ -56,38 +57,186 @@ def store_factors(high: Any, low: Any, values: Sequence[Any], shape: tuple[int, 
 
     registers = [x.registers for x in values]
     indices = layout.thread_idxs(shape)
-    for position, (row, column) in zip(
-        np.ndindex(registers[0].shape), indices, strict=True
-    ):
+    for position, (row, column) in zip(np.ndindex(registers[0].shape), indices, strict=True):
         row, column = (arith.index_castui(i32, x) for x in (row, column))
         numbers = [_numbers(x[position]) for x in registers]
         for k, of_element in enumerate(zip(*numbers, strict=True)):
             store(row, arith.addi(column, constant(k)), list(of_element))
 
 
-def split(x: Any) -> tuple[Any, Any]:
-    """The high and the low parts of an array whose registers hold two neighbours each.
+@dataclass(frozen=True)
+class Layers:
+    """Refs of a network on the matrix units: `inputs` of a layer go along rows, 16 a step.
+
+    Attributes:
+      high, low: parts of the features, operands (rows * 64, inputs).
+      weights: one operand (outputs, 3 * inputs) a hidden layer: high, high and low parts, what the
+        high, the low and again the high parts of a factor meet.
+      vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
+        of the two outputs.
+      down: (rows, outputs) float32, a bias of the first layer for every row of the block.
+      across: fragmented array (64, outputs): the rest of that bias.
+      results: (2, rows, 64) float32, where the outputs go.
+    """
+
+    high: Any
+    low: Any
+    weights: Sequence[Any]
+    vectors: Any
+    down: Any
+    across: Any
+    results: Any
+
+
+def network(layers: Layers, rows: int, together: int, in_flight: int) -> None:
+    """Runs the network on a block of rows, 64 elements each.
+
+    Groups of rows take turns: while the matrix units multiply for some, the threads add biases,
+    split hidden layers or sum outputs for another.
 
     Args:
-      x: fragmented array, float32.
+      layers: the refs.
+      rows: of the block.
+      together: rows of a group.
+      in_flight: groups at once.
+    """
+    waiting = [range(first, first + together) for first in range(0, rows, together)]
+    active: list[Iterator[None]] = []
+    while waiting or active:
+        if waiting and len(active) < in_flight:
+            group = _group(layers, waiting.pop(0))
+        else:
+            group = active.pop(0)
+            _wait(len(active))  # the products of this group are older than those of the others
+        if next(group, True) is None:
+            active.append(group)
+
+
+def _group(layers: Layers, rows: Sequence[int]) -> Iterator[None]:
+    """The network on some rows; yields where products are under way."""
+    vector = lambda row: _vector(layers.vectors, row)  # noqa: E731
+    sums = []
+    for row in rows:
+        start = _add_to_columns(layers.across, _vector(layers.down, row))
+        sums.append(mgpu.WGMMAAccumulator.from_registers(start))
+    parts = [layers.high, layers.low, layers.high]
+    for i, row in enumerate(rows):
+        for k, part in enumerate(parts):
+            factor = utils.memref_slice(part, slice(8 * row, 8 * row + 8))
+            sums[i] = _product(sums[i], factor, _part(layers.weights[0], k))
+    _commit()
+    yield
+    for k, weight in enumerate(layers.weights[1:]):
+        bias = _columns(vector(k), layers.across)
+        factors = [_relu_split(_finished(x)) for x in sums]
+        sums = [mgpu.WGMMAAccumulator.from_registers(bias) for _ in factors]
+        for i, factor in enumerate(factors):
+            sums[i] = _product(sums[i], factor, weight)
+        _commit()
+        yield
+    last = [vector(len(layers.weights) - 1 + k) for k in range(2)]
+    for row, x in zip(rows, sums, strict=True):
+        _store_outputs(layers.results, row, _finished(x), last)
+
+
+def _part(weight: Any, k: int) -> Any:
+    """One of the three equal parts of an operand's columns."""
+    tiles = ir.MemRefType(weight.type).shape[1] // 3
+    return utils.memref_slice(weight, (slice(None), slice(k * tiles, (k + 1) * tiles)))
+
+
+def _product(start: Any, factor: Any, weight: Any) -> Any:
+    weight = utils.memref_transpose(weight, (1, 0, 3, 2))
+    return mgpu.wgmma(start, factor, weight, swizzle=2 * _COLUMNS)
+
+
+def _commit() -> None:
+    _effect("wgmma.commit_group.sync.aligned;")
+
+
+def _wait(pending: int) -> None:
+    """Waits until at most this many committed groups of products are under way."""
+    _effect(f"wgmma.wait_group.sync.aligned {pending};")
+
+
+def _effect(instruction: str) -> None:
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, [], instruction, "", has_side_effects=True)
+
+
+def _finished(sums: Any) -> Any:
+    """The registers of finished products; no use of them moves before this."""
+    return mgpu.WGMMAAccumulator(
+        _value=fragmented_array.optimization_barrier(sums._value),
+        _original_layout=sums._original_layout,
+        _sync=False,
+    ).value
+
+
+def _add_to_columns(x: Any, vector: Sequence[Sequence[Any]]) -> Any:
+    return _with_registers(
+        x,
+        lambda tile, register: [
+            arith.addf(*pair) for pair in zip(_numbers(register), vector[tile], strict=True)
+        ],
+    )
+
+
+def _columns(vector: Sequence[Sequence[Any]], like: Any) -> Any:
+    """A matrix whose rows are a vector."""
+    return _with_registers(like, lambda tile, register: list(vector[tile]))
+
+
+def _with_registers(like: Any, function: Callable[[int, Any], list[Any]]) -> Any:
+    """A matrix in the layout of the matrix units, from (tile of eight columns, register)."""
+    registers = np.empty_like(like.registers)
+    flat = like.registers.reshape((like.shape[1] // 8, 2))
+    out = registers.reshape(flat.shape)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+    for (tile, half), register in np.ndenumerate(flat):
+        out[tile, half] = vector.from_elements(pair, function(tile, register))
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
+
+
+def _vector(ref: Any, row: int) -> list[list[Any]]:
+    """What a thread needs of a row of (rows, outputs): two neighbours of every eight."""
+    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    constant = lambda x: arith.constant(i32, ir.IntegerAttr.get(i32, x))  # noqa: E731
+    start = utils.memref_ptr(utils.memref_slice(ref, row))
+    thread = arith.index_castui(i32, gpu.thread_id(gpu.Dimension.x))
+    column = arith.shli(arith.andi(thread, constant(3)), constant(1))
+    out = []
+    for tile in range(ir.MemRefType(ref.type).shape[1] // 8):
+        place = arith.addi(column, constant(8 * tile))
+        pair = llvm.load(
+            ir.VectorType.get((2,), f32), utils.getelementptr(start, [place], f32), alignment=8
+        )
+        out.append(_numbers(pair))
+    return out
+
+
+def _relu_split(x: Any) -> Any:
+    """A factor (64, 3 * columns) of an array's positive numbers: their high, low and high parts.
+
+    High parts are rounded toward zero, so that what remains of a positive number is not negative:
+    one instruction each rounds and clips two numbers.
+
+    Args:
+      x: fragmented array, float32, in the layout of the matrix units.
 
     Returns:
-      Two fragmented arrays, bfloat16, in the layout of `x`.
+      Fragmented array, bfloat16, in the same layout.
     """
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
-    parts = tuple(np.empty_like(x.registers) for _ in range(2))
+    high, low = np.empty_like(x.registers), np.empty_like(x.registers)
     for position, register in np.ndenumerate(x.registers):
-        for part, word in zip(parts, _split(*_numbers(register)), strict=True):
-            part[position] = utils.bitcast(word, pair)
-    high, low = (
-        mgpu.FragmentedArray(_registers=part, _layout=x.layout, _is_signed=None) for part in parts
-    )
-    return high, low
+        words = _split(*_numbers(register), roundings=("rz.relu", "rn.relu"))
+        high[position], low[position] = (utils.bitcast(word, pair) for word in words)
+    registers = np.concatenate([high, low, high], axis=1)
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
 
 
-def store_outputs(
-    results: Any, row: int, hidden: Any, direction: Sequence[Any], magnitude: Sequence[Any]
-) -> None:
+def _store_outputs(results: Any, row: int, hidden: Any, weights: Sequence[Any]) -> None:
     """Stores the sums over the rows of a matrix, weighted in two ways.
 
     Four neighbouring threads hold a row, and each of them two of the 64 rows. They exchange their
@@ -96,15 +245,13 @@ def store_outputs(
     Args:
       results: memref (2, rows, 64) float32 in shared memory.
       row: where to store.
-      hidden: fragmented array (64, H) float32 in the layout of the matrix units; negative numbers
-        count as zero.
-      direction: fragmented array (H,), the weights of the first sums.
-      magnitude: the same of the second sums.
+      hidden: fragmented array (64, outputs) float32 in the layout of the matrix units; negative
+        numbers count as zero.
+      weights: of `_vector`, the weights of the first and of the second sums.
     """
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     constant = lambda x: arith.constant(i32, ir.IntegerAttr.get(i32, x))  # noqa: E731
     zero = arith.constant(f32, ir.FloatAttr.get(f32, 0.0))
-    weights = [[_numbers(x) for x in w.registers.flat] for w in (direction, magnitude)]
     registers = hidden.registers.reshape((hidden.shape[1] // 8, 2))
     sums = [[zero, zero], [zero, zero]]  # of each of the two rows, in each way
     for tile in range(registers.shape[0]):
@@ -146,18 +293,20 @@ def _numbers(register: Any) -> list[Any]:
     ]
 
 
-def _split(first: Any, second: Any) -> tuple[Any, Any]:
+def _split(first: Any, second: Any, roundings: tuple[str, str] = ("rn", "rn")) -> tuple[Any, Any]:
     """High and low parts of two numbers, packed: the first in the lower half."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     constant = lambda x: arith.constant(i32, ir.IntegerAttr.get(i32, x))  # noqa: E731
-    high = _pack(first, second)
+    high = _pack(first, second, roundings[0])
     back = (
         arith.bitcast(f32, arith.shli(high, constant(16))),
         arith.bitcast(f32, arith.andi(high, constant(-(1 << 16)))),
     )
-    return high, _pack(*(arith.subf(x, h) for x, h in zip((first, second), back, strict=True)))
+    rest = [arith.subf(x, h) for x, h in zip((first, second), back, strict=True)]
+    return high, _pack(*rest, roundings[1])
 
 
-def _pack(first: Any, second: Any) -> Any:
+def _pack(first: Any, second: Any, rounding: str) -> Any:
     i32 = ir.IntegerType.get_signless(32)
-    return llvm.inline_asm(i32, [second, first], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
+    instruction = f"cvt.{rounding}.bf16x2.f32 $0, $1, $2;"
+    return llvm.inline_asm(i32, [second, first], instruction, "=r,f,f")

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from lopt_jax.rule import Folded
 from pallas_kernels import mosaic
@@ -28,7 +27,7 @@ UNITS = 16  # hidden layers are padded to a multiple
 class Matrices(NamedTuple):
     """A folded network as the matrix units read it, H its hidden units rounded up."""
 
-    weights: Any  # one (tensors, 2 * H, inputs) bfloat16 a hidden layer: high parts, then low parts
+    weights: Any  # one (tensors, H, 3 * inputs) bfloat16 a hidden layer: high, high and low parts
     vectors: Any  # (tensors, 1, hidden layers + 1, H): the biases but the first; the last weights
     down: Any  # (all groups, middle, down rounded up, H): the first bias, where it varies down
     across: Any  # (all groups, middle, across rounded up, H): the rest of it
@@ -52,9 +51,8 @@ def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: 
     last_weight, _ = layers[-1]
 
     def parts(weight: jax.Array, columns: int) -> jax.Array:
-        weight = _padded(weight, (tensors, units, columns))
-        high = jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7)
-        return jnp.concatenate([high, weight - high], axis=1).astype(jnp.bfloat16)
+        high, low = mosaic.split(_padded(weight, (tensors, units, columns)))
+        return jnp.concatenate([high, high, low], axis=2)
 
     vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
     rows = -(-(len(layers) + 1) // 8) * 8
@@ -86,16 +84,18 @@ class Blocks:
     Attributes:
       shape: of a block, (rows, `WIDTH`).
       layout: of a block in registers.
-      together: rows of a block whose products are under way at once.
+      together: rows of a block whose products start at once.
+      in_flight: how many such groups take turns.
     """
 
     shape: tuple[int, int]
     layout: Any
     together: int
+    in_flight: int
 
     def scratch(self, matrices: Matrices) -> list:
         """Buffers for the factors and for the outputs."""
-        columns = matrices.weights[0].shape[2]
+        columns = matrices.weights[0].shape[2] // 3
         factor = mosaic.operand((self.shape[0] * self.shape[1], columns))
         return [factor, factor, mosaic.shared((2, *self.shape), jnp.float32)]
 
@@ -126,32 +126,19 @@ class Blocks:
           Direction and magnitude without their bias, blocks in registers.
         """
         high, low, results = scratch
-        units = across.shape[1]
         mosaic.store_factors(high, low, values, self.shape, self.layout)
         mosaic.synchronize()
-        parts = [(w.at[pl.ds(0, units)], w.at[pl.ds(units, units)]) for w in weights]
-        spread = lambda ref: self._spread(ref, units)  # noqa: E731
-        for first in range(0, self.shape[0], self.together):
-            rows = range(first, first + self.together)
-            elements = [pl.ds(row * WIDTH, WIDTH) for row in rows]
-            hidden = mosaic.products(
-                [across + spread(down.at[row]) for row in rows],
-                [(high.at[x], low.at[x]) for x in elements],
-                parts[0],
-            )
-            for layer, weight in enumerate(parts[1:]):
-                bias = spread(vectors.at[layer])
-                inputs = [mosaic.split(jnp.maximum(h, 0)) for h in hidden]
-                hidden = mosaic.products([bias] * len(inputs), inputs, weight)
-            last = [self._vector(vectors.at[len(weights) - 1 + k]) for k in range(2)]
-            for row, h in zip(rows, hidden, strict=True):
-                mosaic.store_outputs(results, row, h, last)
+        mosaic.network(
+            high,
+            low,
+            weights,
+            vectors,
+            down,
+            across,
+            results,
+            together=self.together,
+            in_flight=self.in_flight,
+        )
         mosaic.synchronize()
         direction, magnitude = (mosaic.load(results.at[i], self.layout) for i in range(2))
         return direction, magnitude
-
-    def _vector(self, ref: Any) -> jax.Array:
-        return mosaic.load(ref, mosaic.matrix_layout.reduce(0), optimized=False)
-
-    def _spread(self, ref: Any, units: int) -> jax.Array:
-        return mosaic.spread(self._vector(ref), (WIDTH, units), 1, mosaic.matrix_layout)

@@ -3,13 +3,11 @@
 The backend's API changes between releases of jax; the kernels use it through these names alone.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -142,6 +140,7 @@ def call(
     outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     name: str,
+    reduction_bytes: int = 6144,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel of one warpgroup a block.
 
@@ -152,6 +151,7 @@ def call(
       outputs: shapes and dtypes.
       scratch: of `shared` and `barrier`.
       name: of the kernel, for profiles.
+      reduction_bytes: shared memory for sums across warps.
 
     Returns:
       The outputs.
@@ -170,15 +170,15 @@ def call(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=6144,
+            reduction_scratch_bytes=reduction_bytes,
         ),
     )(*arguments)
 
 
 # ------------------------------------------------------------------------------------------------
 # Matrix units. A factor is a pair of bfloat16 arrays, high and low part, whose sum has 16 bits of
-# the float32's 24; products leave out the product of the low parts. The interpreter knows neither
-# products with an operand in registers nor inlined code: there the same sums are taken in jnp.
+# the float32's 24; products leave out the product of the low parts. The interpreter knows no
+# inlined code: there the same sums are taken in jnp.
 
 MATRIX_ROWS = 64  # of the first factor, a multiple
 matrix_layout = plgpu.Layout.WGMMA
@@ -189,72 +189,95 @@ def operand(shape: tuple[int, int]) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=_OPERAND_TRANSFORMS)
 
 
-def split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The high and the low part of an array in `matrix_layout`."""
-    if is_interpreting():  # XLA takes a conversion to bfloat16 and back for the identity
-        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
-    part = plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, layout=matrix_layout)
-
-    @plgpu.inline_mgpu(arg_types=(matrix_layout,), return_type=(part, part))
-    def parts(_: Any, x: Any) -> Any:
-        return inline.split(x)
-
-    return parts(x)
-
-
-def store_outputs(results: Any, row: int, hidden: jax.Array, weights: Sequence[jax.Array]) -> None:
-    """Stores relu(hidden) @ weight for two vectors of weights, in one row of a buffer each.
+def network(
+    high: Any,
+    low: Any,
+    weights: Sequence[Any],
+    vectors: Any,
+    down: Any,
+    across: jax.Array,
+    results: Any,
+    *,
+    together: int,
+    in_flight: int,
+) -> None:
+    """A network on the rows of a block of elements, from their features to its two outputs.
 
     Args:
-      results: ref (2, rows, 64) float32.
-      row: where to store.
-      hidden: (64, H) in `matrix_layout`.
-      weights: two vectors (H,) in that layout, reduced over its rows.
+      high: high parts of the features, an operand (rows * 64, inputs).
+      low: the low parts.
+      weights: one operand (outputs, 3 * inputs) a hidden layer: high, high and low parts.
+      vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
+        of the two outputs.
+      down: (rows, outputs) float32, a bias of the first layer for every row of the block.
+      across: (64, outputs) in `matrix_layout`, the rest of that bias.
+      results: (2, rows, 64) float32, where the outputs go, without their bias.
+      together: rows whose products start at once.
+      in_flight: how many such groups are under way.
     """
+    rows = results.shape[1]
     if is_interpreting():
-        for output, weight in enumerate(weights):
-            results[output, row] = jnp.dot(jnp.maximum(hidden, 0), weight)
+        _emulated_network(high, low, weights, vectors, down, across, results)
         return
-    vector = matrix_layout.reduce(0)
+    operands = plgpu.RefType(_OPERAND_TRANSFORMS)
+    plain = plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), matrix_layout, vector, vector))
-    def store(_: Any, results: Any, hidden: Any, *weights: Any) -> None:
-        inline.store_outputs(results, row, hidden, *weights)
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plain,
+            plain,
+            plain,
+            matrix_layout,
+            operands,
+            operands,
+            *[operands] * len(weights),
+        )
+    )
+    def run(
+        _: Any,
+        vectors: Any,
+        down: Any,
+        results: Any,
+        across: Any,
+        high: Any,
+        low: Any,
+        *weights: Any,
+    ) -> None:
+        layers = inline.Layers(high, low, weights, vectors, down, across, results)
+        inline.network(layers, rows, together, in_flight)
 
-    store(results, hidden, *weights)
+    run(vectors, down, results, across, high, low, *weights)
 
 
-def products(
-    starts: Sequence[jax.Array], factors: Sequence[tuple[Any, Any]], weights: tuple[Any, Any]
-) -> list[jax.Array]:
-    """start + factor @ weight.T, for each start and factor; all are under way at once.
+def split(x: jax.Array, toward_zero: bool = False) -> tuple[jax.Array, jax.Array]:
+    """High and low parts, bfloat16, of an array of any layout outside of kernels."""
+    if toward_zero:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    else:  # XLA takes a conversion to bfloat16 and back for the identity
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
-    Args:
-      starts: (rows, outputs) float32, in `matrix_layout`.
-      factors: high and low part each, (rows, inputs): arrays in `matrix_layout`, or operands.
-      weights: high and low part, operands (outputs, inputs).
 
-    Returns:
-      The sums, float32.
-    """
-    high, low = weights
-    pairs = [((a, high), (b, high), (a, low)) for a, b in factors]
-    if is_interpreting():
-        value = lambda x: x[...].astype(jnp.float32)  # noqa: E731
-        return [
-            functools.reduce(
-                lambda sum_, pair: sum_ + jnp.dot(value(pair[0]), value(pair[1]).T), of_one, start
-            )
-            for start, of_one in zip(starts, pairs, strict=True)
-        ]
+def _emulated_network(
+    high: Any, low: Any, weights: Any, vectors: Any, down: Any, across: Any, results: Any
+) -> None:
+    """The same sums as `inline.network`, for the interpreter."""
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
 
-    def compute(sums: Any) -> None:
-        for sum_, of_one in zip(sums, pairs, strict=True):
-            for a, b in of_one:
-                plgpu.wgmma(sum_, a, b.T)
+    def product(parts: tuple[Any, Any], weight: Any) -> jax.Array:
+        first, second = map(wide, parts)
+        factor = jnp.concatenate([first, second, first], axis=1)
+        return jnp.dot(factor, wide(weight[...]).T, precision="highest")
 
-    return pl.run_state(compute)([plgpu.ACC.init(x) for x in starts])
+    numbers = vectors[...]
+    start = down[...][:, None] + across
+    hidden = product((high[...], low[...]), weights[0]) + start.reshape(-1, start.shape[-1])
+    for bias, weight in zip(numbers, weights[1:], strict=False):
+        parts = split(jnp.maximum(hidden, 0), toward_zero=True)
+        hidden = product(parts, weight) + bias
+    last = numbers[len(weights) - 1 : len(weights) + 1]
+    results[...] = jnp.dot(last, jnp.maximum(hidden, 0).T).reshape(results.shape)
 
 
 def store_factors(

@@ -38,7 +38,7 @@ class Plan:
       block_rows: rows of a tile that are in registers at once.
       loops: take the blocks of a tile in a loop, not one after another in straight code.
       backwards: walk from the end, where the pass before left off: what it read last is in L2.
-      together: rows of a block that the matrix units take at once.
+      together, in_flight: as in `matrix_units.Blocks`.
     """
 
     view: View
@@ -49,6 +49,7 @@ class Plan:
     loops: bool = False
     backwards: bool = False
     together: int = 1
+    in_flight: int = 1
 
     @property
     def chunks(self) -> int:
@@ -385,7 +386,9 @@ class _Kernel:
 
     @functools.cached_property
     def blocks(self) -> Blocks:
-        return Blocks(self.plan.block, self.registers.layout, self.plan.together)
+        return Blocks(
+            self.plan.block, self.registers.layout, self.plan.together, self.plan.in_flight
+        )
 
     def copies(
         self, place: Place, refs: Inputs, buffers: Inputs, arrived: Any, once: Any
@@ -643,7 +646,12 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             return Folded(weights, down, across, layers)
 
         def network(
-            values: Sequence[jax.Array], numbers: Table, rates: Decays, held: Any, slot: Any, row: Any
+            values: Sequence[jax.Array],
+            numbers: Table,
+            rates: Decays,
+            held: Any,
+            slot: Any,
+            row: Any,
         ) -> tuple[jax.Array, jax.Array]:
             if matrices is None:
                 return rules.network_outputs(values, folded(numbers, rates, slot, row))
@@ -702,9 +710,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             if matrices is not None:
                 group = sources.first[0] * view.batch + place.group
                 columns = pl.ds(place.strip * view.width, view.width)
-                held = kernel.blocks.held(
-                    sources.matrices.across.at[group, place.middle, columns]
-                )
+                held = kernel.blocks.held(sources.matrices.across.at[group, place.middle, columns])
             return functools.partial(consume, read(entries, numbers), rates, held)
 
         carry = (registers.zeros(),) * (2 * statistics)
@@ -728,6 +734,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         outputs=outputs,
         scratch=kernel.scratch(inputs),
         name="lopt_update",
+        # a row of a tile of the matrix units' width is one warp's: its sum needs no exchange
+        reduction_bytes=6144 if matrices is None else 0,
     )
     value = lambda ref: ref[...]  # noqa: E731
     return StepOutputs(

@@ -37,7 +37,7 @@ class Tuning:
       loops: as in `Plan`.
       programs: that a multiprocessor holds at once.
       program_elements: of a program at most, about.
-      together: as in `Plan`.
+      together, in_flight: as in `Plan`.
     """
 
     tile_elements: int
@@ -50,6 +50,7 @@ class Tuning:
     loops: bool = False
     program_elements: int = 1 << 15
     together: int = 1
+    in_flight: int = 1
 
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
@@ -70,7 +71,8 @@ MATRIX_UPDATE = Tuning(
     vector=1,
     block_rows=4,
     program_elements=1 << 14,
-    together=2,
+    loops=True,
+    in_flight=2,
 )
 
 
@@ -334,7 +336,17 @@ def plan_for(view: View, tensors: int, tuning: Tuning, backwards: bool = False) 
     step = mosaic.tile_layout(view.width, view.vector)[1]
     rows = max(rows, step)
     stages = min(tuning.stages, tiles + 1)
-    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards, tuning.together)
+    return Plan(
+        view,
+        tensors,
+        tiles,
+        stages,
+        rows,
+        tuning.loops,
+        backwards,
+        tuning.together,
+        tuning.in_flight,
+    )
 
 
 def _starts(parts: Sequence[Part]) -> list[jax.Array]:
