@@ -95,7 +95,7 @@ def make_inputs(
     view: View, rule: Rule, part: step.Part, hidden: int, seed: int = 1
 ) -> tuple[Inputs, Any, Inputs, Table]:
     """Inputs of passes B and C, and the entries of their tables."""
-    key = iter(jax.random.split(jax.random.key(seed), 20))
+    key = iter(jax.random.split(jax.random.key(seed), 100))
     normal = lambda *shape: jax.random.normal(next(key), shape, jnp.float32)  # noqa: E731
     decays = Decays(jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]]))
     count = sum(f.varies == "element" for f in rule.features.factored)
@@ -106,7 +106,7 @@ def make_inputs(
     )
     matrices = None
     if step.uses_matrix_units(rule, hidden, view.is_factored):
-        down_bias = normal(1, hidden, *(view.down if i == view.down_axis else 1 for i in (0, 1)))
+        down_bias = normal(1, hidden, view.down, 1)
         across_bias = normal(1, hidden, 1, view.across)
         row_bias, column_bias = down_bias, across_bias
         if not view.down_is_row:
@@ -123,14 +123,15 @@ def make_inputs(
         centres=jnp.zeros((1, 4)) if rule.accumulator_statistics else (),
     )
     elements = step._elements(view, part)
-    down = lambda n: jnp.abs(normal(1, 1, n, view.tiles_down * view.rows))  # noqa: E731
-    across = lambda n: jnp.abs(normal(1, 1, n, view.strips * view.width))  # noqa: E731
+    down_shape, across_shape = (1, view.down, 1), (1, 1, view.across)
+    down = lambda n: view.down_vectors([jnp.abs(normal(*down_shape)) for _ in range(n)])  # noqa: E731
+    across = lambda n: view.across_vectors([jnp.abs(normal(*across_shape)) for _ in range(n)])  # noqa: E731
     rates, rate_entries = table.pack(decays, 1)
     packed, entries = table.pack(numbers, 1)
     first = jnp.zeros((1,), jnp.int32)
-    vectors = 8 if matrices is not None else -(-(3 + hidden) // 8) * 8
+    vectors = 3 if matrices is not None else 3 + hidden
     return (
-        Inputs(elements, rates, down(8), across(8), first),
+        Inputs(elements, rates, down(3), across(3), first),
         rate_entries,
         Inputs(elements, packed, down(vectors), across(vectors), first, matrices),
         entries,

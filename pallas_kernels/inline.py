@@ -70,8 +70,9 @@ class Layers:
 
     Attributes:
       high, low: parts of the features, operands (rows * 64, inputs).
-      weights: one operand (outputs, 3 * inputs) a hidden layer: high, high and low parts, what the
-        high, the low and again the high parts of a factor meet.
+      weights: one operand a hidden layer: of the first (outputs, 2 * inputs), high and low parts;
+        of others (outputs, 3 * inputs), high, high and low parts, which the high, the low and
+        again the high parts of a factor meet.
       vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
         of the two outputs.
       down: (rows, outputs) float32, a bias of the first layer for every row of the block.
@@ -119,11 +120,15 @@ def _group(layers: Layers, rows: Sequence[int]) -> Iterator[None]:
     for row in rows:
         start = _add_to_columns(layers.across, _vector(layers.down, row))
         sums.append(mgpu.WGMMAAccumulator.from_registers(start))
-    parts = [layers.high, layers.low, layers.high]
+    tiles = ir.MemRefType(layers.weights[0].type).shape[1] // 2
+    high, low = (
+        utils.memref_slice(layers.weights[0], (slice(None), slice(k, k + tiles)))
+        for k in (0, tiles)
+    )
     for i, row in enumerate(rows):
-        for k, part in enumerate(parts):
+        for part, weight in ((layers.high, high), (layers.low, high), (layers.high, low)):
             factor = utils.memref_slice(part, slice(8 * row, 8 * row + 8))
-            sums[i] = _product(sums[i], factor, _part(layers.weights[0], k))
+            sums[i] = _product(sums[i], factor, weight)
     _commit()
     yield
     for k, weight in enumerate(layers.weights[1:]):
@@ -137,12 +142,6 @@ def _group(layers: Layers, rows: Sequence[int]) -> Iterator[None]:
     last = [vector(len(layers.weights) - 1 + k) for k in range(2)]
     for row, x in zip(rows, sums, strict=True):
         _store_outputs(layers.results, row, _finished(x), last)
-
-
-def _part(weight: Any, k: int) -> Any:
-    """One of the three equal parts of an operand's columns."""
-    tiles = ir.MemRefType(weight.type).shape[1] // 3
-    return utils.memref_slice(weight, (slice(None), slice(k * tiles, (k + 1) * tiles)))
 
 
 def _product(start: Any, factor: Any, weight: Any) -> Any:

@@ -27,7 +27,7 @@ UNITS = 16  # hidden layers are padded to a multiple
 class Matrices(NamedTuple):
     """A folded network as the matrix units read it, H its hidden units rounded up."""
 
-    weights: Any  # one (tensors, H, 3 * inputs) bfloat16 a hidden layer: high, high and low parts
+    weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
     vectors: Any  # (tensors, 1, hidden layers + 1, H): the biases but the first; the last weights
     down: Any  # (all groups, middle, down rounded up, H): the first bias, where it varies down
     across: Any  # (all groups, middle, across rounded up, H): the rest of it
@@ -50,19 +50,19 @@ def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: 
     columns = -(-first.shape[2] // mosaic.OPERAND_COLUMNS) * mosaic.OPERAND_COLUMNS
     last_weight, _ = layers[-1]
 
-    def parts(weight: jax.Array, columns: int) -> jax.Array:
+    def parts(weight: jax.Array, columns: int, is_first: bool) -> jax.Array:
         high, low = mosaic.split(_padded(weight, (tensors, units, columns)))
-        return jnp.concatenate([high, high, low], axis=2)
+        return jnp.concatenate([high, low] if is_first else [high, high, low], axis=2)
 
     vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
-    rows = -(-(len(layers) + 1) // 8) * 8
+    hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
     of_unit = lambda x: [x[:, j] for j in range(hidden)]  # noqa: E731
     down, across = of_unit(networks.row_bias), of_unit(networks.column_bias)
     if not view.down_is_row:
         down, across = across, down
     return Matrices(
-        weights=(parts(first, columns), *(parts(weight, units) for weight, _ in layers[:-1])),
-        vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, rows, units)),
+        weights=(parts(first, columns, is_first=True), *hidden_layers),
+        vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, len(layers) + 1, units)),
         down=_units_last(view.down_vectors(down), units),
         across=_units_last(view.across_vectors(across), units),
     )
@@ -95,7 +95,7 @@ class Blocks:
 
     def scratch(self, matrices: Matrices) -> list:
         """Buffers for the factors and for the outputs."""
-        columns = matrices.weights[0].shape[2] // 3
+        columns = matrices.weights[0].shape[2] // 2
         factor = mosaic.operand((self.shape[0] * self.shape[1], columns))
         return [factor, factor, mosaic.shared((2, *self.shape), jnp.float32)]
 

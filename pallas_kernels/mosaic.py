@@ -206,7 +206,8 @@ def network(
     Args:
       high: high parts of the features, an operand (rows * 64, inputs).
       low: the low parts.
-      weights: one operand (outputs, 3 * inputs) a hidden layer: high, high and low parts.
+      weights: one operand a hidden layer: of the first (outputs, 2 * inputs), high and low parts;
+        of others (outputs, 3 * inputs), high, high and low parts.
       vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
         of the two outputs.
       down: (rows, outputs) float32, a bias of the first layer for every row of the block.
@@ -267,8 +268,9 @@ def _emulated_network(
 
     def product(parts: tuple[Any, Any], weight: Any) -> jax.Array:
         first, second = map(wide, parts)
-        factor = jnp.concatenate([first, second, first], axis=1)
-        return jnp.dot(factor, wide(weight[...]).T, precision="highest")
+        inputs = first.shape[1]
+        big, small = wide(weight[...])[:, :inputs].T, wide(weight[...])[:, -inputs:].T
+        return first @ big + second @ big + first @ small
 
     numbers = vectors[...]
     start = down[...][:, None] + across

@@ -338,7 +338,7 @@ class Inputs(NamedTuple):
     """What passes B and C read."""
 
     elements: Elements
-    table: jax.Array  # (all tensors, rows, 256), of `table.pack`
+    table: jax.Array  # (all tensors, rows, columns), of `table.pack`
     down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
     across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
     first: jax.Array  # (1,) int32: position among all tensors of the first of the elements'
