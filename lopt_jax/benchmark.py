@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
 from lopt_jax.weights import Weights
@@ -47,6 +49,10 @@ class Record:
     device: str
     jax: str
     date: str
+    trace_s: float | None = None  # part of compile_s: tracing and lowering
+    busy_ms: float | None = None  # milliseconds a step that a GPU works, from its profiler
+    launches: float | None = None  # kernels and copies that it runs a step
+    step: str = "update"  # what a step is: the update alone, or "train": gradients and all
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Optimizer:
 
     make: Callable[[str], optax.GradientTransformationExtraArgs]
     bytes_per_parameter: Callable[[int], int]
-    backends: tuple[str, ...] = ("xla", "pallas")
+    backends: tuple[str, ...] = ("xla", "auto")
 
 
 # -- the models' parameter lists ----------------------------------------------------------------
@@ -147,6 +153,10 @@ def _velo(backend: str) -> optax.GradientTransformationExtraArgs:
     return velo(10_000, random_weights("velo"), backend=backend)
 
 
+def _celo(backend: str) -> optax.GradientTransformationExtraArgs:
+    return celo(10_000, random_weights("celo"), backend=backend)
+
+
 def _small_fc_lopt(hidden: int) -> Callable[[str], optax.GradientTransformationExtraArgs]:
     return lambda backend: small_fc_lopt(
         random_weights("small_fc_lopt", hidden_size=hidden), backend=backend
@@ -159,6 +169,7 @@ def _small_fc_lopt(hidden: int) -> Callable[[str], optax.GradientTransformationE
 OPTIMIZERS = {
     "optax.adamw": Optimizer(_adamw, lambda size: 7 * size, ("xla",)),
     "velo": Optimizer(_velo, lambda size: 7 * size + 48),
+    "celo": Optimizer(_celo, lambda size: 7 * size + 48),
     "small_fc_lopt_h4": Optimizer(_small_fc_lopt(4), lambda size: 6 * size + 48),
     "small_fc_lopt_h32": Optimizer(_small_fc_lopt(32), lambda size: 6 * size + 48),
 }
@@ -167,15 +178,24 @@ OPTIMIZERS = {
 # -- measuring ----------------------------------------------------------------------------------
 
 
-class _Variant:
+class Variant:
     """A compiled step with its arguments, ready to be timed in turns with others."""
 
-    def __init__(self, run: Callable[[int], Any], compile_s: float, temp_bytes: int):
+    def __init__(
+        self,
+        run: Callable[[int], Any],
+        compile_s: float = 0.0,
+        trace_s: float = 0.0,
+        temp_bytes: int = 0,
+    ):
         self.run = run  # runs step number i, returns arrays to wait for
         self.compile_s = compile_s
+        self.trace_s = trace_s
         self.temp_bytes = temp_bytes
         self.inner = 1
         self.seconds: list[float] = []
+        self.busy_ms: float | None = None
+        self.launches: float | None = None
 
     def time(self) -> float:
         """Seconds a step."""
@@ -186,23 +206,72 @@ class _Variant:
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / self.inner
 
+    def profile(self, steps: int = 3) -> None:
+        """Finds out how long a GPU works in a step, if there is one."""
+        with tempfile.TemporaryDirectory() as directory:
+            with jax.profiler.trace(directory):
+                jax.block_until_ready([self.run(i) for i in range(steps)])
+            (path,) = Path(directory).rglob("*.xplane.pb")
+            spans = gpu_spans(jax.profiler.ProfileData.from_file(str(path)))
+        if spans:
+            busy, end = 0.0, 0.0
+            for first, last in spans:
+                busy += max(0.0, last - max(first, end))
+                end = max(end, last)
+            self.busy_ms, self.launches = busy / 1e6 / steps, len(spans) / steps
+
+
+def gpu_spans(profile: Any) -> list[tuple[float, float]]:
+    """When a GPU's kernels and copies ran.
+
+    Args:
+      profile: a `jax.profiler.ProfileData`.
+
+    Returns:
+      Start and end in nanoseconds, sorted.
+    """
+    events = (
+        event
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    )
+    return sorted((e.start_ns, e.start_ns + e.duration_ns) for e in events)
+
+
+def compile_step(step: Callable, arguments: Sequence[Any], donate: Any) -> tuple[Any, Variant]:
+    """Compiles a step.
+
+    Args:
+      step: the function.
+      arguments: its arguments, or their shapes and dtypes.
+      donate: positions of those that are donated.
+
+    Returns:
+      The compiled function, and a variant that holds what compiling it took, but cannot run.
+    """
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=donate).lower(*arguments)
+    trace_s = time.perf_counter() - start
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    temp_bytes = 0 if memory is None else memory.temp_size_in_bytes
+    return compiled, Variant(lambda i: None, compile_s, trace_s, temp_bytes)
+
 
 def _optimizer_variant(
     tx: optax.GradientTransformationExtraArgs, params: Any, gradients: Sequence[Any], run: bool
-) -> _Variant:
+) -> Variant:
     def step(state: Any, gradients: Any, params: Any, loss: jax.Array) -> tuple[Any, Any]:
         updates, state = tx.update(gradients, state, params, value=loss)
         return state, updates  # in this order the donated state is written in place
 
     loss = jax.ShapeDtypeStruct((), jnp.float32)
-    start = time.perf_counter()
-    compiled = (
-        jax.jit(step, donate_argnums=0)
-        .lower(jax.eval_shape(tx.init, params), params, params, loss)
-        .compile()
-    )
-    compile_s = time.perf_counter() - start
-    memory = compiled.memory_analysis()
+    abstract = jax.eval_shape(tx.init, params)
+    compiled, variant = compile_step(step, (abstract, params, params, loss), donate=0)
     state = [tx.init(params)] if run else []
     losses = [jnp.float32(1.0), jnp.float32(0.9)]
 
@@ -210,14 +279,15 @@ def _optimizer_variant(
         state[0], updates = compiled(state[0], gradients[i % 2], params, losses[i % 2])
         return updates
 
-    return _Variant(run_step, compile_s, 0 if memory is None else memory.temp_size_in_bytes)
+    variant.run = run_step
+    return variant
 
 
-def _copy_variant(elements: int, dtype: Any) -> _Variant:
+def _copy_variant(elements: int, dtype: Any) -> Variant:
     x = jax.random.normal(jax.random.key(0), (elements,), dtype)
-    start = time.perf_counter()
-    compiled = jax.jit(lambda x: x + 1).lower(x).compile()
-    return _Variant(lambda i: compiled(x), time.perf_counter() - start, 0)
+    compiled, variant = compile_step(lambda x: x + 1, (x,), donate=())
+    variant.run = lambda i: compiled(x)
+    return variant
 
 
 def _random_tree(shapes: Any, seed: int) -> Any:
@@ -244,7 +314,7 @@ def measure(
     Args:
       model: a key of `MODELS`.
       optimizers: keys of `OPTIMIZERS`.
-      backends: "xla", "pallas"; a backend that cannot run here is reported and left out.
+      backends: "xla", "auto", "pallas"; a backend that cannot run here is reported and left out.
       dtype: of parameters and gradients.
       repetitions: timings of each variant.
       compile_only: only compile: nothing as large as the model is allocated.
@@ -261,7 +331,7 @@ def measure(
     itemsize = jnp.dtype(dtype).itemsize
     params: Any = shapes
     gradients: list[Any] = []
-    variants: dict[tuple[str, str], _Variant] = {}
+    variants: dict[tuple[str, str], Variant] = {}
     if not compile_only:
         params = _random_tree(shapes, 0)
         gradients = [_random_tree(shapes, seed) for seed in (1, 2)]
@@ -280,22 +350,26 @@ def measure(
                 seconds = variants[(name, backend)].compile_s
                 report(f"{model}: {name} on {backend} compiled in {seconds:.1f} s")
     if not compile_only:
-        _take_turns(list(variants.values()), repetitions)
+        take_turns(list(variants.values()), repetitions)
     return _records(model, variants, dtype, elements, itemsize)
 
 
-def _take_turns(variants: Sequence[_Variant], repetitions: int) -> None:
+def take_turns(variants: Sequence[Variant], repetitions: int) -> None:
+    """Times variants, one after another, again and again."""
     for variant in variants:
         variant.time()  # the first call is not like the others
         variant.inner = max(1, math.ceil(_MINIMUM_SECONDS / variant.time()))
     for _ in range(repetitions):
         for variant in variants:
             variant.seconds.append(variant.time())
+    if jax.default_backend() == "gpu":
+        for variant in variants:
+            variant.profile()
 
 
 def _records(
     model: str,
-    variants: dict[tuple[str, str], _Variant],
+    variants: dict[tuple[str, str], Variant],
     dtype: str,
     elements: int,
     itemsize: int,
@@ -311,22 +385,38 @@ def _records(
                 2 * itemsize if name == "copy" else OPTIMIZERS[name].bytes_per_parameter(itemsize)
             )
             ms, fraction = 1e3 * seconds, moved / seconds / copy_rate
-        out.append(
-            Record(
-                model=model,
-                optimizer=name,
-                backend=backend,
-                dtype=dtype,
-                ms=ms,
-                copy_fraction=fraction,
-                compile_s=variant.compile_s,
-                temp_bytes=variant.temp_bytes,
-                device=jax.devices()[0].device_kind,
-                jax=jax.__version__,
-                date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-            )
-        )
+        out.append(record_of(variant, model, name, backend, dtype, ms, fraction))
     return out
+
+
+def record_of(
+    variant: Variant,
+    model: str,
+    optimizer: str,
+    backend: str,
+    dtype: str,
+    ms: float | None,
+    copy_fraction: float | None,
+    step: str = "update",
+) -> Record:
+    """The record of a variant; see `Record`."""
+    return Record(
+        model=model,
+        optimizer=optimizer,
+        backend=backend,
+        dtype=dtype,
+        ms=ms,
+        copy_fraction=copy_fraction,
+        compile_s=variant.compile_s,
+        temp_bytes=variant.temp_bytes,
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        trace_s=variant.trace_s,
+        busy_ms=variant.busy_ms,
+        launches=variant.launches,
+        step=step,
+    )
 
 
 # -- command line -------------------------------------------------------------------------------
@@ -348,8 +438,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends",
         nargs="+",
-        choices=("xla", "pallas"),
-        default=["xla"] if on_cpu else ["xla", "pallas"],
+        choices=("xla", "auto", "pallas"),
+        default=["xla"] if on_cpu else ["xla", "auto"],
         help="implementations of the learned rules (default here: %(default)s)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -397,24 +487,30 @@ _COLUMNS = (
     "ms a step",
     "times adamw",
     "of a copy's speed",
+    "GPU busy ms",
+    "launches",
     "compile s",
     "temporary MB",
 )
 
 
 def _rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    adamw = {r.model: r.ms for r in records if r.optimizer == "optax.adamw"}
+    number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
+    adamw = {(r.model, r.step): r.ms for r in records if r.optimizer == "optax.adamw"}
     rows: list[tuple[str, ...]] = []
     for r in records:
-        base = adamw.get(r.model)
+        base = adamw.get((r.model, r.step))
+        ratio = None if r.ms is None or base is None else r.ms / base
         rows.append(
             (
                 r.model,
                 r.optimizer,
                 r.backend,
-                "" if r.ms is None else f"{r.ms:.3f}",
-                "" if r.ms is None or base is None else f"{r.ms / base:.2f}",
-                "" if r.copy_fraction is None else f"{100 * r.copy_fraction:.0f}%",
+                number(r.ms, ".3f"),
+                number(ratio, ".2f"),
+                number(r.copy_fraction, ".0%"),
+                number(r.busy_ms, ".3f"),
+                number(r.launches, ".0f"),
                 f"{r.compile_s:.1f}",
                 f"{r.temp_bytes / 1e6:.1f}",
             )
@@ -429,8 +525,11 @@ def _title(records: Sequence[Record]) -> str:
 
 def markdown(records: Sequence[Record]) -> str:
     """The records as a Markdown table, with each time as a multiple of optax.adamw's."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "| --- | --- | --- |" + " ---: |" * 5]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(records)]
+    rows = _rows(records)
+    shown = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
+    line = lambda cells: f"| {' | '.join(cells[i] for i in shown)} |"  # noqa: E731
+    lines = [line(_COLUMNS), "| --- | --- | --- |" + " ---: |" * (len(shown) - 3)]
+    lines += map(line, rows)
     return f"{_title(records)}\n\n" + "\n".join(lines)
 
 
@@ -446,4 +545,4 @@ def print_table(records: Sequence[Record]) -> None:
         table.add_column(column, justify="right")
     for row in _rows(records):
         table.add_row(*row)
-    Console(width=120).print(table)
+    Console(width=150).print(table)

@@ -148,18 +148,16 @@ def any_of(parts: Sequence[Any], index: Any) -> Callable[[Callable[[Any], None]]
     Returns:
       A function that calls a function of one of the trees, which may only start copies.
     """
+    if len(parts) == 1:
+        return lambda do: do(parts[0])
     if is_interpreting():
-        if len(parts) == 1:
-            return lambda do: do(parts[0])
         return lambda do: jax.lax.switch(index, [functools.partial(do, part) for part in parts])
     sets = tuple(tuple(jax.tree.leaves(part)) for part in parts)
     types = jax.tree.map(lambda _: plgpu.RefType(), sets)
 
     @plgpu.inline_mgpu(arg_types=(types, plgpu.Layout.WG_SPLAT(())))
     def choose(context: Any, sets: Any, index: Any) -> None:
-        if len(sets) > 1:
-            _choose_descriptors(context, list(zip(*sets, strict=True)), index.registers.item())
-        _load_words(context.scratch)
+        _choose_descriptors(context, list(zip(*sets, strict=True)), index.registers.item())
 
     choose(sets, index)
     return lambda do: do(parts[0])
@@ -194,6 +192,27 @@ def _choose_descriptors(context: Any, alternatives: Sequence[Sequence[Any]], ind
         return descriptor_of(array, *arguments, **options)
 
     context._get_tma_desc = descriptor
+
+
+@plgpu.inline_mgpu()
+def _adjust(context: Any) -> None:
+    """Changes, for the kernel that is being built, what its copies become."""
+    _copy_by_descriptor(context)
+    _load_words(context.scratch)
+
+
+def _copy_by_descriptor(context: Any) -> None:
+    """Has every copy clip at the ends of its array's axes.
+
+    A copy out of whole rows is not else: it is taken for one of neighbouring bytes, and what lies
+    beyond the last row of a matrix overwrites the next matrix.
+    """
+    copy = context.async_copy
+
+    def async_copy(**options: Any) -> None:
+        copy(**options | {"oob_mode": launch_context.OOBFillMode.ZEROS})
+
+    context.async_copy = async_copy
 
 
 def _load_words(scratch: Any) -> None:
@@ -240,6 +259,8 @@ def call(
     """
 
     def kernel(*refs: Any) -> None:
+        if not is_interpreting():
+            _adjust()
         body(jax.lax.axis_index("program"), *refs)
 
     kernel.__name__ = name

@@ -229,6 +229,19 @@ def test_lowers_for_cuda(rule, hidden):
     assert "output_operand_alias" in text  # the accumulators are updated in place
 
 
+def test_copies_clip():
+    """A copy of whole rows must not go on into the next matrix: on a GPU, by its descriptor."""
+    parts = [random_part((7, 13), 2, seed) for seed in range(2)]
+    scale = jnp.ones((4,))
+    arguments = (parts, random_mlp(SMALL_FC, 4, 4, 0), scale, scale)
+    lowered = (
+        jax.jit(functools.partial(on_kernels, SMALL_FC))
+        .trace(*arguments)
+        .lower(lowering_platforms=("cuda",))
+    )
+    assert "cp.async.bulk.global.shared::cta.bulk_group" not in lowered.as_text()
+
+
 @pytest.mark.parametrize(
     "shape", [(5,), (300,), (7, 13), (16, 8, 64), (8, 16, 64), (3, 3, 8, 16), (9, 8, 2), (2, 9, 1)]
 )
