@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import small_fc_features, velo_features
-from lopt_jax.rule import Rule
-from pallas_kernels import step, table
+from lopt_jax.rule import WIDE_HIDDEN_SIZE, Folded, Rule
+from pallas_kernels import matrix_units, step, table
 from pallas_kernels.passes import Inputs, Table
 from pallas_kernels.view import View
 
@@ -86,42 +86,54 @@ def velo_rule() -> Rule:
     )
 
 
-def small_fc_rule() -> Rule:
+def small_fc_rule(precision: str = "highest") -> Rule:
     """small_fc_lopt's rule."""
-    return Rule(features=small_fc_features())
+    return Rule(features=small_fc_features(), precision=jax.lax.Precision(precision))
 
 
 def make_inputs(
     view: View, rule: Rule, part: step.Part, hidden: int, seed: int = 1
 ) -> tuple[Inputs, Any, Inputs, Table]:
     """Inputs of passes B and C, and the entries of their tables."""
-    key = iter(jax.random.split(jax.random.key(seed), 20))
+    key = iter(jax.random.split(jax.random.key(seed), 100))
     normal = lambda *shape: jax.random.normal(next(key), shape, jnp.float32)  # noqa: E731
     decays = Decays(jnp.full((1, 3), 0.9), jnp.full((1,), 0.999), jnp.asarray([[0.9, 0.99, 0.999]]))
     count = sum(f.varies == "element" for f in rule.features.factored)
+    weights = 0.3 * normal(1, count, hidden)
+    layers = (
+        (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
+        (0.3 * normal(1, 2, hidden), normal(1, 2)),
+    )
+    matrices = None
+    if step.uses_matrix_units(rule, hidden, view.is_factored):
+        down_bias = normal(1, hidden, view.down, 1)
+        across_bias = normal(1, hidden, 1, view.across)
+        row_bias, column_bias = down_bias, across_bias
+        if not view.down_is_row:
+            row_bias, column_bias = column_bias, row_bias
+        first = tuple(weights[:, k, :, None, None] for k in range(count))
+        matrices = matrix_units.pack(Folded(first, row_bias, column_bias, ()), layers, view)
     numbers = Table(
         decays=decays,
-        weights=0.3 * normal(1, count, hidden),
+        weights=weights if matrices is None else None,
         bias=(),
-        layers=(
-            (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
-            (0.3 * normal(1, 2, hidden), normal(1, 2)),
-        ),
+        layers=layers if matrices is None else layers[-1][1],
         scale=jnp.ones((1,)),
         weight_decay=jnp.zeros((1,)),
         centres=jnp.zeros((1, 4)) if rule.accumulator_statistics else (),
     )
     elements = step._elements(view, part)
-    down = lambda n: jnp.abs(normal(1, 1, n, view.tiles_down * view.rows))  # noqa: E731
-    across = lambda n: jnp.abs(normal(1, 1, n, view.strips * view.width))  # noqa: E731
+    down_shape, across_shape = (1, view.down, 1), (1, 1, view.across)
+    down = lambda n: view.down_vectors([jnp.abs(normal(*down_shape)) for _ in range(n)])  # noqa: E731
+    across = lambda n: view.across_vectors([jnp.abs(normal(*across_shape)) for _ in range(n)])  # noqa: E731
     rates, rate_entries = table.pack(decays, 1)
     packed, entries = table.pack(numbers, 1)
     first = jnp.zeros((1,), jnp.int32)
-    vectors = -(-(3 + hidden) // 8) * 8
+    vectors = 3 if matrices is not None else 3 + hidden
     return (
-        Inputs([elements], rates, down(8), across(8), first),
+        Inputs([elements], rates, down(3), across(3), first),
         rate_entries,
-        Inputs([elements], packed, down(vectors), across(vectors), first),
+        Inputs([elements], packed, down(vectors), across(vectors), first, matrices),
         entries,
     )
 
@@ -149,11 +161,10 @@ def time_pass(
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    default = {
-        "A": step.FIRST,
-        "B": step.SUMS,
-        "C": step.WIDE_UPDATE if hidden >= 16 else step.UPDATE,
-    }[name]
+    wide = step.UPDATE if hidden < WIDE_HIDDEN_SIZE else step.WIDE_UPDATE
+    if step.uses_matrix_units(rule, hidden, len(shape) > 1):
+        wide = step.MATRIX_UPDATE
+    default = {"A": step.FIRST, "B": step.SUMS, "C": wide}[name]
     tuning = replace(default, **changes)
     view = step.view_for(shape, tuning)
     elements = math.prod(shape)

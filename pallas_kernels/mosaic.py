@@ -14,7 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels import inline
+
 WARPS = 4
+OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
+_OPERAND_TRANSFORMS = (
+    plgpu.TilingTransform((8, OPERAND_COLUMNS)),
+    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),
+)
 
 barrier_wait = plgpu.barrier_wait
 copy_in = plgpu.copy_gmem_to_smem
@@ -237,6 +244,7 @@ def call(
     outputs: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     name: str,
+    reduction_bytes: int = 6144,
 ) -> tuple[jax.Array, ...]:
     """Runs a kernel of one warpgroup a block.
 
@@ -247,6 +255,7 @@ def call(
       outputs: shapes and dtypes.
       scratch: of `shared` and `barrier`.
       name: of the kernel, for profiles.
+      reduction_bytes: shared memory for sums across warps.
 
     Returns:
       The outputs.
@@ -267,6 +276,140 @@ def call(
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=6144,
+            reduction_scratch_bytes=reduction_bytes,
         ),
     )(*arguments)
+
+
+# ------------------------------------------------------------------------------------------------
+# Matrix units. A factor is a pair of bfloat16 arrays, high and low part, whose sum has 16 bits of
+# the float32's 24; products leave out the product of the low parts. The interpreter knows no
+# inlined code: there the same sums are taken in jnp.
+
+MATRIX_ROWS = 64  # of the first factor, a multiple
+matrix_layout = plgpu.Layout.WGMMA
+
+
+def operand(shape: tuple[int, int]) -> Any:
+    """A buffer in shared memory that the matrix units read."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_OPERAND_TRANSFORMS)
+
+
+def network(
+    high: Any,
+    low: Any,
+    weights: Sequence[Any],
+    vectors: Any,
+    down: Any,
+    across: jax.Array,
+    results: Any,
+    *,
+    together: int,
+    in_flight: int,
+) -> None:
+    """A network on the rows of a block of elements, from their features to its two outputs.
+
+    Args:
+      high: high parts of the features, an operand (rows * 64, inputs).
+      low: the low parts.
+      weights: one operand a hidden layer: of the first (outputs, 2 * inputs), high and low parts;
+        of others (outputs, 3 * inputs), high, high and low parts.
+      vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
+        of the two outputs.
+      down: (rows, outputs) float32, a bias of the first layer for every row of the block.
+      across: (64, outputs) in `matrix_layout`, the rest of that bias.
+      results: (2, rows, 64) float32, where the outputs go, without their bias.
+      together: rows whose products start at once.
+      in_flight: how many such groups are under way.
+    """
+    rows = results.shape[1]
+    if is_interpreting():
+        _emulated_network(high, low, weights, vectors, down, across, results)
+        return
+    operands = plgpu.RefType(_OPERAND_TRANSFORMS)
+    plain = plgpu.RefType()
+
+    @plgpu.inline_mgpu(
+        arg_types=(
+            plain,
+            plain,
+            plain,
+            matrix_layout,
+            operands,
+            operands,
+            *[operands] * len(weights),
+        )
+    )
+    def run(
+        _: Any,
+        vectors: Any,
+        down: Any,
+        results: Any,
+        across: Any,
+        high: Any,
+        low: Any,
+        *weights: Any,
+    ) -> None:
+        layers = inline.Layers(high, low, weights, vectors, down, across, results)
+        inline.network(layers, rows, together, in_flight)
+
+    run(vectors, down, results, across, high, low, *weights)
+
+
+def split(x: jax.Array, toward_zero: bool = False) -> tuple[jax.Array, jax.Array]:
+    """High and low parts, bfloat16, of an array of any layout outside of kernels."""
+    if toward_zero:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    else:  # XLA takes a conversion to bfloat16 and back for the identity
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def _emulated_network(
+    high: Any, low: Any, weights: Any, vectors: Any, down: Any, across: Any, results: Any
+) -> None:
+    """The same sums as `inline.network`, for the interpreter."""
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+
+    def product(parts: tuple[Any, Any], weight: Any) -> jax.Array:
+        first, second = map(wide, parts)
+        inputs = first.shape[1]
+        big, small = wide(weight[...])[:, :inputs].T, wide(weight[...])[:, -inputs:].T
+        return first @ big + second @ big + first @ small
+
+    numbers = vectors[...]
+    start = down[...][:, None] + across
+    hidden = product((high[...], low[...]), weights[0]) + start.reshape(-1, start.shape[-1])
+    for bias, weight in zip(numbers, weights[1:], strict=False):
+        parts = split(jnp.maximum(hidden, 0), toward_zero=True)
+        hidden = product(parts, weight) + bias
+    last = numbers[len(weights) - 1 : len(weights) + 1]
+    results[...] = jnp.dot(last, jnp.maximum(hidden, 0).T).reshape(results.shape)
+
+
+def store_factors(
+    high: Any, low: Any, values: Sequence[jax.Array], shape: tuple[int, int], layout: Any
+) -> None:
+    """Stores the columns of a factor, from registers to two operands.
+
+    Args:
+      high: operand (elements, columns) for the high parts.
+      low: the same for the low parts.
+      values: one array (rows, width) a column, float32; further columns are set to zero. Elements
+        of `high` are in the order of their rows, then of their columns.
+      shape: (rows, width).
+      layout: of `values`.
+    """
+    if is_interpreting():
+        columns = [jnp.broadcast_to(x, shape).reshape(-1) for x in values]
+        columns += [jnp.zeros_like(columns[0])] * (high.shape[1] - len(columns))
+        high[...], low[...] = split(jnp.stack(columns, axis=1))
+        return
+    reference = plgpu.RefType(_OPERAND_TRANSFORMS)
+
+    @plgpu.inline_mgpu(arg_types=(reference, reference, *([layout] * len(values))))
+    def store(_: Any, high: Any, low: Any, *values: Any) -> None:
+        inline.store_factors(high, low, values, shape)
+
+    store(high, low, *(plgpu.layout_cast(x, layout) for x in values))

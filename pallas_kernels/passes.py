@@ -21,6 +21,7 @@ from lopt_jax.accumulators import Decays, update_average
 from lopt_jax.features import Feature, Operands
 from lopt_jax.rule import FactoredVectors, Folded, Rule
 from pallas_kernels import mosaic
+from pallas_kernels.matrix_units import Blocks, Matrices
 from pallas_kernels.table import Numbers, read, sequence
 from pallas_kernels.view import View
 
@@ -38,6 +39,7 @@ class Plan:
       block_rows: rows of a tile that are in registers at once.
       loops: take the blocks of a tile in a loop, not one after another in straight code.
       backwards: walk from the end, where the pass before left off: what it read last is in L2.
+      together, in_flight: as in `matrix_units.Blocks`.
     """
 
     view: View
@@ -48,6 +50,8 @@ class Plan:
     loops: bool = False
     backwards: bool = False
     parts: int = 1
+    together: int = 1
+    in_flight: int = 1
 
     @property
     def chunks(self) -> int:
@@ -367,6 +371,7 @@ class Inputs(NamedTuple):
     down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
     across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
     first: jax.Array  # (1,) int32: position among all tensors of the first part's first
+    matrices: Matrices | None = None  # the network for the matrix units; None: it is in the table
 
 
 @dataclass(frozen=True)
@@ -392,12 +397,27 @@ class _Kernel:
             vectors = inputs.down.shape[2]
             out.append(mosaic.shared((plan.stages, vectors, plan.view.rows), jnp.float32))
             constants.append(mosaic.shared((vectors, plan.view.width), jnp.float32))
+        blocks = []
+        if inputs.matrices is not None:
+            matrices = inputs.matrices
+            units = matrices.down.shape[-1]
+            out.append(mosaic.shared((plan.stages, plan.view.rows, units), jnp.float32))
+            constants += [mosaic.operand(w.shape[1:]) for w in matrices.weights]
+            constants.append(mosaic.shared(matrices.vectors.shape[1:], jnp.float32))
+            blocks = self.blocks.scratch(matrices)
         return [
             *out,
             *constants,
             mosaic.barrier(len(out), plan.stages),
             mosaic.barrier(len(constants)),
+            *blocks,
         ]
+
+    @functools.cached_property
+    def blocks(self) -> Blocks:
+        return Blocks(
+            self.plan.block, self.registers.layout, self.plan.together, self.plan.in_flight
+        )
 
     def copies(
         self,
@@ -430,6 +450,11 @@ class _Kernel:
                 columns = pl.ds(place.strip * plan.view.width, plan.view.width)
                 source = refs.across.at[group, place.middle, :, columns]
                 mosaic.copy_in(source, buffers.across, once)
+            if refs.matrices is not None:
+                constants = (*refs.matrices.weights, refs.matrices.vectors)
+                targets = (*buffers.matrices.weights, buffers.matrices.vectors)
+                for source, target in zip(constants, targets, strict=True):
+                    mosaic.copy_in(source.at[tensor], target, once)
 
         def start(tile: Any, slot: Any) -> None:
             def start_part(sources: Elements) -> None:
@@ -446,6 +471,9 @@ class _Kernel:
                 rows = pl.ds(tile * plan.view.rows, plan.view.rows)
                 source = refs.down.at[group, place.middle, :, rows]
                 mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
+            if refs.matrices is not None:
+                source = refs.matrices.down.at[group, place.middle, rows]
+                mosaic.copy_in(source, buffers.matrices.down.at[slot], arrived.at[slot])
 
         return start, start_constants
 
@@ -493,16 +521,23 @@ def _split(refs: Sequence[Any], tree: Any) -> tuple[Any, Sequence[Any]]:
     return treedef.unflatten(refs[:count]), refs[count:]
 
 
-def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Buffers in shared memory, of the elements of one part; barriers."""
+def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any, Sequence[Any]]:
+    """Buffers of one part, barriers, and what the matrix units use."""
     elements, refs = _split(refs, inputs.elements[0])
-    down = across = None
+    down = across = matrices = bias = None
     if inputs.down is not None:
-        (down, table, across), refs = refs[:3], refs[3:]
-    else:
-        (table,), refs = refs[:1], refs[1:]
-    arrived, once = refs
-    return Inputs(elements, table, down, across, None), arrived, once
+        (down, *refs) = refs
+    if inputs.matrices is not None:
+        (bias, *refs) = refs
+    (table, *refs) = refs
+    if inputs.across is not None:
+        (across, *refs) = refs
+    if inputs.matrices is not None:
+        weights, refs = _split(refs, inputs.matrices.weights)
+        (vectors, *refs) = refs
+        matrices = Matrices(weights, vectors, bias, None)
+    (arrived, once, *blocks) = refs
+    return Inputs(elements, table, down, across, None, matrices), arrived, once, blocks
 
 
 def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:
@@ -525,7 +560,7 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
     def body(program: Any, *refs: Any) -> None:
         sources, refs = _split(refs, inputs)
         out, refs = refs[0], refs[1:]
-        buffers, arrived, once = _buffers(inputs, refs)
+        buffers, arrived, once, _ = _buffers(inputs, refs)
         place = _place(plan, program)
         of_part = mosaic.any_of([(x,) for x in sources.elements], place.part)
         start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
@@ -577,9 +612,9 @@ class Table(NamedTuple):
     """What pass C reads of a tensor, number by number."""
 
     decays: Decays
-    weights: Any  # (element features, H)
+    weights: Any  # (element features, H); none where the network is in matrices
     bias: tuple  # one (H,); none where the tensor is factored
-    layers: tuple  # (weight (outputs, inputs), bias (outputs,)) each
+    layers: tuple  # (weight (outputs, inputs), bias (outputs,)) each; or the last bias alone
     scale: Any  # ()
     weight_decay: Any  # ()
     centres: Any  # (momenta + 1,): about the means of the accumulators
@@ -620,7 +655,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     features = _element_features(rule, view)
     kernel = _Kernel(plan, rule, entries.decays)
     registers = kernel.registers
-    hidden = entries.weights.shape[1]
+    matrices = inputs.matrices
+    hidden = 0 if matrices is not None else entries.weights.shape[1]
     momenta = len(inputs.elements[0].momentum)
     statistics = momenta + 1 if rule.accumulator_statistics else 0
     outputs = [
@@ -632,7 +668,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         sources, refs = _split(refs, inputs)
         update_outs, sums_out = refs[: plan.parts], refs[plan.parts]
         refs = refs[plan.parts + 1 :]
-        buffers, arrived, once = _buffers(inputs, refs)
+        buffers, arrived, once, blocks = _buffers(inputs, refs)
         place = _place(plan, program)
         of_part = mosaic.any_of(list(zip(sources.elements, update_outs, strict=True)), place.part)
         start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
@@ -651,30 +687,46 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             across = _VectorBias((hidden,), lambda j: registers.across(buffers.across, factors + j))
             return Folded(weights, down, across, layers)
 
-        def consume(numbers: Table, rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
+        def network(
+            values: Sequence[jax.Array],
+            numbers: Table,
+            rates: Decays,
+            held: Any,
+            slot: Any,
+            row: Any,
+        ) -> tuple[jax.Array, jax.Array]:
+            if matrices is None:
+                return rules.network_outputs(values, folded(numbers, rates, slot, row))
+            bias = numbers.layers
+            of_network = buffers.matrices
+            down = of_network.down.at[slot, pl.ds(row, plan.block_rows)]
+            outputs = kernel.blocks.outputs(
+                values, of_network.weights, of_network.vectors, down, held, blocks
+            )
+            return outputs[0] + bias[0], outputs[1] + bias[1]
+
+        def consume(
+            numbers: Table, rates: Decays, held: Any, tile: Any, slot: Any, sums: tuple
+        ) -> tuple:
             def take(row: Any, sums: tuple) -> tuple:
                 operands, averages = kernel.operands(buffers, slot, row, rates)
                 values = [feature.formula(operands) for feature in features]
-                direction, magnitude = rules.network_outputs(
-                    values, folded(numbers, rates, slot, row)
-                )
-                step = rules.output_step(direction, magnitude, rule.exp_mult)
-                new = [
-                    rules.parameter_update(
-                        step, operands.parameter, numbers.scale[()], numbers.weight_decay[()]
-                    ),
-                    *operands.momentum,
-                    operands.second_moment,
-                    *averages,
-                ]
+                new = [*operands.momentum, operands.second_moment, *averages]
                 rows = pl.ds(row, plan.block_rows)
-                for buffer, value in zip(written, new, strict=True):
+                for buffer, value in zip(written[1:], new, strict=True):
                     mosaic.store(buffer.at[slot, rows], value.astype(buffer.dtype))
+                outputs = network(values, numbers, rates, held, slot, row)
+                step = rules.output_step(*outputs, rule.exp_mult)
+                change = rules.parameter_update(
+                    step, operands.parameter, numbers.scale[()], numbers.weight_decay[()]
+                )
+                buffer = written[0]
+                mosaic.store(buffer.at[slot, rows], change.astype(buffer.dtype))
                 if statistics:
                     inside = registers.inside(place, tile, row)
                     distances = [
                         _masked(inside, x - numbers.centres[k])
-                        for k, x in enumerate(new[1 : 1 + statistics])
+                        for k, x in enumerate(new[:statistics])
                     ]
                     distances += [jnp.square(x) for x in distances]
                     sums = tuple(
@@ -701,7 +753,12 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             mosaic.barrier_wait(once)
             numbers = mosaic.scalars(buffers.table)
             rates = _rates(entries.decays, numbers)
-            return functools.partial(consume, read(entries, numbers), rates)
+            held = None
+            if matrices is not None:
+                group = sources.first[0] * view.batch + place.group
+                columns = pl.ds(place.strip * view.width, view.width)
+                held = kernel.blocks.held(sources.matrices.across.at[group, place.middle, columns])
+            return functools.partial(consume, read(entries, numbers), rates, held)
 
         carry = (registers.zeros(),) * (2 * statistics)
         sums = _walk(plan, place, start, prepare, arrived, carry)
@@ -724,6 +781,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         outputs=outputs,
         scratch=kernel.scratch(inputs),
         name="lopt_update",
+        # a row of a tile of the matrix units' width is one warp's: its sum needs no exchange
+        reduction_bytes=6144 if matrices is None else 0,
     )
     value = lambda ref: ref[...]  # noqa: E731
     return StepOutputs(

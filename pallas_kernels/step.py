@@ -21,7 +21,7 @@ from lopt_jax.features import Operands
 from lopt_jax.partition import Partition
 from lopt_jax.rows import RowsTaker, rows_taker
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
-from pallas_kernels import mosaic, passes, table
+from pallas_kernels import matrix_units, mosaic, passes, table
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
@@ -34,22 +34,26 @@ class Tuning:
     """How a pass is cut; chosen by measurement (docs/kernels.md).
 
     Attributes:
-      tile_elements, widest, vector: as in `view_of`.
+      tile_elements, widest, narrowest, vector: as in `view_of`.
       stages: tiles in shared memory at once.
       block_rows: rows of a tile in registers at once, if possible; 0: all of them.
       loops: as in `Plan`.
       programs: that a multiprocessor holds at once.
       program_elements: of a program at most, about.
+      together, in_flight: as in `Plan`.
     """
 
     tile_elements: int
     stages: int
     programs: int
     widest: int = 128
+    narrowest: int = 16
     vector: int = 4
     block_rows: int = 0
     loops: bool = False
     program_elements: int = 1 << 15
+    together: int = 1
+    in_flight: int = 1
 
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
@@ -58,6 +62,20 @@ UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 1
 # wide layers leave few registers, so a thread takes few elements
 WIDE_UPDATE = Tuning(
     tile_elements=1024, stages=3, programs=2, widest=64, vector=2, block_rows=1, loops=True
+)
+# on the matrix units: a row of a tile is what one instruction takes; a thread stores whole rows of
+# features, which meets no bank twice if neighbouring threads hold neighbouring elements
+MATRIX_UPDATE = Tuning(
+    tile_elements=512,
+    stages=3,
+    programs=3,
+    widest=matrix_units.WIDTH,
+    narrowest=matrix_units.WIDTH,
+    vector=1,
+    block_rows=4,
+    program_elements=1 << 14,
+    loops=True,
+    in_flight=2,
 )
 
 
@@ -158,10 +176,13 @@ def second_pass(
     shape = parts[0].gradient.shape[1:]
     whole = partition or _unsplit(shape)
     hidden = range(mlp.biases[0].shape[-1])
-    tuning = WIDE_UPDATE if len(hidden) >= rules.WIDE_HIDDEN_SIZE else UPDATE
+    dims = factored_dims(whole.shape)
+    on_matrix_units = uses_matrix_units(rule, len(hidden), dims is not None)
+    tuning = UPDATE
+    if len(hidden) >= rules.WIDE_HIDDEN_SIZE:
+        tuning = MATRIX_UPDATE if on_matrix_units else WIDE_UPDATE
     view = view_for(shape, SUMS, whole.shape)
     update_view = view_for(shape, tuning, whole.shape)
-    dims = factored_dims(whole.shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
     decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -206,25 +227,35 @@ def second_pass(
     if rule.parameter_scale:
         scale = scale * rules.parameter_scale(moments.parameter_mean_square)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
+    layers = _layers(mlp, mlp_per_tensor, tensors)
+    matrices = weights = None
+    if on_matrix_units:
+        matrices = matrix_units.pack(networks, layers, update_view)
+        layers = layers[-1][1]
+    else:
+        weights = jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1)
     numbers, entries = table.pack(
         Table(
             decays=jax.tree.map(lambda x: table.repeat(x, tensors), decays),
-            weights=jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1),
+            weights=weights,
             bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
-            layers=_layers(mlp, mlp_per_tensor, tensors),
+            layers=layers,
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
         ),
         tensors,
     )
-    if dims is not None:
+    if dims is not None and not on_matrix_units:
         of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
         factors = _oriented(
             update_view,
             (*vectors.row_factor, *of_unit(networks.row_bias)),
             (*vectors.column_factor, *of_unit(networks.column_bias)),
         )
+
+    elif dims is not None:
+        factors = _oriented(update_view, vectors.row_factor, vectors.column_factor)
 
     # pass C
     view = update_view
@@ -234,7 +265,7 @@ def second_pass(
             rule,
             entries,
             mosaic.is_interpreting(),
-            Inputs(x, numbers, *factors, start),
+            Inputs(x, numbers, *factors, start, matrices),
         )
         for chosen, x, start in zip(launches, elements, starts, strict=True)
     ]
@@ -265,9 +296,22 @@ def second_pass(
     return Updates(out, kept)
 
 
+def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
+    """Whether pass C of tensors takes the matrix units."""
+    is_wide = hidden >= rules.WIDE_HIDDEN_SIZE
+    return is_wide and is_factored and rule.precision != jax.lax.Precision.HIGHEST
+
+
 def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:
     """How a pass sees a shape, of a tensor or of a shard of the whole one."""
-    return view_of(shape, tuning.tile_elements, tuning.vector, tuning.widest, whole=whole)
+    return view_of(
+        shape,
+        tuning.tile_elements,
+        tuning.vector,
+        tuning.widest,
+        tuning.narrowest,
+        whole=whole,
+    )
 
 
 def _launches(parts: Sequence[Part]) -> list[Sequence[Part]]:
@@ -317,7 +361,18 @@ def plan_for(
     step = mosaic.tile_layout(view.width, view.vector)[1]
     rows = max(rows, step)
     stages = min(tuning.stages, tiles + 1)
-    return Plan(view, tensors, tiles, stages, rows, tuning.loops, backwards, parts)
+    return Plan(
+        view,
+        tensors,
+        tiles,
+        stages,
+        rows,
+        tuning.loops,
+        backwards,
+        parts,
+        tuning.together,
+        tuning.in_flight,
+    )
 
 
 def _starts(launches: Sequence[Sequence[Part]]) -> list[jax.Array]:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_COLUMNS = 256
+_COLUMNS = 256  # at most
+_UNIT = 32  # columns are a multiple: 128 bytes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Numbers:
         for i, n in zip(reversed(index), reversed(self.shape), strict=True):
             position += i * stride
             stride *= n
-        return self.ref[position // _COLUMNS, position % _COLUMNS]
+        columns = self.ref.shape[1]
+        return self.ref[position // columns, position % columns]
 
     def __iter__(self) -> Any:
         """The numbers of a vector."""
@@ -58,7 +60,7 @@ def pack(arrays: Any, tensors: int) -> tuple[jax.Array, Any]:
       tensors: their number.
 
     Returns:
-      The tables, (tensors, rows, 256) float32, and the tree of their entries.
+      The tables, (tensors, rows, columns) float32, and the tree of their entries.
     """
     leaves, treedef = jax.tree.flatten(arrays)
     entries: list[Entry] = []
@@ -67,9 +69,10 @@ def pack(arrays: Any, tensors: int) -> tuple[jax.Array, Any]:
         entries.append(Entry(tuple(x.shape[1:]), size))
         size += math.prod(x.shape[1:])
     flat = jnp.concatenate([_flatten(x) for x in leaves], axis=1)
-    rows = max(-(-size // _COLUMNS), 1)
-    flat = jnp.pad(flat, ((0, 0), (0, rows * _COLUMNS - size)))
-    return flat.reshape((tensors, rows, _COLUMNS)), treedef.unflatten(entries)
+    columns = min(-(-size // _UNIT) * _UNIT, _COLUMNS)
+    rows = -(-size // columns)
+    flat = jnp.pad(flat, ((0, 0), (0, rows * columns - size)))
+    return flat.reshape((tensors, rows, columns)), treedef.unflatten(entries)
 
 
 def _flatten(x: jax.Array) -> jax.Array:

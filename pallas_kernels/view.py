@@ -109,7 +109,7 @@ class View:
             jnp.moveaxis(self._transpose(x).reshape((-1, self.down, self.middle)), 1, 2)
             for x in vectors
         ]
-        return _stack(parts, self.tiles_down * self.rows)
+        return _stack(parts, self.tiles_down * self.rows, self._vector_unit)
 
     def across_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
         """Vectors that do not vary down, each (B, *shape with size 1 at the down axis).
@@ -118,7 +118,12 @@ class View:
           (B * batch, middle, vectors rounded up, across rounded up) float32.
         """
         parts = [self._transpose(x).reshape((-1, self.middle, self.across)) for x in vectors]
-        return _stack(parts, self.strips * self.width)
+        return _stack(parts, self.strips * self.width, self._vector_unit)
+
+    @property
+    def _vector_unit(self) -> int:
+        """What the number of vectors is rounded up to: parts of a tile start at 128 bytes."""
+        return max(32 // self.rows, 1)
 
     def restore_down(self, x: jax.Array) -> jax.Array:
         """(B * batch, middle, down) -> (B, *shape without the across axis)."""
@@ -144,8 +149,8 @@ class View:
         return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
 
 
-def _stack(parts: Sequence[jax.Array], size: int) -> jax.Array:
-    count = -(-len(parts) // 8) * 8  # so that a copy of any tile moves whole units
+def _stack(parts: Sequence[jax.Array], size: int, unit: int) -> jax.Array:
+    count = -(-len(parts) // unit) * unit
     x = jnp.stack(parts, axis=2)
     padding = ((0, 0), (0, 0), (0, count - len(parts)), (0, size - x.shape[-1]))
     return jnp.pad(x.astype(jnp.float32), padding)
@@ -156,6 +161,7 @@ def view_of(
     tile_elements: int = 1024,
     vector: int = 4,
     widest: int = LINE,
+    narrowest: int = 16,
     whole: tuple[int, ...] | None = None,
 ) -> View:
     """How the kernels see a shape.
@@ -166,6 +172,7 @@ def view_of(
       tile_elements: elements of a tile, about.
       vector: as in `View`.
       widest: largest width of a tile, a power of two.
+      narrowest: smallest width of a tile, a power of two.
 
     Returns:
       The view.
@@ -183,7 +190,7 @@ def view_of(
         batch, down = math.prod(ordered[:down_axis]), ordered[down_axis]
         middle, across = math.prod(ordered[down_axis + 1 : -1]), ordered[-1]
         stored = -(-across // _ALIGNED_ELEMENTS) * _ALIGNED_ELEMENTS
-    width = max(min(1 << (across - 1).bit_length(), widest), 16)
+    width = max(min(1 << (across - 1).bit_length(), widest), narrowest)
     step = mosaic.tile_layout(width, vector)[1]
     rows = max(tile_elements // width // step, 1) * step
     sizes = (batch, down, middle, across, stored, rows, width, vector)

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
 VELO = Rule(velo_features(), gradient_clip=1e3, parameter_scale=True, accumulator_statistics=True)
 SMALL_FC = Rule(small_fc_features())
+SPLIT = replace(SMALL_FC, precision=jax.lax.Precision.HIGH)  # wide layers on the matrix units
 
 
 def random_part(shape, tensors, seed, parameter=jnp.float32, gradient=jnp.float32):
@@ -98,6 +100,8 @@ def check(rule, shape, tensors=1, parts=1, hidden=4, seed=0, tolerance=1e-5, **d
         (SMALL_FC, (8, 6, 2), {}),  # the last axis is a batch axis
         (VELO, (130,), {"tensors": 2, "tolerance": 3e-5}),  # not factored
         (SMALL_FC, (8, 24), {"hidden": 16}),  # a wide layer
+        (SPLIT, (12, 70), {"hidden": 32, "tolerance": 1e-4}),  # partial tiles
+        (replace(VELO, precision=SPLIT.precision), (3, 5, 8), {"hidden": 20, "tolerance": 1e-4}),
     ],
 )
 def test_equals_xla(rule, shape, options):
@@ -140,21 +144,30 @@ def first_steps(name, steps):
     )
 
 
-def optimizer(name):
+def optimizer(name, **options):
     if name.startswith("small_fc"):
-        return lopt_jax.small_fc_lopt(reference.weights(name, step_mult=0.01), backend="pallas")
+        weights = reference.weights(name, step_mult=0.01)
+        return lopt_jax.small_fc_lopt(weights, backend="pallas", **options)
     config = reference.config(name)
     weights = reference.weights(name, **config["kwargs"])
     return lopt_jax.velo(config["num_steps"], weights, backend="pallas")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "small_fc_lopt_h32", "velo"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("small_fc_lopt_h4", {}),
+        ("small_fc_lopt_h32", {"precision": "highest"}),
+        ("small_fc_lopt_h32", {"precision": "high"}),
+        ("velo", {}),
+    ],
+)
 @pytest.mark.usefixtures("one_device")
-def test_trajectory(name):
+def test_trajectory(name, options):
     """Parity with the reference; every step takes the interpreter seconds."""
     with plgpu.force_gpu_interpret_mode():
-        worst, where = reference.worst_error(optimizer(name), reference.trajectory(name))
+        worst, where = reference.worst_error(optimizer(name, **options), reference.trajectory(name))
     assert worst <= 1, f"{worst:.2f} times the bound at {where}"
 
 
@@ -173,14 +186,41 @@ def test_first_steps_of_a_trajectory():
     assert worst <= 1, f"{worst:.2f} times the bound at {where}"
 
 
-@pytest.mark.parametrize("hidden", [4, 16])
-def test_lowers_for_cuda(hidden):
+@pytest.mark.usefixtures("one_device")
+def test_matrix_units_on_a_trajectory():
+    """One step of the leaves that have two dimensions, within the bound of float32."""
+    names = ["square", "w"]
+    run = first_steps("small_fc_lopt_h32", 1)
+    only = lambda tree: {k: tree[k] for k in names}  # noqa: E731
+    run = run._replace(
+        init=only(run.init),
+        gradients=list(map(only, run.gradients)),
+        params=list(map(only, run.params)),
+    )
+    tx = optimizer("small_fc_lopt_h32", precision="high")
+    with plgpu.force_gpu_interpret_mode():
+        worst, where = reference.worst_error(tx, run)
+    assert worst <= 0.3, f"{worst:.2f} times the bound at {where}"
+
+
+def test_parts_of_a_factor():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)), jnp.float32)
+    with plgpu.force_gpu_interpret_mode():
+        high, low = mosaic.split(x)
+    assert high.dtype == low.dtype == jnp.bfloat16
+    rest = np.asarray(x, np.float64) - np.asarray(high, np.float64) - np.asarray(low, np.float64)
+    assert np.max(np.abs(rest / np.asarray(x))) <= 2**-17
+    assert np.max(np.abs(np.asarray(low, np.float64))) > 0
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (VELO, 16), (SPLIT, 32), (SPLIT, 24)])
+def test_lowers_for_cuda(rule, hidden):
     """Finds layouts and operations that the compiler refuses, without a GPU."""
     parts = [random_part((40, 256), 1, seed) for seed in range(2)]
     scale = jnp.ones((2,))
-    arguments = (parts, random_mlp(VELO, 2, hidden, 0), scale, scale)
+    arguments = (parts, random_mlp(rule, 2, hidden, 0), scale, scale)
     lowered = (
-        jax.jit(functools.partial(on_kernels, VELO))
+        jax.jit(functools.partial(on_kernels, rule))
         .trace(*arguments)
         .lower(lowering_platforms=("cuda",))
     )

@@ -23,7 +23,7 @@ def elo(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "high",
 ) -> optax.GradientTransformationExtraArgs:
     """ELO: the rule of small_fc_lopt with fixed decays and a learning rate.
 

@@ -21,7 +21,7 @@ def mulo(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: engine.StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "high",
 ) -> optax.GradientTransformationExtraArgs:
     """μLO: small_fc_lopt, whose step on a leaf is divided by the leaf's width multiplier.
 

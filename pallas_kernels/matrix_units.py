@@ -1,0 +1,144 @@
+"""The network of a block on the matrix units, for hidden layers of 16 and more.
+
+Elements are the rows of a matrix of features, written to shared memory as a high and a low part of
+16 bits each; hidden layers stay in registers. Each product is three products of 16-bit numbers,
+summed in float32: high by high, low by high, high by low. What is left out is 2^-18 of a product.
+The last layer, two outputs, is a sum on the ordinary units.
+
+Biases of the first layer that do not vary down are held in registers for a whole strip; those that
+do not vary across are added a row at a time: both are where a product's sum starts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.rule import Folded
+from pallas_kernels import mosaic
+from pallas_kernels.view import View
+
+WIDTH = mosaic.MATRIX_ROWS  # of a tile: a row of it is what one instruction takes
+UNITS = 16  # hidden layers are padded to a multiple
+
+
+class Matrices(NamedTuple):
+    """A folded network as the matrix units read it, H its hidden units rounded up."""
+
+    weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
+    vectors: Any  # (tensors, 1, hidden layers + 1, H): the biases but the first; the last weights
+    down: Any  # (all groups, middle, down rounded up, H): the first bias, where it varies down
+    across: Any  # (all groups, middle, across rounded up, H): the rest of it
+
+
+def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: View) -> Matrices:
+    """A network's matrices.
+
+    Args:
+      networks: folded networks of factored tensors, with a leading axis of tensors.
+      layers: (tensors, outputs, inputs) and (tensors, outputs) of each layer but the first.
+      view: of the tensors.
+
+    Returns:
+      The matrices.
+    """
+    tensors, hidden = networks.row_bias.shape[:2]
+    units = -(-hidden // UNITS) * UNITS
+    first = jnp.stack([w.reshape((tensors, hidden)) for w in networks.weights], axis=2)
+    columns = -(-first.shape[2] // mosaic.OPERAND_COLUMNS) * mosaic.OPERAND_COLUMNS
+    last_weight, _ = layers[-1]
+
+    def parts(weight: jax.Array, columns: int, is_first: bool) -> jax.Array:
+        high, low = mosaic.split(_padded(weight, (tensors, units, columns)))
+        return jnp.concatenate([high, low] if is_first else [high, high, low], axis=2)
+
+    vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
+    hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
+    of_unit = lambda x: [x[:, j] for j in range(hidden)]  # noqa: E731
+    down, across = of_unit(networks.row_bias), of_unit(networks.column_bias)
+    if not view.down_is_row:
+        down, across = across, down
+    return Matrices(
+        weights=(parts(first, columns, is_first=True), *hidden_layers),
+        vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, len(layers) + 1, units)),
+        down=_units_last(view.down_vectors(down), units),
+        across=_units_last(view.across_vectors(across), units),
+    )
+
+
+def _padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
+
+
+def _units_last(x: jax.Array, units: int) -> jax.Array:
+    x = jnp.swapaxes(x, 2, 3)[..., :units]
+    return _padded(x, (*x.shape[:3], units))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How blocks of a tile meet the matrix units.
+
+    Attributes:
+      shape: of a block, (rows, `WIDTH`).
+      layout: of a block in registers.
+      together: rows of a block whose products start at once.
+      in_flight: how many such groups take turns.
+    """
+
+    shape: tuple[int, int]
+    layout: Any
+    together: int
+    in_flight: int
+
+    def scratch(self, matrices: Matrices) -> list:
+        """Buffers for the factors and for the outputs."""
+        columns = matrices.weights[0].shape[2] // 2
+        factor = mosaic.operand((self.shape[0] * self.shape[1], columns))
+        return [factor, factor, mosaic.shared((2, *self.shape), jnp.float32)]
+
+    def held(self, across: Any) -> jax.Array:
+        """The bias that all rows of a strip share, from (WIDTH, H) in global memory."""
+        return mosaic.load(across, mosaic.matrix_layout, optimized=False)
+
+    def outputs(
+        self,
+        values: Sequence[jax.Array],
+        weights: Sequence[Any],
+        vectors: Any,
+        down: Any,
+        across: jax.Array,
+        scratch: Sequence[Any],
+    ) -> tuple[jax.Array, jax.Array]:
+        """The network on a block.
+
+        Args:
+          values: the element features, blocks in registers.
+          weights: operands, one a hidden layer.
+          vectors: ref (rows, H), as in `Matrices`.
+          down: ref (rows of the block, H).
+          across: of `held`.
+          scratch: refs of `scratch`.
+
+        Returns:
+          Direction and magnitude without their bias, blocks in registers.
+        """
+        high, low, results = scratch
+        mosaic.store_factors(high, low, values, self.shape, self.layout)
+        mosaic.synchronize()
+        mosaic.network(
+            high,
+            low,
+            weights,
+            vectors,
+            down,
+            across,
+            results,
+            together=self.together,
+            in_flight=self.in_flight,
+        )
+        mosaic.synchronize()
+        direction, magnitude = (mosaic.load(results.at[i], self.layout) for i in range(2))
+        return direction, magnitude
