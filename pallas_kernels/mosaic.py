@@ -19,8 +19,8 @@ from pallas_kernels import inline
 WARPS = 4
 OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
 _OPERAND_TRANSFORMS = (
-    plgpu.TilingTransform((8, OPERAND_COLUMNS)),
-    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),
+    plgpu.TilingTransform((8, OPERAND_COLUMNS)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),  # type: ignore[abstract]
 )
 
 barrier_wait = plgpu.barrier_wait
