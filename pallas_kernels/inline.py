@@ -303,7 +303,7 @@ def _split(first: Any, second: Any, roundings: tuple[str, str] = ("rn", "rn")) -
         arith.bitcast(f32, arith.andi(high, constant(-(1 << 16)))),
     )
     rest = [arith.subf(x, h) for x, h in zip((first, second), back, strict=True)]
-    return high, _pack(*rest, roundings[1])
+    return high, _pack(rest[0], rest[1], roundings[1])
 
 
 def _pack(first: Any, second: Any, rounding: str) -> Any:

@@ -18,9 +18,9 @@ from pallas_kernels import inline
 
 WARPS = 4
 OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
-_OPERAND_TRANSFORMS = (
-    plgpu.TilingTransform((8, OPERAND_COLUMNS)),
-    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),
+_OPERAND_TRANSFORMS: Any = (
+    plgpu.TilingTransform((8, OPERAND_COLUMNS)),  # type: ignore[abstract]
+    plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),  # type: ignore[abstract]
 )
 
 barrier_wait = plgpu.barrier_wait
@@ -340,8 +340,17 @@ def network(
             [operands] * len(weights),
         )
     )
-    def run(_: Any, vectors: Any, down: Any, results: Any, across: Any, *refs: Any) -> None:
-        layers = inline.Layers(*refs, vectors, down, across, results)
+    def run(
+        _: Any,
+        vectors: Any,
+        down: Any,
+        results: Any,
+        across: Any,
+        high: Any,
+        low: Any,
+        weights: Any,
+    ) -> None:
+        layers = inline.Layers(high, low, weights, vectors, down, across, results)
         inline.network(layers, rows, together, in_flight)
 
     run(list(vectors), down, results, across, high, low, list(weights))

@@ -423,7 +423,7 @@ class _Kernel:
         place: Place,
         of_part: Callable[[Callable[[Any], None]], None],
         refs: Inputs,
-        buffers: Inputs,
+        buffers: Any,
         arrived: Any,
         once: Any,
     ) -> tuple[Callable[[Any, Any], None], Callable[[], None]]:
@@ -475,10 +475,8 @@ class _Kernel:
 
         return start, start_constants
 
-    def operands(
-        self, buffers: Inputs, slot: Any, row: Any, decays: Decays
-    ) -> tuple[Operands, tuple]:
-        """Operands of a block, and its new averages where the tensor is not factored."""
+    def operands(self, buffers: Any, slot: Any, row: Any, decays: Decays) -> tuple[Operands, tuple]:
+        """Operands of a block of one part, and new averages where the tensor is not factored."""
         load = lambda ref: self.registers.load(ref, slot, row)  # noqa: E731
         wide = lambda ref: load(ref).astype(jnp.float32)  # noqa: E731
         elements = buffers.elements
@@ -536,7 +534,8 @@ def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any, Sequen
         weights, refs = _split(refs, inputs.matrices.weights)
         matrices = Matrices(weights, None, bias, None)
     (arrived, once, *blocks) = refs
-    return Inputs(elements, table, down, across, None, matrices), arrived, once, blocks
+    buffers = Inputs(elements, table, down, across, None, matrices)  # type: ignore[arg-type]
+    return buffers, arrived, once, blocks
 
 
 def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:
@@ -751,8 +750,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             rates = _rates(entries.decays, numbers)
             numbers, held = read(entries, numbers), None
             if matrices is not None:
-                tensor = sources.first[0] + jax.lax.div(place.group, view.batch)
-                group = sources.first[0] * view.batch + place.group
+                group = sources.first[0] * view.batch + _group(plan, place)
+                tensor = jax.lax.div(group, view.batch)
                 columns = pl.ds(place.strip * view.width, view.width)
                 across = sources.matrices.across.at[group, place.middle, columns]
                 held = kernel.blocks.held(across, sources.matrices.vectors.at[tensor])
