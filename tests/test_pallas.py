@@ -100,7 +100,7 @@ def check(rule, shape, tensors=1, parts=1, hidden=4, seed=0, tolerance=1e-5, **d
         (SMALL_FC, (8, 6, 2), {}),  # the last axis is a batch axis
         (VELO, (130,), {"tensors": 2, "tolerance": 3e-5}),  # not factored
         (SMALL_FC, (8, 24), {"hidden": 16}),  # a wide layer
-        (SPLIT, (12, 70), {"hidden": 32, "tolerance": 1e-4}),  # partial tiles
+        (SPLIT, (12, 70), {"hidden": 32, "parts": 2, "tensors": 2, "tolerance": 1e-4}),
         (replace(VELO, precision=SPLIT.precision), (3, 5, 8), {"hidden": 20, "tolerance": 1e-4}),
     ],
 )
