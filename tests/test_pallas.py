@@ -1,4 +1,7 @@
-"""The fused kernels in the interpreter: against the reference trajectories and the XLA path."""
+"""The fused kernels against the reference trajectories and the XLA path.
+
+Compiled on a GPU that they run on, in the interpreter elsewhere.
+"""
 
 import functools
 import itertools
@@ -7,11 +10,13 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import kernels
 import numpy as np
 import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
 from lopt_jax import rule as rules
@@ -20,8 +25,6 @@ from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.rule import MLP, Rule
 from pallas_kernels import choice, mosaic, step, table
 from pallas_kernels.view import view_of
-
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
 VELO = Rule(velo_features(), gradient_clip=1e3, parameter_scale=True, accumulator_statistics=True)
@@ -79,7 +82,7 @@ def check(rule, shape, tensors=1, parts=1, hidden=4, seed=0, tolerance=1e-5, **d
     mlp = random_mlp(rule, tensors * parts, hidden, seed)
     scale = jnp.linspace(0.5, 1.5, tensors * parts)
     arguments = (inputs, mlp, scale, 0.1 * scale)
-    with plgpu.force_gpu_interpret_mode():
+    with kernels.running():
         got = jax.block_until_ready(jax.jit(functools.partial(on_kernels, rule))(*arguments))
     expected = jax.jit(functools.partial(on_xla, rule))(*arguments)
     paths = jax.tree_util.tree_leaves_with_path(expected)
@@ -108,19 +111,25 @@ def test_equals_xla(rule, shape, options):
     check(rule, shape, **options)
 
 
+DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
+
+
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=50 if kernels.are_compiled() else 6, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
-    parameter=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
-    gradient=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    rule=st.sampled_from([VELO, SMALL_FC]),
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
+    parameter=DTYPES,
+    gradient=DTYPES,
+    hidden=st.sampled_from([4, 8, 16]),
     seed=st.integers(0, 1000),
 )
-def test_random_shapes(shape, parameter, gradient, seed):
+def test_random_shapes(rule, shape, parameter, gradient, hidden, seed):
     narrow = parameter != jnp.float32  # the kernels return updates in the parameter's dtype
     check(
-        VELO,
+        rule,
         shape,
+        hidden=hidden,
         seed=seed,
         tolerance=1e-2 if narrow else 1e-4,
         parameter=parameter,
@@ -128,61 +137,102 @@ def test_random_shapes(shape, parameter, gradient, seed):
     )
 
 
-@pytest.fixture
-def one_device():
-    """The interpreter does not run where a partitioner may split what it interprets."""
-    if jax.device_count() > 1:
-        pytest.skip("needs one device: LOPT_JAX_TEST_DEVICES=1")
-
-
-def first_steps(name, steps):
-    trajectory = reference.trajectory(name)
-    return trajectory._replace(
-        gradients=trajectory.gradients[:steps],
-        losses=trajectory.losses[:steps],
-        params=trajectory.params[:steps],
-    )
-
-
-def optimizer(name, **options):
-    if name.startswith("small_fc"):
-        weights = reference.weights(name, step_mult=0.01)
-        return lopt_jax.small_fc_lopt(weights, backend="pallas", **options)
-    config = reference.config(name)
-    weights = reference.weights(name, **config["kwargs"])
-    return lopt_jax.velo(config["num_steps"], weights, backend="pallas")
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (7, 13),
+        (1000,),
+        (131_075,),
+        (50_257, 8),
+        (8, 50_257),
+        (3, 3, 64, 64),
+        (1005, 1024),
+        (1024, 1001),
+        (96, 12, 64),
+        (5, 3, 1),
+    ],
+)
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (VELO, {}),
+        (VELO, {"parameter": jnp.bfloat16, "gradient": jnp.float16, "tolerance": 1e-2}),
+        (SMALL_FC, {}),
+        (SMALL_FC, {"hidden": 32}),
+    ],
+)
+def test_odd_shapes(rule, shape, options):
+    check(rule, shape, **{"tolerance": 1e-4, **options})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("small_fc_lopt_h4", {}),
-        ("small_fc_lopt_h32", {"precision": "highest"}),
-        ("small_fc_lopt_h32", {"precision": "high"}),
-        ("velo", {}),
-    ],
-)
-@pytest.mark.usefixtures("one_device")
-def test_trajectory(name, options):
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "small_fc_lopt_h32", "velo"])
+def test_same_bits(name):
+    shapes = {"odd": (1005, 1024), "same": (1005, 1024), "conv": (3, 3, 64, 64), "bias": (1000,)}
+    rng = np.random.default_rng(0)
+    draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}  # noqa: E731
+    params, gradients, tx = draw(), draw(), reference.optimizer(name, backend="pallas")
+    update = jax.jit(tx.update)
+    _, state = update(gradients, tx.init(params), params, value=1.0)
+    first, *others = (update(gradients, state, params, value=1.0) for _ in range(10))
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, first, other)
+
+
+# Their normalisers are over matrices: of tensors that hold several XLA updates each.
+OF_MATRICES = ("celo2", "celo2_base", "celo2_adamw", "elo_celo2")
+
+
+@pytest.fixture
+def wherever_possible(monkeypatch):
+    """`backend="auto"` with kernels for every tensor that they can update, however small."""
+    reason = choice.unsupported_group_reason
+
+    def only_the_impossible(rule, shape, dtypes, is_asked_for):
+        return reason(rule, shape, dtypes, is_asked_for=True)
+
+    monkeypatch.setattr(choice, "unsupported_group_reason", only_the_impossible)
+
+
+def error_of_steps(name, steps=None, leaves=None):
+    run = reference.trajectory(name)
+    only = lambda tree: tree if leaves is None else {k: tree[k] for k in leaves}  # noqa: E731
+    run = run._replace(
+        init=only(run.init),
+        gradients=[only(tree) for tree in run.gradients[:steps]],
+        losses=run.losses[:steps],
+        params=[only(tree) for tree in run.params[:steps]],
+    )
+    tx = reference.optimizer(name, backend="auto" if name in OF_MATRICES else "pallas")
+    with kernels.running():
+        return reference.worst_error(tx, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in reference.NAMES if n != "celo_adam"])
+@pytest.mark.usefixtures("one_device", "wherever_possible")
+def test_trajectory(name):
     """Parity with the reference; every step takes the interpreter seconds."""
-    with plgpu.force_gpu_interpret_mode():
-        worst, where = reference.worst_error(optimizer(name, **options), reference.trajectory(name))
+    worst, where = error_of_steps(name)
     assert worst <= 1, f"{worst:.2f} times the bound at {where}"
 
 
-@pytest.mark.usefixtures("one_device")
-def test_first_steps_of_a_trajectory():
-    names = ["w", "bias"]
-    run = first_steps("small_fc_lopt_h4", 2)
-    only = lambda tree: {k: tree[k] for k in names}  # noqa: E731
-    run = run._replace(
-        init=only(run.init),
-        gradients=list(map(only, run.gradients)),
-        params=list(map(only, run.params)),
-    )
-    with plgpu.force_gpu_interpret_mode():
-        worst, where = reference.worst_error(optimizer("small_fc_lopt_h4"), run)
+# One tensor of each rule; Celo's controller reads nothing of the others, nor do these rules.
+@pytest.mark.parametrize(
+    ("name", "leaves", "steps"),
+    [
+        ("small_fc_lopt_h4", ["w", "bias"], 2),
+        ("celo", ["wide"], 2),
+        ("celo2_base", ["wide"], 2),
+        ("elo", ["wide"], 2),
+    ],
+)
+@pytest.mark.usefixtures("one_device", "wherever_possible")
+def test_first_steps_of_a_trajectory(name, leaves, steps):
+    worst, where = error_of_steps(name, steps, leaves)
     assert worst <= 1, f"{worst:.2f} times the bound at {where}"
 
 
