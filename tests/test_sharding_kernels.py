@@ -164,6 +164,21 @@ def test_distributed_shard_map(name, devices):
     check((params, state), unsharded(name))
 
 
+def test_shard_map_that_checks_types():
+    """Kernels do not pass its checks: "auto" is XLA there, and "pallas" says what to do."""
+    params, gradients = params_and_gradients(("rows",), 1)
+
+    def run(backend):
+        tx = optimizers.make("small_fc_lopt", backend=backend)
+        step = jax.shard_map(steps_of(tx), mesh=mesh_of((1,)), in_specs=P(), out_specs=P())
+        with kernels.running():
+            return jax.jit(step)(gradients[0], tx.init(params), params)
+
+    check(run("auto"), unsharded("small_fc_lopt", ("rows",), 1))
+    with pytest.raises(NotImplementedError, match="check_vma=False"):
+        run("pallas")
+
+
 @pytest.mark.slow
 def test_distributed_pmap():
     tx = sharding.distributed(optimizers.make("small_fc_lopt", backend="pallas"), "data")
