@@ -168,3 +168,20 @@ def worst_error(tx: optax.GradientTransformation, reference: Trajectory) -> tupl
             if not error / bound <= worst:
                 worst, where = float(error / bound), f"step {step}, leaf {leaf}"
     return worst, where
+
+
+def check(
+    tx: optax.GradientTransformation,
+    run: Trajectory,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """Asserts that an optimizer meets a recorded run.
+
+    Args:
+      tx: the optimizer.
+      run: the recorded run.
+      record_property: pytest's fixture: keeps the error, as a share of the bound, in the report.
+    """
+    worst, where = worst_error(tx, run)
+    record_property("share of the bound", round(worst, 3))
+    assert worst <= 1, f"{worst:.2f} times the bound at {where}"

@@ -9,9 +9,8 @@ from lopt_jax import engine, rule
 
 
 @pytest.mark.parametrize("name", reference.NAMES)
-def test_trajectory(name):
-    worst, where = reference.worst_error(reference.optimizer(name), reference.trajectory(name))
-    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+def test_trajectory(name, record_property):
+    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 
 
 @pytest.mark.slow
@@ -25,7 +24,7 @@ def test_trajectory(name):
         ("celo2_base", False),
     ],
 )
-def test_trajectory_of_large_tensors(name, write_out, monkeypatch):
+def test_trajectory_of_large_tensors(name, write_out, monkeypatch, record_property):
     """The same through the passes of large tensors: the fixtures' own are small."""
     second_pass, calls = rule.second_pass, []
 
@@ -36,24 +35,21 @@ def test_trajectory_of_large_tensors(name, write_out, monkeypatch):
 
     engine._passes.cache_clear()  # traced, maybe, with the rule as it is
     monkeypatch.setattr(rule, "second_pass", as_if_large)
-    worst, where = reference.worst_error(reference.optimizer(name), reference.trajectory(name))
-    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
     engine._passes.cache_clear()
     assert calls
 
 
-def test_original_checkpoint():
+def test_original_checkpoint(record_property):
     """The layout of the released VeLO: what the tree cannot say comes from config.gin."""
     tx = reference.optimizer("velo", given=reference.weights("original_checkpoint"))
-    worst, where = reference.worst_error(tx, reference.trajectory("velo"))
-    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+    reference.check(tx, reference.trajectory("velo"), record_property)
 
 
-def test_original_checkpoint_without_config():
+def test_original_checkpoint_without_config(record_property):
     """The oldest layout: both historical bugs are on; only step_mult must be given."""
     weights = reference.weights("original_checkpoint_no_config", step_mult=0.002)
     assert weights.config["use_bugged_next_lstm_state"]
     assert weights.config["use_bugged_loss_features"]
     tx = reference.optimizer("velo_bugged_flags", given=weights)
-    worst, where = reference.worst_error(tx, reference.trajectory("velo_bugged_flags"))
-    assert worst <= 1, f"{worst:.2f} times the bound at {where}"
+    reference.check(tx, reference.trajectory("velo_bugged_flags"), record_property)
