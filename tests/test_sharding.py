@@ -52,13 +52,17 @@ def names(always):
 
 
 # So that each moves the parameters by some percent: else any update would be near enough.
-LEARNING_RATES = {"small_fc_lopt": 30.0, "mulo": 60.0, "celo_adam": 60.0}
+LEARNING_RATES = {
+    "small_fc_lopt": {"learning_rate": 30.0},
+    "mulo": {"learning_rate": 60.0},
+    "celo_adam": {"learning_rate": 60.0},
+}
 
 
 def make(name):
     if name == "small_fc_lopt_h32":
         return small_fc_wide()
-    return optimizers.make(name, learning_rate=LEARNING_RATES.get(name, 1.0))
+    return optimizers.make(name, **LEARNING_RATES.get(name, {}))
 
 
 def make_params(shapes=SHAPES, seed=0):
