@@ -5,9 +5,14 @@ import sys
 import time
 
 import jax
-from test_pallas import ODD_SHAPES, SMALL_FC, VELO, on_kernels, random_arguments
+from test_pallas import ODD_SHAPES, SMALL_FC, SPLIT, VELO, on_kernels, random_arguments
 
-RULES = {"velo": (VELO, 4), "small_fc_lopt_h4": (SMALL_FC, 4), "small_fc_lopt_h32": (SMALL_FC, 32)}
+RULES = {
+    "velo": (VELO, 4),
+    "small_fc_lopt_h4": (SMALL_FC, 4),
+    "small_fc_lopt_h32": (SMALL_FC, 32),
+    "matrix_units_h32": (SPLIT, 32),
+}
 
 
 def main() -> None:

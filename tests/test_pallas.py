@@ -127,6 +127,7 @@ def test_equals_xla(rule, shape, options):
     check(rule, shape, **options)
 
 
+CUDA_CORES, MATRIX_UNITS = {"precision": "highest"}, {"precision": "high"}
 ODD_SHAPES = [
     (7, 13),
     (1000,),
@@ -145,11 +146,11 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.slow
 @settings(max_examples=50 if kernels.are_compiled() else 6, deadline=None)
 @given(
-    rule=st.sampled_from([VELO, SMALL_FC]),
+    rule=st.sampled_from([VELO, SMALL_FC, SPLIT]),
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
     parameter=DTYPES,
     gradient=DTYPES,
-    hidden=st.sampled_from([4, 8, 16]),
+    hidden=st.sampled_from([4, 8, 16, 32]),
     seed=st.integers(0, 1000),
 )
 def test_random_shapes(rule, shape, parameter, gradient, hidden, seed):
@@ -175,6 +176,7 @@ def test_random_shapes(rule, shape, parameter, gradient, hidden, seed):
         (VELO, {"parameter": jnp.bfloat16, "gradient": jnp.float16, "tolerance": 1e-2}),
         (SMALL_FC, {}),
         (SMALL_FC, {"hidden": 32}),
+        (SPLIT, {"hidden": 32}),
     ],
 )
 def test_odd_shapes(rule, shape, options):
@@ -183,12 +185,21 @@ def test_odd_shapes(rule, shape, options):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "small_fc_lopt_h32", "velo"])
-def test_same_bits(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("small_fc_lopt_h4", {}),
+        ("small_fc_lopt_h32", CUDA_CORES),
+        ("small_fc_lopt_h32", MATRIX_UNITS),
+        ("velo", {}),
+    ],
+)
+def test_same_bits(name, options):
     shapes = {"odd": (1005, 1024), "same": (1005, 1024), "conv": (3, 3, 64, 64), "bias": (1000,)}
     rng = np.random.default_rng(0)
     draw = lambda: {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}  # noqa: E731
-    params, gradients, tx = draw(), draw(), reference.optimizer(name, backend="pallas")
+    params, gradients = draw(), draw()
+    tx = reference.optimizer(name, backend="pallas", **options)
     update = jax.jit(tx.update)
     _, state = update(gradients, tx.init(params), params, value=1.0)
     first, *others = (update(gradients, state, params, value=1.0) for _ in range(10))
@@ -211,7 +222,7 @@ def wherever_possible(monkeypatch):
     monkeypatch.setattr(choice, "unsupported_group_reason", only_the_impossible)
 
 
-def check_steps(record_property, name, steps=None, leaves=None):
+def check_steps(record_property, name, options, steps=None, leaves=None, **limit):
     run = reference.trajectory(name)
     only = lambda tree: tree if leaves is None else {k: tree[k] for k in leaves}  # noqa: E731
     run = run._replace(
@@ -220,54 +231,46 @@ def check_steps(record_property, name, steps=None, leaves=None):
         losses=run.losses[:steps],
         params=[only(tree) for tree in run.params[:steps]],
     )
-    tx = reference.optimizer(name, backend="auto" if name in OF_MATRICES else "pallas")
+    backend = "auto" if name in OF_MATRICES else "pallas"
+    tx = reference.optimizer(name, backend=backend, **options)
     with kernels.running():
-        reference.check(tx, run, record_property)
+        reference.check(tx, run, record_property, **limit)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in reference.NAMES if n != "celo_adam"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((n, {}) for n in reference.NAMES if n not in ("celo_adam", "small_fc_lopt_h32")),
+        ("small_fc_lopt_h32", CUDA_CORES),
+        ("small_fc_lopt_h32", MATRIX_UNITS),
+    ],
+)
 @pytest.mark.usefixtures("one_device", "wherever_possible")
-def test_trajectory(name, record_property):
+def test_trajectory(name, options, record_property):
     """Parity with the reference; every step takes the interpreter seconds."""
-    check_steps(record_property, name)
+    check_steps(record_property, name, options)
 
 
 # One tensor of each rule; Celo's controller reads nothing of the others, nor do these rules.
 @pytest.mark.parametrize(
-    ("name", "leaves", "steps"),
+    ("name", "leaves", "steps", "options", "limit"),
     [
-        ("small_fc_lopt_h4", ["w", "bias"], 2),
-        ("celo", ["wide"], 2),
-        ("celo2_base", ["wide"], 2),
-        ("elo", ["wide"], 2),
+        ("small_fc_lopt_h4", ["w", "bias"], 2, {}, 1),
+        ("small_fc_lopt_h32", ["square", "w"], 1, MATRIX_UNITS, 0.3),
+        ("celo", ["wide"], 2, {}, 1),
+        ("celo2_base", ["wide"], 2, {}, 1),
+        ("elo", ["wide"], 2, {}, 1),
     ],
 )
 @pytest.mark.usefixtures("one_device", "wherever_possible")
-def test_first_steps_of_a_trajectory(name, leaves, steps, record_property):
-    check_steps(record_property, name, steps, leaves)
-
-
-@pytest.mark.usefixtures("one_device")
-def test_matrix_units_on_a_trajectory():
-    """One step of the leaves that have two dimensions, within the bound of float32."""
-    names = ["square", "w"]
-    run = first_steps("small_fc_lopt_h32", 1)
-    only = lambda tree: {k: tree[k] for k in names}  # noqa: E731
-    run = run._replace(
-        init=only(run.init),
-        gradients=list(map(only, run.gradients)),
-        params=list(map(only, run.params)),
-    )
-    tx = optimizer("small_fc_lopt_h32", precision="high")
-    with plgpu.force_gpu_interpret_mode():
-        worst, where = reference.worst_error(tx, run)
-    assert worst <= 0.3, f"{worst:.2f} times the bound at {where}"
+def test_first_steps_of_a_trajectory(name, leaves, steps, options, limit, record_property):
+    check_steps(record_property, name, options, steps, leaves, limit=limit)
 
 
 def test_parts_of_a_factor():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)), jnp.float32)
-    with plgpu.force_gpu_interpret_mode():
+    with kernels.running():
         high, low = mosaic.split(x)
     assert high.dtype == low.dtype == jnp.bfloat16
     rest = np.asarray(x, np.float64) - np.asarray(high, np.float64) - np.asarray(low, np.float64)
@@ -275,33 +278,33 @@ def test_parts_of_a_factor():
     assert np.max(np.abs(np.asarray(low, np.float64))) > 0
 
 
+def lowered_for_cuda(rule, shape, hidden, tensors=1):
+    arguments = random_arguments(rule, shape, tensors=tensors, parts=2, hidden=hidden)
+    traced = jax.jit(functools.partial(on_kernels, rule)).trace(*arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (VELO, 16), (SPLIT, 32), (SPLIT, 24)])
 def test_lowers_for_cuda(rule, hidden):
     """Finds layouts and operations that the compiler refuses, without a GPU."""
-    parts = [random_part((40, 256), 1, seed) for seed in range(2)]
-    scale = jnp.ones((2,))
-    arguments = (parts, random_mlp(rule, 2, hidden, 0), scale, scale)
-    lowered = (
-        jax.jit(functools.partial(on_kernels, rule))
-        .trace(*arguments)
-        .lower(lowering_platforms=("cuda",))
-    )
-    text = lowered.as_text()
+    text = lowered_for_cuda(rule, (40, 256), hidden)
     assert text.count("@mosaic_gpu") == 3  # one launch takes both arrays
     assert "output_operand_alias" in text  # the accumulators are updated in place
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize(
+    ("rule", "hidden"), [(VELO, 4), (SMALL_FC, 4), (SMALL_FC, 32), (SPLIT, 32)]
+)
+def test_odd_shapes_lower_for_cuda(rule, shape, hidden):
+    assert "@mosaic_gpu" in lowered_for_cuda(rule, shape, hidden)
+
+
 def test_copies_clip():
     """A copy of whole rows must not go on into the next matrix: on a GPU, by its descriptor."""
-    parts = [random_part((7, 13), 2, seed) for seed in range(2)]
-    scale = jnp.ones((4,))
-    arguments = (parts, random_mlp(SMALL_FC, 4, 4, 0), scale, scale)
-    lowered = (
-        jax.jit(functools.partial(on_kernels, SMALL_FC))
-        .trace(*arguments)
-        .lower(lowering_platforms=("cuda",))
-    )
-    assert "cp.async.bulk.global.shared::cta.bulk_group" not in lowered.as_text()
+    text = lowered_for_cuda(SMALL_FC, (7, 13), 4, tensors=2)
+    assert "cp.async.bulk.global.shared::cta.bulk_group" not in text
 
 
 @pytest.mark.parametrize(
