@@ -338,7 +338,7 @@ def measure(
         variants[("copy", "xla")] = _copy_variant(elements, dtype)
     for name in optimizers:
         for backend in OPTIMIZERS[name].backends:
-            if backend not in backends:
+            if backend not in backends and len(OPTIMIZERS[name].backends) > 1:
                 continue
             try:
                 variants[(name, backend)] = _optimizer_variant(

@@ -31,6 +31,7 @@ from lopt_jax.partition import (
     is_local,
     match_sharding,
     partitions_of,
+    say_once,
     spread,
     zeros,
 )
@@ -542,7 +543,7 @@ def _choose_backend(
             + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")
         )
     return [
-        why is None and _kernels_split(group.partition, x)
+        why is None and _kernels_split(group, group.partition, x)
         for why, group, x in zip(choices, groups, inputs, strict=True)
     ]
 
@@ -573,9 +574,15 @@ def _make_units(
 _GUIDES = (2, 1)
 
 
-def _kernels_split(partition: Partition | None, x: GroupInputs) -> bool:
+def _kernels_split(group: Group, partition: Partition | None, x: GroupInputs) -> bool:
     """Whether the kernels can update shards: they know of no padding."""
-    return partition is None or not partition.is_padded(x.gradient.shape[1:])
+    if partition is None or not partition.is_padded(x.gradient.shape[1:]):
+        return True
+    say_once(
+        f"{group.name}: its shape {partition.shape} does not divide evenly over the devices; XLA "
+        "updates its shards, as the fused kernels know of no padding."
+    )
+    return False
 
 
 def _first_pass(rule: Rule, on_kernels: bool, group: Group, x: GroupInputs) -> Moments:
@@ -583,7 +590,7 @@ def _first_pass(rule: Rule, on_kernels: bool, group: Group, x: GroupInputs) -> M
     dims = GroupDims.of(group)
 
     def first(partition: Partition | None, x: GroupInputs) -> Moments:
-        if on_kernels and _kernels_split(partition, x):
+        if on_kernels and _kernels_split(group, partition, x):
             from pallas_kernels import step
 
             part: list[Any] = [x]
@@ -643,7 +650,7 @@ def _second_pass(
         statistics: Statistics | None,
     ) -> TensorUpdate:
         factors = (scale, weight_decay)
-        if on_kernels and _kernels_split(partition, x):
+        if on_kernels and _kernels_split(group, partition, x):
             from pallas_kernels import step
 
             arguments = (mlp, mlp_per_tensor, decays, *factors, statistics, partition)

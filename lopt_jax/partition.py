@@ -267,6 +267,17 @@ def is_local() -> bool:
     return is_manual or jax.device_count() == 1
 
 
+def checked_axes() -> frozenset[str]:
+    """Mesh axes along which types say what varies: those of a `shard_map` that checks."""
+    names = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    return varying_axes(jax.lax.axis_index(names)) if names else frozenset()
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes along which the type of an array lets it vary; none where nothing is checked."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
 def _is_dims(x: Any) -> bool:
     return isinstance(x, Dims)
 

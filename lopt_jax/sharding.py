@@ -21,7 +21,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.optimizers import common
-from lopt_jax.partition import Partition, say_once, shards, spec_of_dims
+from lopt_jax.partition import (
+    Partition,
+    checked_axes,
+    say_once,
+    shards,
+    spec_of_dims,
+    varying_axes,
+)
 
 AxisName = str | tuple[str, ...]
 
@@ -345,9 +352,8 @@ def _map(
 
 
 def _varies(x: jax.Array, names: tuple[str, ...]) -> bool:
-    """Whether the type of an array allows it to differ between devices."""
-    checked: frozenset = getattr(jax.typeof(jax.lax.axis_index(names)), "vma", frozenset())
-    return not checked or set(names) <= set(jax.typeof(x).vma)
+    """Whether an array may differ between devices, as far as is known."""
+    return not checked_axes() & set(names) or set(names) <= varying_axes(x)
 
 
 def _mean(x: jax.Array, names: tuple[str, ...]) -> jax.Array:

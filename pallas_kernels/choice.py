@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lopt_jax.partition import checked_axes
 from lopt_jax.rule import Rule
 from pallas_kernels import mosaic
 from pallas_kernels.view import view_of
@@ -24,6 +25,8 @@ def unsupported_reason(is_asked_for: bool) -> str | None:
       The reason, part of a sentence.
     """
     reason = mosaic.unsupported_reason()
+    if reason is None and checked_axes():
+        return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
     if reason is None and not is_asked_for and jax.device_count() > 1 and not _is_manual():
         reason = (
             f"with {jax.device_count()} devices XLA must be free to partition the update; inside "

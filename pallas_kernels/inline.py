@@ -73,8 +73,8 @@ class Layers:
       weights: one operand a hidden layer: of the first (outputs, 2 * inputs), high and low parts;
         of others (outputs, 3 * inputs), high, high and low parts, which the high, the low and
         again the high parts of a factor meet.
-      vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
-        of the two outputs.
+      vectors: fragmented arrays (outputs,): biases of the hidden layers but the first, then the
+        weights of the two outputs.
       down: (rows, outputs) float32, a bias of the first layer for every row of the block.
       across: fragmented array (64, outputs): the rest of that bias.
       results: (2, rows, 64) float32, where the outputs go.
@@ -83,7 +83,7 @@ class Layers:
     high: Any
     low: Any
     weights: Sequence[Any]
-    vectors: Any
+    vectors: Sequence[Any]
     down: Any
     across: Any
     results: Any
@@ -102,24 +102,24 @@ def network(layers: Layers, rows: int, together: int, in_flight: int) -> None:
       in_flight: groups at once.
     """
     waiting = [range(first, first + together) for first in range(0, rows, together)]
+    load = lambda: [_vector(layers.down, row) for row in waiting[0]] if waiting else []  # noqa: E731
+    ahead = load()
     active: list[Iterator[None]] = []
     while waiting or active:
         if waiting and len(active) < in_flight:
-            group = _group(layers, waiting.pop(0))
+            group = _group(layers, waiting.pop(0), ahead)
         else:
             group = active.pop(0)
             _wait(len(active))  # the products of this group are older than those of the others
         if next(group, True) is None:
             active.append(group)
+            ahead = load()
+    utils.warpgroup_barrier()
 
 
-def _group(layers: Layers, rows: Sequence[int]) -> Iterator[None]:
+def _group(layers: Layers, rows: Sequence[int], down: Sequence[Any]) -> Iterator[None]:
     """The network on some rows; yields where products are under way."""
-    vector = lambda row: _vector(layers.vectors, row)  # noqa: E731
-    sums = []
-    for row in rows:
-        start = _add_to_columns(layers.across, _vector(layers.down, row))
-        sums.append(mgpu.WGMMAAccumulator.from_registers(start))
+    sums = [mgpu.WGMMAAccumulator.from_registers(_add(layers.across, x)) for x in down]
     tiles = ir.MemRefType(layers.weights[0].type).shape[1] // 2
     high, low = (
         utils.memref_slice(layers.weights[0], (slice(None), slice(k, k + tiles)))
@@ -131,17 +131,17 @@ def _group(layers: Layers, rows: Sequence[int]) -> Iterator[None]:
             sums[i] = _product(sums[i], factor, weight)
     _commit()
     yield
-    for k, weight in enumerate(layers.weights[1:]):
-        bias = _columns(vector(k), layers.across)
+    vectors = [[_numbers(x) for x in v.registers.flat] for v in layers.vectors]
+    for bias, weight in zip(vectors, layers.weights[1:], strict=False):
         factors = [_relu_split(_finished(x)) for x in sums]
-        sums = [mgpu.WGMMAAccumulator.from_registers(bias) for _ in factors]
+        start = _columns(bias, layers.across)
+        sums = [mgpu.WGMMAAccumulator.from_registers(start) for _ in factors]
         for i, factor in enumerate(factors):
             sums[i] = _product(sums[i], factor, weight)
         _commit()
         yield
-    last = [vector(len(layers.weights) - 1 + k) for k in range(2)]
     for row, x in zip(rows, sums, strict=True):
-        _store_outputs(layers.results, row, _finished(x), last)
+        _store_outputs(layers.results, row, _finished(x), vectors[-2:])
 
 
 def _product(start: Any, factor: Any, weight: Any) -> Any:
@@ -172,7 +172,8 @@ def _finished(sums: Any) -> Any:
     ).value
 
 
-def _add_to_columns(x: Any, vector: Sequence[Sequence[Any]]) -> Any:
+def _add(x: Any, vector: Sequence[Sequence[Any]]) -> Any:
+    """A matrix plus a vector, added to each of its rows."""
     return _with_registers(
         x,
         lambda tile, register: [
@@ -301,8 +302,8 @@ def _split(first: Any, second: Any, roundings: tuple[str, str] = ("rn", "rn")) -
         arith.bitcast(f32, arith.shli(high, constant(16))),
         arith.bitcast(f32, arith.andi(high, constant(-(1 << 16)))),
     )
-    first, second = (arith.subf(x, h) for x, h in zip((first, second), back, strict=True))
-    return high, _pack(first, second, roundings[1])
+    rest = [arith.subf(x, h) for x, h in zip((first, second), back, strict=True)]
+    return high, _pack(rest[0], rest[1], roundings[1])
 
 
 def _pack(first: Any, second: Any, rounding: str) -> Any:

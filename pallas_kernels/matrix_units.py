@@ -28,9 +28,16 @@ class Matrices(NamedTuple):
     """A folded network as the matrix units read it, H its hidden units rounded up."""
 
     weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
-    vectors: Any  # (tensors, 1, hidden layers + 1, H): the biases but the first; the last weights
+    vectors: Any  # (tensors, hidden layers + 1, H): the biases but the first; the last weights
     down: Any  # (all groups, middle, down rounded up, H): the first bias, where it varies down
     across: Any  # (all groups, middle, across rounded up, H): the rest of it
+
+
+class Held(NamedTuple):
+    """What the threads of a program keep in registers."""
+
+    across: jax.Array  # (WIDTH, H): the bias that all rows of a strip share
+    vectors: Sequence[jax.Array]  # (H,) each, as in `Matrices`
 
 
 def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: View) -> Matrices:
@@ -99,17 +106,27 @@ class Blocks:
         factor = mosaic.operand((self.shape[0] * self.shape[1], columns))
         return [factor, factor, mosaic.shared((2, *self.shape), jnp.float32)]
 
-    def held(self, across: Any) -> jax.Array:
-        """The bias that all rows of a strip share, from (WIDTH, H) in global memory."""
-        return mosaic.load(across, mosaic.matrix_layout, optimized=False)
+    def held(self, across: Any, vectors: Any) -> Held:
+        """What stays in registers, from global memory.
+
+        Args:
+          across: (WIDTH, H), the part of `Matrices.across` that is a strip's.
+          vectors: (rows, H), a tensor's.
+
+        Returns:
+          The bias and the vectors.
+        """
+        layout = mosaic.matrix_layout
+        rows = range(vectors.shape[0])
+        load = lambda ref, layout: mosaic.load(ref, layout, optimized=False)  # noqa: E731
+        return Held(load(across, layout), [load(vectors.at[k], layout.reduce(0)) for k in rows])
 
     def outputs(
         self,
         values: Sequence[jax.Array],
         weights: Sequence[Any],
-        vectors: Any,
         down: Any,
-        across: jax.Array,
+        held: Held,
         scratch: Sequence[Any],
     ) -> tuple[jax.Array, jax.Array]:
         """The network on a block.
@@ -117,9 +134,8 @@ class Blocks:
         Args:
           values: the element features, blocks in registers.
           weights: operands, one a hidden layer.
-          vectors: ref (rows, H), as in `Matrices`.
           down: ref (rows of the block, H).
-          across: of `held`.
+          held: of `held`.
           scratch: refs of `scratch`.
 
         Returns:
@@ -132,13 +148,12 @@ class Blocks:
             high,
             low,
             weights,
-            vectors,
+            held.vectors,
             down,
-            across,
+            held.across,
             results,
             together=self.together,
             in_flight=self.in_flight,
         )
-        mosaic.synchronize()
         direction, magnitude = (mosaic.load(results.at[i], self.layout) for i in range(2))
         return direction, magnitude

@@ -18,7 +18,7 @@ from pallas_kernels import inline
 
 WARPS = 4
 OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
-_OPERAND_TRANSFORMS = (
+_OPERAND_TRANSFORMS: Any = (
     plgpu.TilingTransform((8, OPERAND_COLUMNS)),  # type: ignore[abstract]
     plgpu.SwizzleTransform(2 * OPERAND_COLUMNS),  # type: ignore[abstract]
 )
@@ -299,7 +299,7 @@ def network(
     high: Any,
     low: Any,
     weights: Sequence[Any],
-    vectors: Any,
+    vectors: Sequence[jax.Array],
     down: Any,
     across: jax.Array,
     results: Any,
@@ -309,13 +309,15 @@ def network(
 ) -> None:
     """A network on the rows of a block of elements, from their features to its two outputs.
 
+    At its end threads have waited for each other: they may read all results.
+
     Args:
       high: high parts of the features, an operand (rows * 64, inputs).
       low: the low parts.
       weights: one operand a hidden layer: of the first (outputs, 2 * inputs), high and low parts;
         of others (outputs, 3 * inputs), high, high and low parts.
-      vectors: (rows, outputs) float32: biases of the hidden layers but the first, then the weights
-        of the two outputs.
+      vectors: (outputs,) each, in `matrix_layout` without its rows: biases of the hidden layers but
+        the first, then the weights of the two outputs.
       down: (rows, outputs) float32, a bias of the first layer for every row of the block.
       across: (64, outputs) in `matrix_layout`, the rest of that bias.
       results: (2, rows, 64) float32, where the outputs go, without their bias.
@@ -328,16 +330,17 @@ def network(
         return
     operands = plgpu.RefType(_OPERAND_TRANSFORMS)
     plain = plgpu.RefType()
+    vector = matrix_layout.reduce(0)
 
     @plgpu.inline_mgpu(
         arg_types=(
-            plain,
+            [vector] * len(vectors),
             plain,
             plain,
             matrix_layout,
             operands,
             operands,
-            *[operands] * len(weights),
+            [operands] * len(weights),
         )
     )
     def run(
@@ -348,12 +351,12 @@ def network(
         across: Any,
         high: Any,
         low: Any,
-        *weights: Any,
+        weights: Any,
     ) -> None:
         layers = inline.Layers(high, low, weights, vectors, down, across, results)
         inline.network(layers, rows, together, in_flight)
 
-    run(vectors, down, results, across, high, low, *weights)
+    run(list(vectors), down, results, across, high, low, list(weights))
 
 
 def split(x: jax.Array, toward_zero: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -367,7 +370,13 @@ def split(x: jax.Array, toward_zero: bool = False) -> tuple[jax.Array, jax.Array
 
 
 def _emulated_network(
-    high: Any, low: Any, weights: Any, vectors: Any, down: Any, across: Any, results: Any
+    high: Any,
+    low: Any,
+    weights: Any,
+    vectors: Sequence[jax.Array],
+    down: Any,
+    across: Any,
+    results: Any,
 ) -> None:
     """The same sums as `inline.network`, for the interpreter."""
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
@@ -378,13 +387,12 @@ def _emulated_network(
         big, small = wide(weight[...])[:, :inputs].T, wide(weight[...])[:, -inputs:].T
         return first @ big + second @ big + first @ small
 
-    numbers = vectors[...]
     start = down[...][:, None] + across
     hidden = product((high[...], low[...]), weights[0]) + start.reshape(-1, start.shape[-1])
-    for bias, weight in zip(numbers, weights[1:], strict=False):
+    for bias, weight in zip(vectors, weights[1:], strict=False):
         parts = split(jnp.maximum(hidden, 0), toward_zero=True)
         hidden = product(parts, weight) + bias
-    last = numbers[len(weights) - 1 : len(weights) + 1]
+    last = jnp.stack(vectors[-2:])
     results[...] = jnp.dot(last, jnp.maximum(hidden, 0).T).reshape(results.shape)
 
 

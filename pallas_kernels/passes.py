@@ -403,7 +403,6 @@ class _Kernel:
             units = matrices.down.shape[-1]
             out.append(mosaic.shared((plan.stages, plan.view.rows, units), jnp.float32))
             constants += [mosaic.operand(w.shape[1:]) for w in matrices.weights]
-            constants.append(mosaic.shared(matrices.vectors.shape[1:], jnp.float32))
             blocks = self.blocks.scratch(matrices)
         return [
             *out,
@@ -451,9 +450,8 @@ class _Kernel:
                 source = refs.across.at[group, place.middle, :, columns]
                 mosaic.copy_in(source, buffers.across, once)
             if refs.matrices is not None:
-                constants = (*refs.matrices.weights, refs.matrices.vectors)
-                targets = (*buffers.matrices.weights, buffers.matrices.vectors)
-                for source, target in zip(constants, targets, strict=True):
+                pairs = zip(refs.matrices.weights, buffers.matrices.weights, strict=True)
+                for source, target in pairs:
                     mosaic.copy_in(source.at[tensor], target, once)
 
         def start(tile: Any, slot: Any) -> None:
@@ -478,7 +476,7 @@ class _Kernel:
         return start, start_constants
 
     def operands(self, buffers: Any, slot: Any, row: Any, decays: Decays) -> tuple[Operands, tuple]:
-        """Operands of a block, and its new averages where the tensor is not factored."""
+        """Operands of a block of one part, and new averages where the tensor is not factored."""
         load = lambda ref: self.registers.load(ref, slot, row)  # noqa: E731
         wide = lambda ref: load(ref).astype(jnp.float32)  # noqa: E731
         elements = buffers.elements
@@ -534,10 +532,10 @@ def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any, Sequen
         (across, *refs) = refs
     if inputs.matrices is not None:
         weights, refs = _split(refs, inputs.matrices.weights)
-        (vectors, *refs) = refs
-        matrices = Matrices(weights, vectors, bias, None)
+        matrices = Matrices(weights, None, bias, None)
     (arrived, once, *blocks) = refs
-    return Inputs(elements, table, down, across, None, matrices), arrived, once, blocks
+    buffers = Inputs(elements, table, down, across, None, matrices)  # type: ignore[arg-type]
+    return buffers, arrived, once, blocks
 
 
 def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:
@@ -697,13 +695,10 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         ) -> tuple[jax.Array, jax.Array]:
             if matrices is None:
                 return rules.network_outputs(values, folded(numbers, rates, slot, row))
-            bias = numbers.layers
             of_network = buffers.matrices
             down = of_network.down.at[slot, pl.ds(row, plan.block_rows)]
-            outputs = kernel.blocks.outputs(
-                values, of_network.weights, of_network.vectors, down, held, blocks
-            )
-            return outputs[0] + bias[0], outputs[1] + bias[1]
+            outputs = kernel.blocks.outputs(values, of_network.weights, down, held, blocks)
+            return outputs[0] + numbers.layers[0], outputs[1] + numbers.layers[1]
 
         def consume(
             numbers: Table, rates: Decays, held: Any, tile: Any, slot: Any, sums: tuple
@@ -753,12 +748,19 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             mosaic.barrier_wait(once)
             numbers = mosaic.scalars(buffers.table)
             rates = _rates(entries.decays, numbers)
-            held = None
+            numbers, held = read(entries, numbers), None
             if matrices is not None:
-                group = sources.first[0] * view.batch + place.group
+                group = sources.first[0] * view.batch + _group(plan, place)
+                tensor = jax.lax.div(group, view.batch)
                 columns = pl.ds(place.strip * view.width, view.width)
-                held = kernel.blocks.held(sources.matrices.across.at[group, place.middle, columns])
-            return functools.partial(consume, read(entries, numbers), rates, held)
+                across = sources.matrices.across.at[group, place.middle, columns]
+                held = kernel.blocks.held(across, sources.matrices.vectors.at[tensor])
+                numbers = numbers._replace(  # read once
+                    layers=sequence(numbers.layers),
+                    scale={(): numbers.scale[()]},
+                    weight_decay={(): numbers.weight_decay[()]},
+                )
+            return functools.partial(consume, numbers, rates, held)
 
         carry = (registers.zeros(),) * (2 * statistics)
         sums = _walk(plan, place, start, prepare, arrived, carry)

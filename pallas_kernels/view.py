@@ -122,8 +122,8 @@ class View:
 
     @property
     def _vector_unit(self) -> int:
-        """What the number of vectors is rounded up to: copies are of multiples of 128 bytes."""
-        return 32 // math.gcd(32, self.rows, self.width)
+        """What the number of vectors is rounded up to: copies move multiples of 128 bytes."""
+        return max(32 // self.rows, 32 // self.width, 1)
 
     def restore_down(self, x: jax.Array) -> jax.Array:
         """(B * batch, middle, down) -> (B, *shape without the across axis)."""

@@ -1,6 +1,7 @@
 """Trajectories of the reference implementations, and the bound within which they are met."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,91 @@ def released_weights(name: str) -> lopt_jax.Weights:
     return lopt_jax.convert_weights(path, architecture=name)
 
 
+def _small_fc(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return lopt_jax.small_fc_lopt(weights(name, step_mult=0.01), **options)
+
+
+def _velo(
+    name: str, given: lopt_jax.Weights | None = None, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    settings = config(name)
+    return lopt_jax.velo(
+        settings["num_steps"],
+        weights(name, **settings["kwargs"]) if given is None else given,
+        gradient_accumulation=settings.get("num_accumulate"),
+        **options,
+    )
+
+
+def _coupled_weight_decay(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """As `WeightDecayWrapper` of google/learned_optimization, optimizers/optimizer_wrappers.py.
+
+    The decay of the original's wrapper goes through the gradient and the loss, as L2
+    regularisation; `weight_decay` of the optimizers here is decoupled from both.
+    """
+    tx, weight_decay = _velo(name, **options), 0.01
+
+    def update(gradients: Any, state: Any, params: Any, value: Any) -> tuple[Any, Any]:
+        penalty = sum(jnp.sum(jnp.square(p)) for p in jax.tree.leaves(params))
+        gradients = jax.tree.map(lambda g, p: g + weight_decay * p, gradients, params)
+        return tx.update(gradients, state, params, value=value + weight_decay * penalty)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def _celo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return getattr(lopt_jax, name)(config(name)["num_steps"], released_weights(name), **options)
+
+
+def _celo2(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return getattr(lopt_jax, name)(0.01, weights(name), **options)
+
+
+def _pylo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """PyLO's; its safetensors do not always say which optimizer they belong to."""
+    settings = config(name)
+    constructor = getattr(lopt_jax, settings["optimizer"])
+    if settings["optimizer"] != "elo":
+        options["adam_learning_rate_mult"] = 20.0
+    given, decay = weights(name, settings["optimizer"]), settings["weight_decay"]
+    return constructor(settings["lr"], given, weight_decay=decay, **options)
+
+
+def _mulo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    settings = config(name)  # the decay offsets and step_mult of its weights are the released
+    multipliers, decay = settings["width_multipliers"], settings["weight_decay"]
+    return lopt_jax.mulo(multipliers, weights(name, "mulo"), weight_decay=decay, **options)
+
+
+_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    "small_fc_lopt_h4": _small_fc,
+    "small_fc_lopt_h32": _small_fc,
+    "velo": _velo,
+    "velo_bugged_flags": _velo,
+    "velo_gradient_accumulation": _velo,
+    "velo_weight_decay": _coupled_weight_decay,
+    "celo": _celo,
+    "celo_adam": _celo,
+    "celo2": _celo2,
+    "celo2_base": _celo2,
+    "celo2_adamw": _pylo,
+    "elo": _pylo,
+    "elo_celo2": _pylo,
+    "mulo": _mulo,
+}
+NAMES = tuple(_OPTIMIZERS)
+
+
+def optimizer(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a recorded run, with the run's settings.
+
+    Args:
+      name: of `NAMES`.
+      **options: further arguments of its constructor; `given`: other weights of VeLO.
+    """
+    return _OPTIMIZERS[name](name, **options)
+
+
 def worst_error(tx: optax.GradientTransformation, reference: Trajectory) -> tuple[float, str]:
     """Runs an optimizer along a recorded run.
 
@@ -82,3 +168,22 @@ def worst_error(tx: optax.GradientTransformation, reference: Trajectory) -> tupl
             if not error / bound <= worst:
                 worst, where = float(error / bound), f"step {step}, leaf {leaf}"
     return worst, where
+
+
+def check(
+    tx: optax.GradientTransformation,
+    run: Trajectory,
+    record_property: Callable[[str, object], None],
+    limit: float = 1,
+) -> None:
+    """Asserts that an optimizer meets a recorded run.
+
+    Args:
+      tx: the optimizer.
+      run: the recorded run.
+      record_property: pytest's fixture: keeps the error, as a share of the bound, in the report.
+      limit: of that share.
+    """
+    worst, where = worst_error(tx, run)
+    record_property("share of the bound", round(worst, 3))
+    assert worst <= limit, f"{worst:.2f} times the bound at {where}"

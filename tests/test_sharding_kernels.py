@@ -1,167 +1,194 @@
-"""The fused kernels on shards, interpreted on CPU devices, against the unsharded XLA path."""
+"""The fused kernels on shards against the unsharded XLA path.
+
+Compiled on as many GPUs as there are, interpreted on CPUs. The interpreter runs under explicit
+sharding, `shard_map` and `pmap`, where the kernels are part of the program. It cannot run inside
+`custom_partitioning`, by which `jit` with automatic sharding asks for the code of a shard: jax
+lowers that code as a module of its own, which has no tokens for the interpreter's ordered
+callbacks, and whose callbacks the executable does not know. Compiled kernels have no callbacks.
+"""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import kernels
 import numpy as np
 import optax
 import optimizers
 import pytest
-from jax.custom_batching import sequential_vmap
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernels import gpu  # noqa: F401 (a fixture)
 
-from lopt_jax import rule as rules
 from lopt_jax import sharding
-from lopt_jax.accumulators import Accumulators, Decays, factored_dims, factored_shapes
-from lopt_jax.controller import mix_banks
-from lopt_jax.features import velo_features
-from lopt_jax.partition import Partition
-from lopt_jax.rule import Rule
 
-plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-if not hasattr(plgpu, "force_gpu_interpret_mode"):
-    pytest.skip("this jax cannot interpret the kernels", allow_module_level=True)
-
-SHAPES = {"rows": (16, 24), "square": (16, 16), "vector": (32,)}
+SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
 STEPS = 2
-
-
-def params_and_gradients():
-    rng = np.random.default_rng(0)
-    draw = lambda: {k: rng.standard_normal(s).astype(np.float32) for k, s in SHAPES.items()}  # noqa: E731
-    return draw(), [draw() for _ in range(STEPS)]
-
-
-@functools.cache
-def expected(name):
-    params, gradients = params_and_gradients()
-    tx = optimizers.make(name, backend="xla")
-    state = tx.init(params)
-    for g in gradients:
-        updates, state = tx.update(g, state, params, value=1.0)
-        params = optax.apply_updates(params, updates)
-    return jax.tree.map(np.asarray, params)
-
-
-def check(params, name):
-    for key, want in expected(name).items():
-        np.testing.assert_allclose(params[key], want, atol=5e-6 * np.max(np.abs(want)), rtol=0)
-
-
-def one_after_the_other(function, statics):
-    """Lets `jax.vmap` call a kernel for each shard: the interpreter knows one device."""
-
-    def call(*arguments):
-        fixed, arrays = arguments[:statics], arguments[statics:]
-        return sequential_vmap(lambda *xs: function(*fixed, *xs))(*arrays)
-
-    return call
-
-
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    ("shape", "dim"),
-    [
-        ((16, 24), 1),
-        pytest.param((16, 24), 0, marks=SLOW),
-        pytest.param((16, 16), 0, marks=SLOW),
-    ],
-)
-def test_passes_on_shards(shape, dim, monkeypatch):
-    """The two calls on halves of a tensor against the XLA rule on the whole."""
-    from pallas_kernels import step
+@pytest.fixture(autouse=True)
+def several_devices(monkeypatch):
+    """Lets the interpreter run on several devices.
 
-    for name, statics in (("_first_sums", 3), ("_square_sums", 4), ("_update", 4)):
-        monkeypatch.setattr(step, name, one_after_the_other(getattr(step, name), statics))
-    tx_weights = optimizers.weights("velo")
-    rule = Rule(
-        features=velo_features(3),
-        gradient_clip=1000.0,
-        parameter_scale=True,
-        accumulator_statistics=True,
+    Where it ends on one it asserts that none has barriers left, also those that still compute.
+    """
+    memory = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.shared_memory")
+    monkeypatch.setattr(
+        memory.GPUSharedMemory, "assert_no_barriers_allocated", lambda _: None, raising=False
     )
+    monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 8)
+
+
+def params_and_gradients(leaves=tuple(SHAPES), steps=STEPS):
     rng = np.random.default_rng(0)
-    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)  # noqa: E731
-    positive = lambda *s: jnp.square(draw(*s))  # noqa: E731
-    row, column = factored_shapes(shape, 3, factored_dims(shape))
-    accumulators = Accumulators(
-        momentum=tuple(draw(*shape) for _ in range(3)),
-        second_moment=positive(*shape),
-        row=positive(*row),
-        column=positive(*column),
-    )
-    gradient, parameter = draw(*shape), draw(*shape)
-    mlp = mix_banks(tx_weights.params["mlp"], jnp.ones((1, 2)))
-    mlp_of_one = jax.tree.map(lambda x: x[0], mlp)
-    decays = Decays(np.float32([0.9, 0.99, 0.999]), np.float32(0.999), np.float32([0.9] * 3))
-    moments = rules.first_pass(rule, gradient, parameter)
-    arguments = (gradient, parameter, accumulators, decays, jnp.float32(0.1), jnp.float32(0.01))
-    want = rules.second_pass(rule, mlp_of_one, moments, *arguments)
+    draw = lambda: {k: rng.standard_normal(SHAPES[k]).astype(np.float32) for k in leaves}  # noqa: E731
+    return draw(), [draw() for _ in range(steps)]
 
-    dims = factored_dims(shape)
-    partition = Partition(shape, tuple(("data",) if d == dim else () for d in range(len(shape))))
 
-    def halves(x, dropped=None, leading=0):
-        if dropped == dim:
-            return jnp.stack([x, x])[:, None]
-        axis = dim - (dropped is not None and dropped < dim) + leading
-        return jnp.stack(jnp.split(x, 2, axis=axis))[:, None]
+def mesh_of(sizes, kind=AxisType.Auto):
+    if jax.device_count() < math.prod(sizes):
+        pytest.skip(f"needs {math.prod(sizes)} devices")
+    names = ("data", "model")[: len(sizes)]
+    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
 
-    parts = step.Part(
-        halves(gradient),
-        halves(parameter),
-        Accumulators(
-            tuple(map(halves, accumulators.momentum)),
-            halves(accumulators.second_moment),
-            halves(accumulators.row, dims.d0, 1),
-            halves(accumulators.column, dims.d1, 1),
-        ),
-    )
 
-    def run(x):
-        first = step.first_pass(rule, [x], partition)
-        scale, weight_decay = jnp.full((1,), 0.1), jnp.full((1,), 0.01)
-        arguments = (mlp, True, decays, scale, weight_decay, None, partition)
-        return step.second_pass(rule, [x], first, *arguments)
+def steps_of(tx):
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1.0))
+        return optax.apply_updates(params, updates), state
 
-    with plgpu.force_gpu_interpret_mode():
-        (got,), statistics = jax.jit(jax.vmap(run, axis_name="data"))(parts)
-    joined = jnp.concatenate([got.update[0, 0], got.update[1, 0]], axis=dim)
-    np.testing.assert_allclose(joined, want.update, rtol=2e-5, atol=2e-6)
-    for a, b in zip(*map(jax.tree.leaves, (statistics, want.statistics)), strict=True):
-        np.testing.assert_allclose(a[0, 0], b, rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(a[0], a[1])
-    if dims.d0 == dim:
-        row = got.accumulators.row
-        np.testing.assert_allclose(row[0, 0], want.accumulators.row, rtol=1e-5)
-        np.testing.assert_array_equal(row[0], row[1])
+    return step
+
+
+@functools.cache
+def unsharded(name, *of):
+    """Parameters and state after the last step, on one device."""
+    params, gradients = params_and_gradients(*of)
+    tx = optimizers.make(name, backend="xla")
+    state, step = tx.init(params), jax.jit(steps_of(tx))
+    for g in gradients:
+        params, state = step(g, state, params)
+    return jax.tree.map(np.asarray, (params, state))
+
+
+def check(got, expected, tolerance=5e-6):
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, want), x in zip(leaves, jax.tree.leaves(got), strict=True):
+        error, largest = np.max(np.abs(np.asarray(x) - want)), np.max(np.abs(want))
+        assert error <= tolerance * largest, f"{jax.tree_util.keystr(path)}: {error} of {largest}"
+
+
+FSDP = {"rows": P(None, "data"), "square": P("data"), "tall": P("data"), "vector": P("data")}
+GRID = {"rows": P("data", "model"), "square": P("model", "data"), "tall": P("model")}
+LAYOUTS = {
+    "halves": ((2,), FSDP),
+    "fsdp": ((8,), FSDP),
+    "grid": ((2, 2), FSDP | GRID),
+}
+
+
+def run_jit(name, layout, kind, *of):
+    """Parameters and state after the last step under jit, sharded."""
+    sizes, specs = LAYOUTS[layout]
+    mesh = mesh_of(sizes, kind)
+    params, gradients = params_and_gradients(*of)
+    shardings = {k: NamedSharding(mesh, specs[k]) for k in params}
+    put = functools.partial(jax.device_put, device=shardings)
+    tx = optimizers.make(name, backend="pallas")
+    with jax.set_mesh(mesh), kernels.running():
+        params = put(params)
+        state, step = jax.jit(tx.init)(params), jax.jit(steps_of(tx))
+        for g in gradients:
+            params, state = step(put(g), state, params)
+        return jax.block_until_ready((params, state))
+
+
+def test_explicit_halves():
+    of = (("rows",), 1)
+    check(run_jit("velo", "halves", AxisType.Explicit, *of), unsharded("velo", *of))
+
+
+NAMES = ["small_fc_lopt", "velo", "celo", "mulo", "elo", "celo2_base", "elo_celo2"]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_explicit(name, layout):
+    check(run_jit(name, layout, AxisType.Explicit), unsharded(name))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_automatic(name, layout):
+    """One operation of the partitioner a pass: the interpreter cannot run in it, see above."""
+    check(run_jit(name, layout, AxisType.Auto), unsharded(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_mesh_of_one(name):
+    """In `shard_map` on one device: the very numbers of the kernels outside it."""
+    params, gradients = params_and_gradients()
+    tx = optimizers.make(name, backend="pallas")
+    step = steps_of(tx)
+    in_mesh = jax.shard_map(step, mesh=mesh_of((1,)), in_specs=P(), out_specs=P(), check_vma=False)
+    with kernels.running():
+        got = jax.block_until_ready(jax.jit(in_mesh)(gradients[0], tx.init(params), params))
+        if jax.device_count() == 1:
+            want = jax.block_until_ready(jax.jit(step)(gradients[0], tx.init(params), params))
+            jax.tree.map(np.testing.assert_array_equal, got, want)
+    check(got, unsharded(name, tuple(SHAPES), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
-def test_distributed(name, monkeypatch):
-    """On a mesh of one device, as the interpreter knows no more."""
-    devices = 1
-    monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 8)
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+def test_distributed_shard_map(name, devices):
+    mesh = mesh_of((devices,))
     inner = optimizers.make(name, backend="pallas")
     tx = sharding.distributed(inner, "data")
     params, gradients = params_and_gradients()
     specs = sharding.distributed_specs(inner, params, "data", devices)
     wrap = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    with plgpu.force_gpu_interpret_mode():
+    with kernels.running():
         state = jax.jit(wrap(tx.init, in_specs=P(), out_specs=specs))(params)
-
-        @jax.jit
-        @functools.partial(wrap, in_specs=(P(), specs, P()), out_specs=(P(), specs))
-        def step(gradients, state, params):
-            updates, state = tx.update(gradients, state, params, value=jnp.float32(1.0))
-            return optax.apply_updates(params, updates), state
-
+        step = jax.jit(wrap(steps_of(tx), in_specs=(P(), specs, P()), out_specs=(P(), specs)))
         for g in gradients:
             params, state = step(g, state, params)
-    check(params, name)
+        jax.block_until_ready(params)
+    check((params, state), unsharded(name))
+
+
+def test_shard_map_that_checks_types():
+    """Kernels do not pass its checks: "auto" is XLA there, and "pallas" says what to do."""
+    params, gradients = params_and_gradients(("rows",), 1)
+
+    def run(backend):
+        tx = optimizers.make("small_fc_lopt", backend=backend)
+        step = jax.shard_map(steps_of(tx), mesh=mesh_of((1,)), in_specs=P(), out_specs=P())
+        with kernels.running():
+            return jax.jit(step)(gradients[0], tx.init(params), params)
+
+    check(run("auto"), unsharded("small_fc_lopt", ("rows",), 1))
+    with pytest.raises(NotImplementedError, match="check_vma=False"):
+        run("pallas")
+
+
+@pytest.mark.slow
+def test_distributed_pmap():
+    tx = sharding.distributed(optimizers.make("small_fc_lopt", backend="pallas"), "data")
+    everywhere = lambda tree: jax.tree.map(lambda x: np.stack([x] * jax.device_count()), tree)  # noqa: E731
+    params, gradients = params_and_gradients()
+    params = everywhere(params)
+    with kernels.running():
+        state = jax.pmap(tx.init, axis_name="data")(params)
+        step = jax.pmap(steps_of(tx), axis_name="data")
+        for g in gradients:
+            params, state = step(everywhere(g), state, params)
+        jax.block_until_ready(params)
+    check(jax.tree.map(lambda x: x[-1], params), unsharded("small_fc_lopt")[0])

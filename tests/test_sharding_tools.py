@@ -238,11 +238,11 @@ def test_gradient_and_vmap_of_the_update():
 # distributed: what it takes and what it refuses
 
 
-def run_distributed(inner, params, gradients, steps=1, **kwargs):
+def run_distributed(inner, params, gradients, steps=1, check_vma=True, **kwargs):
     mesh = mesh_of(8)
     tx = sharding.distributed(inner, "data", **kwargs)
     specs = sharding.distributed_specs(inner, params, "data", 8, **kwargs)
-    wrap = functools.partial(jax.shard_map, mesh=mesh)
+    wrap = functools.partial(jax.shard_map, mesh=mesh, check_vma=check_vma)
     state = jax.jit(wrap(tx.init, in_specs=P(), out_specs=specs))(params)
 
     @jax.jit
@@ -324,16 +324,83 @@ def test_distributed_velo_with_accumulation(small_limits):
     )
 
 
-def test_a_leaf_that_does_not_split_is_named_once(caplog, monkeypatch):
+# What cannot be handled efficiently is said, once, with the leaf's name
+
+
+@pytest.fixture
+def warnings_of(caplog, monkeypatch):
+    """Calls a function twice; the message of the only warning that it may give."""
     monkeypatch.setattr(partition, "_said", set())
+
+    def run(function):
+        with caplog.at_level(logging.WARNING, logger="lopt_jax"):
+            results = [function() for _ in range(2)]
+        (record,) = caplog.records
+        return results[-1], record.message
+
+    return run
+
+
+def test_a_leaf_that_does_not_split_is_named_once(warnings_of):
     params = {"layer": {"kernel": jax.ShapeDtypeStruct((5, 3, 5, 3, 5, 3, 5), jnp.float32)}}
-    with caplog.at_level(logging.WARNING, logger="lopt_jax"):
-        for _ in range(2):
-            specs = sharding.distributed_specs(small_fc(), params, "data", 8)
+    plan = lambda: sharding.distributed_specs(small_fc(), params, "data", 8)  # noqa: E731
+    specs, message = warnings_of(plan)
     assert specs.accumulators.momentum[0]["layer"]["kernel"] == P(*[None] * 7)
-    (record,) = caplog.records
-    assert "['layer']['kernel']" in record.message
-    assert "every device keeps" in record.message
+    assert "['layer']['kernel']" in message
+    assert "every device keeps" in message
+
+
+def test_a_leaf_that_moves_at_every_step_is_named_once(warnings_of):
+    """Parameters and state that are split along different dimensions."""
+    mesh, tx = mesh_of(8), small_fc()
+    params = {"layer": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), "f4")}}
+    shardings = sharding.state_shardings(tx, params, P("data"), mesh)
+    placed = jax.device_put(params, NamedSharding(mesh, P(None, "data")))
+
+    def run():
+        state = jax.jit(tx.init, out_shardings=shardings)(placed)
+        return jax.jit(lambda g, s, p: tx.update(g, s, p)[0])(placed, state, placed)
+
+    updates, message = warnings_of(run)
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    want = expected["layer"]["kernel"]
+    np.testing.assert_allclose(updates["layer"]["kernel"], want, atol=2e-6 * np.max(np.abs(want)))
+    assert "['layer']['kernel']" in message
+    assert "is moved at every step" in message
+
+
+def test_gradients_that_are_summed_already(warnings_of, small_limits):
+    """By `jax.grad` inside a `shard_map` that checks types: they are taken as they are, once."""
+    mesh, tx = mesh_of(8), small_fc()
+    rng = np.random.default_rng(0)
+    params, x = (rng.standard_normal(shape, np.float32) for shape in ((24, 16), (64, 24)))
+    specs = sharding.distributed_specs(tx, params, "data", 8)
+    loss = lambda params, x: jnp.mean(jnp.square(x @ params))  # noqa: E731
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P())
+    def step(params, state, x):
+        gradients = jax.grad(lambda params: jax.lax.pmean(loss(params, x), "data"))(params)
+        return sharding.distributed(tx, "data").update(gradients, state, params)[0]
+
+    updates, message = warnings_of(lambda: jax.jit(step)(params, tx.init(params), x))
+    expected, _ = tx.update(jax.grad(loss)(params, x), tx.init(params), params)
+    np.testing.assert_allclose(updates, expected, atol=4e-6 * np.max(np.abs(expected)))
+    assert "summed over devices already" in message
+
+
+def test_a_leaf_that_kernels_cannot_split_is_named_once(warnings_of, small_limits):
+    """Padded shards: XLA has them also where the kernels are asked for."""
+    mosaic_gpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    params = {"layer": {"kernel": np.ones((23, 13), np.float32)}}
+    parts = {"layer": {"kernel": np.ones((8, 23, 13), np.float32)}}
+
+    def run():
+        with mosaic_gpu.force_gpu_interpret_mode():
+            return run_distributed(small_fc(backend="pallas"), params, parts, check_vma=False)
+
+    _, message = warnings_of(run)
+    assert "['layer']['kernel']" in message
+    assert "XLA updates its shards" in message
 
 
 # Checkpoints
