@@ -564,8 +564,9 @@ def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> I
 def _product_precision(rule: Rule, dtype: Any) -> Any:
     """The precision of XLA's products.
 
-    With JAX's own HIGH a GPU takes tf32, which errs by 16 times the bound that float32 meets. Sums
-    of six products of bfloat16 parts err no more than float32 and took as long on an H200.
+    With JAX's own HIGH a GPU takes tf32, which errs by 16 times the bound that float32 meets on a
+    reference trajectory. Sums of six products of bfloat16 parts err as float32 there (emulated),
+    and took an eighth longer on an H200 (docs/kernels.md).
     """
     is_high = rule.precision == jax.lax.Precision.HIGH and dtype == jnp.float32
     if is_high and jax.default_backend() == "gpu":

@@ -44,9 +44,9 @@ def small_fc_lopt(
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more: "highest" is float32 throughout;
-        "high" takes a GPU's matrix units for sums of products of 16-bit parts, which err by less
-        than a fifth of what float32 is allowed to; "default" allows operands of 10 or even 7 bits
-        where XLA computes the products.
+        "high" takes a GPU's matrix units for sums of products of 16-bit parts, which on the
+        reference trajectory err by a fifth of the bound that float32 must meet; "default" allows
+        operands of 10 or even 7 bits where XLA computes the products.
 
     Returns:
       An optax transformation. It does not read the loss.
