@@ -144,7 +144,7 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
 
 
 @pytest.mark.slow
-@settings(max_examples=50 if kernels.are_compiled() else 6, deadline=None)
+@settings(max_examples=30 if kernels.are_compiled() else 6, deadline=None)
 @given(
     rule=st.sampled_from([VELO, SMALL_FC, SPLIT]),
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
