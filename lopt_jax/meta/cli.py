@@ -41,6 +41,10 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--seeds", type=int, default=5)
     evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
     evaluate.add_argument("--json", default=None, help="write the records here")
+    evaluate.add_argument(
+        "--curves", default=None,
+        help="folder that keeps the curves; what it holds already is not run again",
+    )  # fmt: skip
     evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
     evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
     evaluate.add_argument(
@@ -263,6 +267,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         curves = evaluate.run_curves(
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
+            Path(arguments.curves) if arguments.curves else None,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
     if arguments.json:

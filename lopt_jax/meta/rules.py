@@ -83,7 +83,10 @@ def learned_sgd(
 
 
 def make_rule(
-    architecture: str, config: Mapping[str, Any], learning_rate: float = 1.0
+    architecture: str,
+    config: Mapping[str, Any],
+    learning_rate: float = 1.0,
+    weight_decay: float | jax.Array = 0.0,
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -91,6 +94,7 @@ def make_rule(
       architecture: a name of `lopt_jax.Weights.architecture`, or "learned_adam", "learned_sgd".
       config: the architecture's config, as in `lopt_jax.Weights.config`.
       learning_rate: the peak of the schedule, for rules that are given one.
+      weight_decay: times the learning rate, decoupled.
 
     Returns:
       A function that builds the optimizer.
@@ -119,8 +123,11 @@ def make_rule(
     # `backend="xla"`: the Pallas kernels are written for large tensors, not for vmapped small ones.
     if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
-            num_steps, weights=weights(theta), backend="xla"
+            num_steps, weights=weights(theta), weight_decay=weight_decay, backend="xla"
         )
     return lambda theta, num_steps, schedule: constructor(
-        learning_rate=scaled(schedule), weights=weights(theta), backend="xla"
+        learning_rate=scaled(schedule),
+        weights=weights(theta),
+        weight_decay=weight_decay,
+        backend="xla",
     )
