@@ -181,14 +181,17 @@ def run_curves(
     if bad:
         raise ValueError(f"horizons: expected positive multiples of {POINTS}, found {bad}")
     say = on_progress or (lambda text: None)
-    results = {}
-    jobs = []
+    found: dict[tuple[str, str], dict[int, Curves]] = {}
     for name in tasks:
         for contender in contenders:
             kept = _load_curves(folder, name, contender, seeds) if folder is not None else {}
-            results.update({(name, contender.name, h): kept[h] for h in horizons if h in kept})
-            if any(h not in kept for h in horizons):
-                jobs.append((name, contender))
+            found[name, contender.name] = kept
+    jobs = [
+        (name, contender)
+        for name in tasks
+        for contender in contenders
+        if any(h not in found[name, contender.name] for h in horizons)
+    ]
     seed_array = jnp.arange(seeds, dtype=jnp.uint32)
 
     def build(job: tuple[str, Contender]) -> Any:
@@ -204,30 +207,30 @@ def run_curves(
         for (name, contender), future in zip(jobs, programs, strict=True):
             program = future.result()
             rates = jnp.array(contender.learning_rates, jnp.float32)
+            by_horizon = found[name, contender.name]
             for horizon in horizons:
-                if (name, contender.name, horizon) in results:
+                if horizon in by_horizon:
                     continue
-                train, valid, initial = jax.device_get(
-                    program(rates, seed_array, jnp.int32(horizon))
-                )
-                results[name, contender.name, horizon] = Curves(train, valid, initial)
+                losses = jax.device_get(program(rates, seed_array, jnp.int32(horizon)))
+                by_horizon[horizon] = Curves(*losses)
                 if folder is not None:
-                    found = {h: results.get((name, contender.name, h)) for h in HORIZONS}
-                    found[horizon] = results[name, contender.name, horizon]
-                    _save_curves(folder, name, contender, found)
-            final = results[name, contender.name, horizons[-1]].valid[..., -1].mean(-1)
+                    _save_curves(folder, name, contender, by_horizon)
+            final = by_horizon[horizons[-1]].valid[..., -1].mean(-1)
             best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
             say(f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps")
-    return results
+    return {
+        (name, optimizer, horizon): curves[horizon]
+        for (name, optimizer), curves in found.items()
+        for horizon in horizons
+    }
 
 
 def _save_curves(
-    folder: Path, task: str, contender: Contender, curves: Mapping[int, Curves | None]
+    folder: Path, task: str, contender: Contender, curves: Mapping[int, Curves]
 ) -> None:
     arrays = {
         f"{field}_{horizon}": np.asarray(array, np.float32)
         for horizon, found in curves.items()
-        if found is not None
         for field, array in found._asdict().items()
     }
     arrays["learning_rates"] = np.asarray(contender.learning_rates, np.float32)
