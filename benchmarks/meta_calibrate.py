@@ -56,8 +56,15 @@ def rate_of_controlled(weights, setting, steps):
     )
 
 
-def start(name, scales, parameter_gains):
-    """The start of meta-training with other gains: the last layer is linear in them."""
+def start(name, scales, decays, parameter_gain):
+    """The start of meta-training with other gains: the last layer is linear in them.
+
+    Args:
+      name: of a config.
+      scales: factors of the gradient's features.
+      decays: weight decays, or gains of the parameter itself.
+      parameter_gain: whether `decays` are gains of the parameter.
+    """
     config = CONFIGS[name]
     architecture = dict(config.architecture_config)
     theta = initial_parameters(
@@ -69,42 +76,37 @@ def start(name, scales, parameter_gains):
     last = f"w{architecture['hidden_layers']}"
 
     def build(setting, steps):
-        scale, parameter, rms, momentum = setting
+        scale, decay, rms, momentum = setting
+        parameter = decay if parameter_gain else 0.0 * decay
         gains = jnp.stack([scale * rms, scale * momentum, parameter])
-        rows = jnp.repeat(gains, 2)
         output = theta["mlp"][last]
-        rows = output[..., :6, 0] * rows
+        rows = output[..., :6, 0] * jnp.repeat(gains, 2)
         changed = {**theta["mlp"], last: output.at[..., :6, 0].set(rows)}
-        rule = make_rule(config.architecture, architecture, config.learning_rate_peak)
+        rule = make_rule(
+            config.architecture, architecture, config.learning_rate_peak,
+            0.0 if parameter_gain else decay,
+        )  # fmt: skip
         return rule({**theta, "mlp": changed}, steps, cosine_schedule(steps))
 
-    settings = tuple((s, c, *mix) for s, c, mix in grid(scales, parameter_gains, MIXES))
+    settings = tuple((s, c, *mix) for s, c, mix in grid(scales, decays, MIXES))
     return evaluate.Contender(f"{name}_start", build, settings)
 
 
 def contenders():
+    """Makers of the contenders by name."""
     every = evaluate.baselines()
-    made = {
+    small, fc_decays = (0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 1e-3, 3e-3, 1e-2, 3e-2)
+    rates, decays = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.0, 0.3, 1.0, 3.0, 10.0, 30.0)
+    return {
         "adamw": lambda: every["adamw"],
         "muon": lambda: every["muon"],
-        "celo2_small": lambda: shipped(
-            "celo2_small",
-            (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-            (0.0, 0.1, 0.3, 1.0, 3.0),
-        ),
-        "celo_start": lambda: start("celo_small", (0.25, 0.5, 1.0, 2.0), (0, 0.03, 0.1, 0.3)),
-        "celo_small": lambda: shipped(
-            "celo_small", (0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 3e-4, 1e-3, 3e-3)
-        ),
-        "fc_start": lambda: start("small_fc_lopt", (0.25, 0.5, 1.0, 2.0, 4.0), (0, 0.03, 0.1, 0.3)),
-        "small_fc_lopt": lambda: shipped(
-            "small_fc_lopt", (0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 3e-4, 1e-3, 3e-3)
-        ),
-        "velo_small": lambda: shipped(
-            "velo_small", (0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 3e-4, 1e-3, 3e-3)
-        ),
+        "celo2_small": lambda: shipped("celo2_small", rates, decays),
+        "celo_start": lambda: start("celo_small", (0.25, 0.5, 1.0, 2.0), (0, 0.03, 0.1, 0.3), True),
+        "celo_small": lambda: shipped("celo_small", small, (0.0, 3e-4, 1e-3, 3e-3, 1e-2)),
+        "fc_start": lambda: start("small_fc_lopt", (0.5, 1.0, 2.0, 4.0), fc_decays, False),
+        "small_fc_lopt": lambda: shipped("small_fc_lopt", small, fc_decays),
+        "velo_small": lambda: shipped("velo_small", small, (0.0, 3e-4, 1e-3, 3e-3)),
     }
-    return made
 
 
 def summarise(curves, made, horizons):
