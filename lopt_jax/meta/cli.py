@@ -256,14 +256,13 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         horizons = [int(text) for text in arguments.horizons.split(",")]
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")
-        if "adamw" not in wanted:
-            wanted.insert(0, "adamw")  # what the others are measured against
-        contenders = [every[name] for name in wanted]
+        contenders = [every["adamw"]]  # what the others are measured against
         for item in arguments.weights:
             name, found, path = item.partition("=")
             path = path if found else name
             label = name if found else Path(name).name
             contenders.append(evaluate.learned(label, load_weights(path)))
+        contenders += [every[name] for name in wanted if name != "adamw"]
         curves = evaluate.run_curves(
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
