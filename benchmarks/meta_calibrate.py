@@ -96,7 +96,7 @@ def contenders():
     """Makers of the contenders by name."""
     every = evaluate.baselines()
     small, fc_decays = (0.25, 0.5, 1.0, 2.0, 4.0), (0.0, 1e-3, 3e-3, 1e-2, 3e-2)
-    rates, decays = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), (0.0, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0)
+    rates, decays = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), (0.0, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0)
     return {
         "adamw": lambda: every["adamw"],
         "muon": lambda: every["muon"],
