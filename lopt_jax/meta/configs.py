@@ -117,8 +117,8 @@ _CELO2_DECAY = dataclasses.replace(
     _CELO2,
     name="celo2_decay",
     tasks=_OVERFITTING_TASKS,
-    learning_rate_peak=0.008,
-    weight_decay=2.5,
+    learning_rate_peak=0.01,
+    weight_decay=3.0,
     min_horizon=200,
     objective=Objective(final_weight=16.0),
 )
