@@ -136,8 +136,16 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         json.dumps([report._asdict() for report in result.history], indent=0)
     )
     if config.architecture not in ("learned_adam", "learned_sgd"):
-        metadata = {"source": "meta-trained with lopt_jax.meta", "licence": "Apache-2.0",
-                    "meta_training": record}  # fmt: skip
+        metadata = {
+            "source": "meta-trained with lopt_jax.meta",
+            "licence": "Apache-2.0",
+            "recommended": {
+                "learning_rate": config.learning_rate_peak,
+                "weight_decay": config.weight_decay,
+                "chosen": "the values of the meta-training",
+            },
+            "meta_training": record,
+        }
         weights = Weights(
             config.architecture, dict(config.architecture_config), result.meta_parameters, metadata
         )

@@ -89,9 +89,10 @@ def baselines() -> dict[str, Contender]:
 
 def learned(name: str, weights: Weights) -> Contender:
     """A learned optimizer as it comes: the learning rate and weight decay that its card names."""
-    record = weights.metadata.get("meta_training", {})
-    peak = float(record.get("learning_rate_peak", 1.0))
-    decay = float(record.get("weight_decay", 0.0))
+    recommended = weights.metadata.get("recommended", {})
+    trained = weights.metadata.get("meta_training", {})
+    peak = float(recommended.get("learning_rate", trained.get("learning_rate_peak", 1.0)))
+    decay = float(recommended.get("weight_decay", trained.get("weight_decay", 0.0)))
     rule = make_rule(weights.architecture, weights.config, weight_decay=decay)
 
     def build(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
