@@ -109,6 +109,8 @@ def test_kept_curves_are_not_run_again(tmp_path):
         tasks, [Contender("adamw", fail, rates)], (40, 80), seeds=2, folder=tmp_path
     )
     assert set(both) == {("bowl", "adamw", 40), ("bowl", "adamw", 80)}
+    part = evaluate.run_curves(tasks, [sgd], (80, 120), seeds=2, folder=tmp_path, kept_only=True)
+    assert set(part) == {("bowl", "adamw", 80)}
     for changed in (Contender("adamw", fail, (0.5,)), Contender("adamw", fail, rates, None, "new")):
         with pytest.raises(AssertionError, match="run again"):
             evaluate.run_curves(tasks, [changed], (40,), seeds=2, folder=tmp_path)

@@ -45,6 +45,10 @@ def add_commands(subparsers: Any) -> None:
         "--curves", default=None,
         help="folder that keeps the curves; what it holds already is not run again",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--kept-only", action="store_true",
+        help="run nothing: summarise what the folder of curves holds",
+    )  # fmt: skip
     evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
     evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
     evaluate.add_argument(
@@ -274,7 +278,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         curves = evaluate.run_curves(
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
-            Path(arguments.curves) if arguments.curves else None,
+            Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
     if arguments.json:

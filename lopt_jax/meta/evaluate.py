@@ -159,6 +159,7 @@ def run_curves(
     on_progress: Callable[[str], None] | None = None,
     folder: Path | None = None,
     vary_content: bool = False,
+    kept_only: bool = False,
 ) -> dict[tuple[str, str, int], Curves]:
     """Trains every contender on every task at every horizon.
 
@@ -171,6 +172,7 @@ def run_curves(
       folder: keeps the curves of every task and contender as soon as they are there; what it holds
         already is not run again.
       vary_content: every seed draws a task's content of its own; otherwise seeds share it.
+      kept_only: run nothing; what the folder does not hold is left out.
 
     Returns:
       Curves by (task, contender, horizon).
@@ -191,7 +193,7 @@ def run_curves(
         (name, contender)
         for name in tasks
         for contender in contenders
-        if any(h not in found[name, contender.name] for h in horizons)
+        if any(h not in found[name, contender.name] for h in horizons) and not kept_only
     ]
     seed_array = jnp.arange(seeds, dtype=jnp.uint32)
 
@@ -223,6 +225,7 @@ def run_curves(
         (name, optimizer, horizon): curves[horizon]
         for (name, optimizer), curves in found.items()
         for horizon in horizons
+        if horizon in curves
     }
 
 
