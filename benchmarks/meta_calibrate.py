@@ -47,6 +47,25 @@ def shipped(name, rates, decays, path=None):
     return evaluate.Contender(name, build, grid(rates, decays))
 
 
+def decays_apart(name, rates, decays, adam_factors):
+    """Celo2, whose AdamW (biases, norms) has a factor of the matrices' weight decay."""
+    import lopt_jax
+
+    weights = load_weights(name)
+
+    def build(setting, steps):
+        rate, decay, factor = setting
+        return lopt_jax.celo2(
+            lambda step: rate * cosine_schedule(steps)(step),
+            weights,
+            weight_decay=decay,
+            adam_weight_decay=factor * decay,
+            backend="xla",
+        )
+
+    return evaluate.Contender(f"{name}_apart", build, grid(rates, decays, adam_factors))
+
+
 def rate_of_controlled(weights, setting, steps):
     import lopt_jax
 
@@ -101,6 +120,9 @@ def contenders():
         "adamw": lambda: every["adamw"],
         "muon": lambda: every["muon"],
         "celo2_small": lambda: shipped("celo2_small", rates, decays),
+        "celo2_apart": lambda: decays_apart(
+            "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0, 0.1, 1.0)
+        ),
         "celo_start": lambda: start("celo_small", (0.25, 0.5, 1.0, 2.0), (0, 0.03, 0.1, 0.3), True),
         "celo_small": lambda: shipped("celo_small", small, (0.0, 3e-4, 1e-3, 3e-3, 1e-2)),
         "fc_start": lambda: start("small_fc_lopt", (0.5, 1.0, 2.0, 4.0), fc_decays, False),
