@@ -94,7 +94,7 @@ def make_rule(
       architecture: a name of `lopt_jax.Weights.architecture`, or "learned_adam", "learned_sgd".
       config: the architecture's config, as in `lopt_jax.Weights.config`.
       learning_rate: the peak of the schedule, for rules that are given one.
-      weight_decay: times the learning rate, decoupled.
+      weight_decay: times the learning rate, decoupled; celo2's decays matrices alone.
 
     Returns:
       A function that builds the optimizer.
@@ -125,9 +125,12 @@ def make_rule(
         return lambda theta, num_steps, schedule: constructor(
             num_steps, weights=weights(theta), weight_decay=weight_decay, backend="xla"
         )
+    # A decay that is right for matrices shrinks the scales of normalisation layers to nothing.
+    apart = {"adam_weight_decay": 0.0} if architecture == "celo2" else {}
     return lambda theta, num_steps, schedule: constructor(
         learning_rate=scaled(schedule),
         weights=weights(theta),
         weight_decay=weight_decay,
         backend="xla",
+        **apart,
     )
