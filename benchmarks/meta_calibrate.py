@@ -47,7 +47,7 @@ def shipped(name, rates, decays, path=None):
     return evaluate.Contender(name, build, grid(rates, decays))
 
 
-def decays_apart(name, rates, decays, adam_factors):
+def decays_apart(name, rates, decays, adam_factors, mask=None):
     """Celo2, whose AdamW (biases, norms) has a factor of the matrices' weight decay."""
     import lopt_jax
 
@@ -60,10 +60,17 @@ def decays_apart(name, rates, decays, adam_factors):
             weights,
             weight_decay=decay,
             adam_weight_decay=factor * decay,
+            weight_decay_mask=mask,
             backend="xla",
         )
 
-    return evaluate.Contender(f"{name}_apart", build, grid(rates, decays, adam_factors))
+    label = f"{name}_{'apart' if mask is None else 'masked'}"
+    return evaluate.Contender(label, build, grid(rates, decays, adam_factors))
+
+
+def of_rank_two(params):
+    """Which leaves decay where the kernels of convolutions do not."""
+    return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
 def rate_of_controlled(weights, setting, steps):
@@ -122,6 +129,9 @@ def contenders():
         "celo2_small": lambda: shipped("celo2_small", rates, decays),
         "celo2_apart": lambda: decays_apart(
             "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0, 0.1, 1.0)
+        ),
+        "celo2_masked": lambda: decays_apart(
+            "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0,), of_rank_two
         ),
         "celo_start": lambda: start("celo_small", (0.25, 0.5, 1.0, 2.0), (0, 0.03, 0.1, 0.3), True),
         "celo_small": lambda: shipped("celo_small", small, (0.0, 3e-4, 1e-3, 3e-3, 1e-2)),
