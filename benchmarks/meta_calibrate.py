@@ -19,7 +19,7 @@ import numpy as np
 from lopt_jax.meta import evaluate
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.rules import cosine_schedule, make_rule
+from lopt_jax.meta.rules import cosine_schedule, decays_at_rank_two, make_rule
 from lopt_jax.meta.tasks import training_tasks
 from lopt_jax.weights import load_weights
 
@@ -66,11 +66,6 @@ def decays_apart(name, rates, decays, adam_factors, mask=None):
 
     label = f"{name}_{'apart' if mask is None else 'masked'}"
     return evaluate.Contender(label, build, grid(rates, decays, adam_factors))
-
-
-def of_rank_two(params):
-    """Which leaves decay where the kernels of convolutions do not."""
-    return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
 def rate_of_controlled(weights, setting, steps):
@@ -131,7 +126,7 @@ def contenders():
             "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0, 0.1, 1.0)
         ),
         "celo2_masked": lambda: decays_apart(
-            "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0,), of_rank_two
+            "celo2_small", (4e-3, 1e-2, 2e-2), (1.0, 2.0, 3.0), (0.0,), decays_at_rank_two
         ),
         "celo_start": lambda: start("celo_small", (0.25, 0.5, 1.0, 2.0), (0, 0.03, 0.1, 0.3), True),
         "celo_small": lambda: shipped("celo_small", small, (0.0, 3e-4, 1e-3, 3e-3, 1e-2)),
