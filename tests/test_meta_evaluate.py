@@ -91,6 +91,46 @@ def test_records_of_gradient_descent_on_a_bowl(tmp_path, capsys):
         evaluate.run_curves({"bowl": Quadratic(3)}, [sgd], (30,))
 
 
+def test_kept_curves_are_not_run_again(tmp_path):
+    tasks, rates = {"bowl": Quadratic(3)}, (0.5, 1.0)
+    sgd = Contender("adamw", lambda rate, steps: optax.sgd(rate), rates)
+    first = evaluate.run_curves(tasks, [sgd], (40,), seeds=2, folder=tmp_path)
+
+    def fail(rate, steps):
+        raise AssertionError("run again")
+
+    kept = evaluate.run_curves(
+        tasks, [Contender("adamw", fail, rates)], (40,), seeds=2, folder=tmp_path
+    )
+    np.testing.assert_array_equal(kept["bowl", "adamw", 40].valid, first["bowl", "adamw", 40].valid)
+    # Another horizon is added to them; other rates or other weights are run anew.
+    evaluate.run_curves(tasks, [sgd], (80,), seeds=2, folder=tmp_path)
+    both = evaluate.run_curves(
+        tasks, [Contender("adamw", fail, rates)], (40, 80), seeds=2, folder=tmp_path
+    )
+    assert set(both) == {("bowl", "adamw", 40), ("bowl", "adamw", 80)}
+    part = evaluate.run_curves(tasks, [sgd], (80, 120), seeds=2, folder=tmp_path, kept_only=True)
+    assert set(part) == {("bowl", "adamw", 80)}
+    for changed in (Contender("adamw", fail, (0.5,)), Contender("adamw", fail, rates, None, "new")):
+        with pytest.raises(AssertionError, match="run again"):
+            evaluate.run_curves(tasks, [changed], (40,), seeds=2, folder=tmp_path)
+
+
+def test_seeds_share_a_problem_or_have_their_own():
+    still = Contender("still", lambda rate, steps: optax.sgd(rate), (0.0,))
+    for vary in (False, True):
+        curves = evaluate.run_curves({"b": Quadratic(3)}, [still], (40,), 3, vary_content=vary)
+        content = [Quadratic(3).sample(jax.random.fold_in(jax.random.key(0), i)) for i in range(3)]
+        if not vary:
+            content = [Quadratic(3).sample(jax.random.key(0))] * 3
+        for seed in range(3):
+            key = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))[0]
+            start = Quadratic(3).init(key, content[seed])
+            wanted = float(Quadratic(3).loss(start, content[seed], ()))
+            found = float(curves["b", "still", 40].valid[0, seed, -1])
+            assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_wrong_arguments_are_named(capsys):
     assert cli.main(["meta-train", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err

@@ -186,3 +186,47 @@ def test_stacked_tasks_average_their_losses():
     ]
     assert float(task.loss(params, content, batch)) == pytest.approx(np.mean(losses), rel=1e-6)
     assert task.name == "tables_mlp_16+diabetes_mlp"
+
+
+def test_few_rows_with_noisy_labels():
+    task = TRAINING["tables_few_mlp_32x2"]
+    source = task.source
+    targets = source._pool()[1]
+    rates, counts = [], []
+    for seed in range(20):
+        content = source.sample(jax.random.key(seed))
+        start, count = int(content.start), int(content.num_train)
+        counts.append(count)
+        assert count <= 500
+        labels = np.asarray(content.labels)
+        valid = slice(int(content.valid_start), int(content.valid_start + content.num_valid))
+        # Held-out labels are the table's, renamed one to one.
+        pairs = set(zip(targets[valid].tolist(), labels[valid].tolist(), strict=True))
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        names = dict(pairs)
+        rows = slice(start, int(content.valid_start))
+        clean = np.array([names.get(t, -1) for t in targets[rows].tolist()])
+        rates.append(np.mean(clean != labels[rows]))
+        batch = task.batch(jax.random.key(seed), task.sample(jax.random.key(seed)), "train")
+        assert batch.inputs.shape == (32, 64)
+        examples = source.examples(content, "train", 100)
+        wanted = labels[start + np.arange(100) % count]
+        np.testing.assert_array_equal(examples.targets, wanted)
+    assert min(counts) >= 60
+    assert max(counts) > 2 * min(counts)
+    assert 0.02 < np.mean(rates) < 0.16
+    assert max(rates) < 0.25
+
+
+def test_a_teacher_of_few_examples_repeats_them():
+    source = TRAINING["teacher_few_mlp_32x2"].source
+    content = source.sample(jax.random.key(1))._replace(num_train=jnp.int32(5))
+    seen = {
+        tuple(np.round(row, 4).tolist())
+        for row in np.asarray(source.batch(jax.random.key(0), content, "train", 64).inputs)
+    }
+    assert len(seen) == 5
+    kept = source.examples(content, "train", 5).inputs
+    assert {tuple(np.round(row, 4).tolist()) for row in np.asarray(kept)} == seen
+    fresh = source.batch(jax.random.key(0), content, "valid", 64).inputs
+    assert len({tuple(row) for row in np.asarray(fresh).tolist()}) == 64

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+import lopt_jax
 from lopt_jax.meta import cli
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
@@ -196,3 +197,24 @@ def test_smallest_config_improves_its_meta_loss(tmp_path, monkeypatch):
     records = json.loads(Path("r.json").read_text())
     assert {r["optimizer"] for r in records} == {"adamw", "weights"}
     assert all(r["held_out"] for r in records)
+
+
+@pytest.mark.slow
+def test_documented_continuation_on_ones_own_task(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/meta_training.md").read_text()
+    section = page.split("## Continue on your own tasks")[1]
+    code = section.split("```python")[1].split("```")[0]
+    # As it is documented, but for its size.
+    small = code.replace("max_seconds=600", "max_steps=2").replace(
+        "outer_learning_rate=3e-4,", "outer_learning_rate=3e-4, num_pairs=2,"
+    )
+    assert small.count("max_steps=2") == small.count("num_pairs=2") == 1
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(compile(small, "docs/meta_training.md", "exec"), scope)
+    assert scope["result"].steps == 2
+    made = lopt_jax.load_weights("outputs/mine/weights")
+    start = lopt_jax.load_weights("small_fc_lopt")
+    assert made.config == start.config
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), made.params, start.params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.01

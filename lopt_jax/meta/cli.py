@@ -41,6 +41,14 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--seeds", type=int, default=5)
     evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
     evaluate.add_argument("--json", default=None, help="write the records here")
+    evaluate.add_argument(
+        "--curves", default=None,
+        help="folder that keeps the curves; what it holds already is not run again",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--kept-only", action="store_true",
+        help="run nothing: summarise what the folder of curves holds",
+    )  # fmt: skip
     evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
     evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
     evaluate.add_argument(
@@ -132,8 +140,16 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         json.dumps([report._asdict() for report in result.history], indent=0)
     )
     if config.architecture not in ("learned_adam", "learned_sgd"):
-        metadata = {"source": "meta-trained with lopt_jax.meta", "licence": "Apache-2.0",
-                    "meta_training": record}  # fmt: skip
+        metadata = {
+            "source": "meta-trained with lopt_jax.meta",
+            "licence": "Apache-2.0",
+            "recommended": {
+                "learning_rate": config.learning_rate_peak,
+                "weight_decay": config.weight_decay,
+                "chosen": "the values of the meta-training",
+            },
+            "meta_training": record,
+        }
         weights = Weights(
             config.architecture, dict(config.architecture_config), result.meta_parameters, metadata
         )
@@ -252,17 +268,17 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         horizons = [int(text) for text in arguments.horizons.split(",")]
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")
-        if "adamw" not in wanted:
-            wanted.insert(0, "adamw")  # what the others are measured against
-        contenders = [every[name] for name in wanted]
+        contenders = [every["adamw"]]  # what the others are measured against
         for item in arguments.weights:
             name, found, path = item.partition("=")
             path = path if found else name
             label = name if found else Path(name).name
             contenders.append(evaluate.learned(label, load_weights(path)))
+        contenders += [every[name] for name in wanted if name != "adamw"]
         curves = evaluate.run_curves(
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
+            Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
     if arguments.json:

@@ -20,6 +20,7 @@ class MetaTrainConfig:
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
       gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`.
       learning_rate_peak: peak of the cosine schedule that rules with a learning rate are given.
+      weight_decay: that the rule is given: decoupled, times the learning rate.
       estimator: a name of `estimators.ESTIMATORS`.
       num_pairs: antithetic pairs a task and outer step.
       standard_deviation: of the perturbations.
@@ -50,6 +51,7 @@ class MetaTrainConfig:
     tasks: tuple[str, ...]
     gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
     learning_rate_peak: float = 1.0
+    weight_decay: float = 0.0
     estimator: EstimatorName = "truncated_pes"
     num_pairs: int = 128
     standard_deviation: float = 0.01

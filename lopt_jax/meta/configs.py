@@ -15,6 +15,15 @@ _TASKS = (
     "teacher_classification",
     "bytes_rnn_32",
 )
+# Two of them are small and noisy, so that overfitting costs; one shape each of the others.
+_OVERFITTING_TASKS = (
+    "tables_few_mlp_32x2",
+    "teacher_few_mlp_32x2",
+    "digits_mlp_norm_32x3",
+    "digits_conv_8",
+    "china_autoencoder",
+    "bytes_rnn_32",
+)
 # Half an Adam, whose steps keep their size, and half the plain momentum, which vanishes with the
 # gradient: the first alone runs on when the training loss is gone, and overfits.
 _GAINS = (("rms_0", 0.6), ("momentum_0", 0.4))
@@ -102,6 +111,28 @@ _CELO2 = MetaTrainConfig(
     notes=_NOTES,
 )
 
+# Continues from the weights of _CELO2, with the learning rate and the weight decay that did best on
+# training tasks, on tasks that are overfitted, and with more weight on the end of a life.
+_CELO2_DECAY = dataclasses.replace(
+    _CELO2,
+    name="celo2_decay",
+    tasks=_OVERFITTING_TASKS,
+    learning_rate_peak=0.01,
+    weight_decay=3.0,
+    min_horizon=200,
+    objective=Objective(final_weight=16.0),
+)
+
+# The parameter itself in the direction: a decay that the scheduler scales as it does the step.
+_CELO_DECAY = dataclasses.replace(
+    _CELO,
+    name="celo_decay",
+    tasks=_OVERFITTING_TASKS,
+    gains=(("rms_0", 1.0), ("parameter", 0.3)),
+    min_horizon=200,
+    objective=Objective(final_weight=16.0),
+)
+
 _TINY = MetaTrainConfig(
     name="tiny",
     architecture="small_fc_lopt",
@@ -145,5 +176,7 @@ CONFIGS: dict[str, MetaTrainConfig] = {
         _CELO,
         _VELO,
         _CELO2,
+        _CELO2_DECAY,
+        _CELO_DECAY,
     )
 }

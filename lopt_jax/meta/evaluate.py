@@ -6,8 +6,10 @@ validation loss, the measure that all are compared by.
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +39,14 @@ class Contender:
       build: from a learning rate and a number of steps.
       learning_rates: candidates; one for an untuned optimizer.
       evaluation_params: maps state and params to the params to measure, where they differ.
+      digest: of the weights: curves of other weights are not taken for these.
     """
 
     name: str
     build: Build
     learning_rates: tuple[float, ...]
     evaluation_params: Callable[[Any, Any], Any] | None = None
+    digest: str = ""
 
 
 def _grid(low: float, high: float) -> tuple[float, ...]:
@@ -84,15 +88,19 @@ def baselines() -> dict[str, Contender]:
 
 
 def learned(name: str, weights: Weights) -> Contender:
-    """A learned optimizer as it comes: one learning rate, the one it was meta-trained for."""
-    record = weights.metadata.get("meta_training", {})
-    peak = float(record.get("learning_rate_peak", 1.0))
-    rule = make_rule(weights.architecture, weights.config)
+    """A learned optimizer as it comes: the learning rate and weight decay that its card names."""
+    recommended = weights.metadata.get("recommended", {})
+    trained = weights.metadata.get("meta_training", {})
+    peak = float(recommended.get("learning_rate", trained.get("learning_rate_peak", 1.0)))
+    decay = float(recommended.get("weight_decay", trained.get("weight_decay", 0.0)))
+    rule = make_rule(weights.architecture, weights.config, weight_decay=decay)
 
     def build(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
         return rule(weights.params, steps, lambda step: rate * cosine_schedule(steps)(step))
 
-    return Contender(name, build, (peak,))
+    parts = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights.params)]
+    parts.append(repr((dict(weights.config), decay)).encode())
+    return Contender(name, build, (peak,), digest=hashlib.sha256(b"".join(parts)).hexdigest()[:16])
 
 
 class Curves(NamedTuple):
@@ -103,12 +111,15 @@ class Curves(NamedTuple):
     initial_valid: np.ndarray  # (rates, seeds)
 
 
-def _run_program(task: Task, contender: Contender) -> Callable[..., Any]:
+def _run_program(task: Task, contender: Contender, vary_content: bool) -> Callable[..., Any]:
     """A function (rates, seeds, num_steps) of losses along runs, to be compiled."""
-    content = task.sample(jax.random.key(0))
-    splits = {split: task.examples(content, split, _EXAMPLES) for split in ("train", "valid")}
 
     def one(rate: jax.Array, seed: jax.Array, num_steps: jax.Array) -> tuple[jax.Array, ...]:
+        key_content = jax.random.key(0)
+        if vary_content:
+            key_content = jax.random.fold_in(key_content, seed)
+        content = task.sample(key_content)
+        splits = {split: task.examples(content, split, _EXAMPLES) for split in ("train", "valid")}
         key_init, key_batches = jax.random.split(jax.random.fold_in(jax.random.key(1), seed))
         params = task.init(key_init, content)
         optimizer = optax.with_extra_args_support(contender.build(rate, num_steps))
@@ -146,6 +157,9 @@ def run_curves(
     horizons: Sequence[int] = HORIZONS,
     seeds: int = 5,
     on_progress: Callable[[str], None] | None = None,
+    folder: Path | None = None,
+    vary_content: bool = False,
+    kept_only: bool = False,
 ) -> dict[tuple[str, str, int], Curves]:
     """Trains every contender on every task at every horizon.
 
@@ -155,6 +169,10 @@ def run_curves(
       horizons: numbers of steps, multiples of POINTS.
       seeds: runs a learning rate.
       on_progress: called with a line of text now and then.
+      folder: keeps the curves of every task and contender as soon as they are there; what it holds
+        already is not run again.
+      vary_content: every seed draws a task's content of its own; otherwise seeds share it.
+      kept_only: run nothing; what the folder does not hold is left out.
 
     Returns:
       Curves by (task, contender, horizon).
@@ -166,32 +184,79 @@ def run_curves(
     if bad:
         raise ValueError(f"horizons: expected positive multiples of {POINTS}, found {bad}")
     say = on_progress or (lambda text: None)
-    jobs = [(name, contender) for name in tasks for contender in contenders]
+    found: dict[tuple[str, str], dict[int, Curves]] = {}
+    for name in tasks:
+        for contender in contenders:
+            kept = _load_curves(folder, name, contender, seeds) if folder is not None else {}
+            found[name, contender.name] = kept
+    jobs = [
+        (name, contender)
+        for name in tasks
+        for contender in contenders
+        if any(h not in found[name, contender.name] for h in horizons) and not kept_only
+    ]
     seed_array = jnp.arange(seeds, dtype=jnp.uint32)
 
     def build(job: tuple[str, Contender]) -> Any:
         name, contender = job
         rates = jnp.array(contender.learning_rates, jnp.float32)
-        program = jax.jit(_run_program(tasks[name], contender))
+        program = jax.jit(_run_program(tasks[name], contender, vary_content))
         # num_steps is traced: one program serves all horizons.
         return program.lower(rates, seed_array, jnp.int32(horizons[0])).compile()
 
-    results = {}
     # Programs compile ahead in threads while earlier ones run.
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
         programs = [pool.submit(build, job) for job in jobs]
         for (name, contender), future in zip(jobs, programs, strict=True):
             program = future.result()
             rates = jnp.array(contender.learning_rates, jnp.float32)
+            by_horizon = found[name, contender.name]
             for horizon in horizons:
-                train, valid, initial = jax.device_get(
-                    program(rates, seed_array, jnp.int32(horizon))
-                )
-                results[name, contender.name, horizon] = Curves(train, valid, initial)
-            final = results[name, contender.name, horizons[-1]].valid[..., -1].mean(-1)
+                if horizon in by_horizon:
+                    continue
+                losses = jax.device_get(program(rates, seed_array, jnp.int32(horizon)))
+                by_horizon[horizon] = Curves(*losses)
+                if folder is not None:
+                    _save_curves(folder, name, contender, by_horizon)
+            final = by_horizon[horizons[-1]].valid[..., -1].mean(-1)
             best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
             say(f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps")
-    return results
+    return {
+        (name, optimizer, horizon): curves[horizon]
+        for (name, optimizer), curves in found.items()
+        for horizon in horizons
+        if horizon in curves
+    }
+
+
+def _save_curves(
+    folder: Path, task: str, contender: Contender, curves: Mapping[int, Curves]
+) -> None:
+    arrays = {
+        f"{field}_{horizon}": np.asarray(array, np.float32)
+        for horizon, found in curves.items()
+        for field, array in found._asdict().items()
+    }
+    arrays["learning_rates"] = np.asarray(contender.learning_rates, np.float32)
+    arrays["digest"] = np.array(contender.digest)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{task}.{contender.name}.{os.getpid()}.npz"
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+    temporary.replace(folder / f"{task}.{contender.name}.npz")
+
+
+def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> dict[int, Curves]:
+    path = folder / f"{task}.{contender.name}.npz"
+    if not path.exists():
+        return {}
+    with np.load(path) as arrays:
+        rates = np.asarray(contender.learning_rates, np.float32)
+        same = np.array_equal(arrays["learning_rates"], rates)
+        if not same or str(arrays["digest"]) != contender.digest:
+            return {}
+        horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
+        found = {h: Curves(*(arrays[f"{field}_{h}"] for field in Curves._fields)) for h in horizons}
+    return {h: curves for h, curves in found.items() if curves.train.shape[1] == seeds}
 
 
 def best_rate(curves: Curves) -> int:

@@ -82,8 +82,20 @@ def learned_sgd(
     )
 
 
+def decays_at_rank_two(params: Any) -> Any:
+    """The mask of celo2's decay: matrices alone.
+
+    A decay that is right for them shrinks the scales of normalisation layers to nothing, and the
+    kernels of convolutions, orthogonalised place by place, to too little.
+    """
+    return jax.tree.map(lambda p: p.ndim == 2, params)
+
+
 def make_rule(
-    architecture: str, config: Mapping[str, Any], learning_rate: float = 1.0
+    architecture: str,
+    config: Mapping[str, Any],
+    learning_rate: float = 1.0,
+    weight_decay: float | jax.Array = 0.0,
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -91,6 +103,7 @@ def make_rule(
       architecture: a name of `lopt_jax.Weights.architecture`, or "learned_adam", "learned_sgd".
       config: the architecture's config, as in `lopt_jax.Weights.config`.
       learning_rate: the peak of the schedule, for rules that are given one.
+      weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
 
     Returns:
       A function that builds the optimizer.
@@ -119,8 +132,13 @@ def make_rule(
     # `backend="xla"`: the Pallas kernels are written for large tensors, not for vmapped small ones.
     if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
-            num_steps, weights=weights(theta), backend="xla"
+            num_steps, weights=weights(theta), weight_decay=weight_decay, backend="xla"
         )
+    mask = {"weight_decay_mask": decays_at_rank_two} if architecture == "celo2" else {}
     return lambda theta, num_steps, schedule: constructor(
-        learning_rate=scaled(schedule), weights=weights(theta), backend="xla"
+        learning_rate=scaled(schedule),
+        weights=weights(theta),
+        weight_decay=weight_decay,
+        backend="xla",
+        **mask,
     )

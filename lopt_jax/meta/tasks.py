@@ -81,7 +81,7 @@ class TableContent(NamedTuple):
     num_valid: jax.Array  # () int32
     feature_order: jax.Array  # (D,) int32
     feature_sign: jax.Array  # (D,) float32
-    label_order: jax.Array  # (K,) int32
+    labels: jax.Array  # (N,) int32: the label of every row of the pool; (0,) without classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +91,12 @@ class Tables:
     Args:
       names: data sets of `data.load_tabular`, or "china" and "flower" for patches.
       width: columns; narrower tables are padded with zeros.
-      num_classes: label_order's length; tables with fewer classes use the first ones.
+      num_classes: classes; tables with fewer use the first ones.
       disguise: permute columns and labels, flip signs, use a random part of the training rows.
       keep_places: do not permute columns (for convolutions).
+      few: bounds of the number of training rows, log-uniform; None: from a fifth to all.
+      label_noise: up to this fraction of the training rows has a random label, always the same;
+        held-out rows never do.
     """
 
     names: tuple[str, ...]
@@ -101,6 +104,8 @@ class Tables:
     num_classes: int
     disguise: bool = True
     keep_places: bool = False
+    few: tuple[int, int] | None = None
+    label_noise: float = 0.0
 
     def _pool(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inputs, targets, rows = [], [], []
@@ -122,8 +127,9 @@ class Tables:
 
     def sample(self, key: jax.Array) -> TableContent:
         """Draws a table and its disguise."""
-        keys = jax.random.split(key, 5)
-        rows = jnp.asarray(self._pool()[2])
+        keys = jax.random.split(key, 6)
+        _, targets, table_rows = self._pool()
+        rows = jnp.asarray(table_rows)
         start, num_train, num_valid = rows[jax.random.randint(keys[0], (), 0, len(self.names))]
         order = jnp.arange(self.width)
         sign = jnp.ones((self.width,))
@@ -132,12 +138,26 @@ class Tables:
         if self.disguise:
             labels = jax.random.permutation(keys[1], labels)
             # Half of the problems see all training rows, the others down to a fifth of them.
-            fraction = jnp.exp(jax.random.uniform(keys[2], (), minval=jnp.log(0.2), maxval=0.7))
-            used = (num_train * jnp.minimum(fraction, 1.0)).astype(jnp.int32)
+            if self.few is None:
+                low, high = jnp.log(0.2 * num_train), jnp.log(num_train) + 0.7
+            else:
+                low, high = jnp.log(jnp.array(self.few, jnp.float32))
+            count = jnp.exp(jax.random.uniform(keys[2], (), minval=low, maxval=high))
+            used = jnp.minimum(count.astype(jnp.int32), num_train)
             if not self.keep_places:
                 order = jax.random.permutation(keys[3], order)
                 sign = jax.random.rademacher(keys[4], (self.width,), jnp.float32)
-        return TableContent(start, used, start + num_train, num_valid, order, sign, labels)
+        found = jnp.zeros((0,), jnp.int32)
+        if self.num_classes:
+            found = labels[jnp.asarray(targets)]
+        if self.label_noise:
+            key_rate, key_rows, key_label = jax.random.split(keys[5], 3)
+            rate = jax.random.uniform(key_rate, (), maxval=self.label_noise)
+            place = jnp.arange(len(targets)) - start
+            noisy = jax.random.bernoulli(key_rows, rate, found.shape) & (place < num_train)
+            wrong = jax.random.randint(key_label, found.shape, 0, self.num_classes)
+            found = jnp.where(noisy, wrong, found)
+        return TableContent(start, used, start + num_train, num_valid, order, sign, found)
 
     def _take(self, content: TableContent, rows: jax.Array) -> Example:
         inputs, targets, _ = self._pool()
@@ -145,7 +165,7 @@ class Tables:
         if self.num_classes == 0:
             y = jnp.asarray(targets)[rows]
             return Example(x, x if y.dtype == jnp.int32 else y[:, None])
-        return Example(x, content.label_order[jnp.asarray(targets)[rows]])
+        return Example(x, content.labels[rows])
 
     def batch(self, key: jax.Array, content: TableContent, split: Split, size: int) -> Example:
         """Draws rows with replacement."""
@@ -156,8 +176,10 @@ class Tables:
     def examples(self, content: TableContent, split: Split, limit: int) -> Example:
         """The first rows of a split; of several pooled tables the smallest says how many."""
         counts = self._pool()[2][:, 1 if split == "train" else 2]
-        start = content.start if split == "train" else content.valid_start
-        return self._take(content, start + jnp.arange(min(limit, int(counts.min()))))
+        places = jnp.arange(min(limit, int(counts.min())))
+        if split == "train":
+            return self._take(content, content.start + places % content.num_train)
+        return self._take(content, content.valid_start + places)
 
 
 class TeacherContent(NamedTuple):
@@ -167,40 +189,68 @@ class TeacherContent(NamedTuple):
     spread: jax.Array  # (D,) float32: standard deviation of each input
     noise: jax.Array  # () float32: standard deviation of the noise on the teacher's outputs
     examples_key: jax.Array  # (2,) uint32
+    num_train: jax.Array  # () int32: training examples; 0 where they are drawn afresh
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Inputs drawn afresh, labelled by a random network with noise.
+    """Random inputs, labelled by a random network with noise.
 
     Args:
       sizes: the teacher's widths.
       classify: the label is the largest output's index; else the outputs are the target.
+      few: bounds of the number of training examples, log-uniform; None: always fresh ones.
+      max_noise: the largest standard deviation of the noise on the teacher's outputs.
     """
 
     sizes: tuple[int, ...]
     classify: bool
+    few: tuple[int, int] | None = None
+    max_noise: float = 0.5
 
     def sample(self, key: jax.Array) -> TeacherContent:
         """Draws a teacher."""
         keys = jax.random.split(key, 4)
         params = Mlp(self.sizes).init(keys[0], jnp.float32(1.5))
         spread = jnp.exp(0.7 * jax.random.normal(keys[1], (self.sizes[0],)))
-        noise = jnp.exp(jax.random.uniform(keys[2], (), minval=jnp.log(0.01), maxval=jnp.log(0.5)))
-        return TeacherContent(params, spread, noise, jax.random.key_data(keys[3]))
+        low, high = jnp.log(0.01), jnp.log(self.max_noise)
+        noise = jnp.exp(jax.random.uniform(keys[2], (), minval=low, maxval=high))
+        count = jnp.int32(0)
+        if self.few is not None:
+            low, high = jnp.log(jnp.array(self.few, jnp.float32))
+            key_count = jax.random.fold_in(keys[2], 1)
+            count = jnp.exp(jax.random.uniform(key_count, (), minval=low, maxval=high))
+        return TeacherContent(
+            params, spread, noise, jax.random.key_data(keys[3]), jnp.asarray(count, jnp.int32)
+        )
 
     def batch(self, key: jax.Array, content: TeacherContent, split: Split, size: int) -> Example:
         """Draws inputs and labels them; training labels carry noise, held-out ones do not."""
+        if split == "train" and self.few is not None:
+            return self._fixed(content, jax.random.randint(key, (size,), 0, content.num_train))
         key_input, key_noise = jax.random.split(key)
-        inputs = jax.random.normal(key_input, (size, self.sizes[0])) * content.spread
+        inputs = jax.random.normal(key_input, (size, self.sizes[0]))
+        noise = jax.random.normal(key_noise, (size, self.sizes[-1]))
+        return self._label(content, inputs, noise * (split == "train"))
+
+    def _fixed(self, content: TeacherContent, places: jax.Array) -> Example:
+        """The training examples at these places of a finite set."""
+        key = jax.random.fold_in(jax.random.wrap_key_data(content.examples_key), 2)
+        count = self.sizes[0] + self.sizes[-1]
+        draws = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), (count,)))(places)
+        return self._label(content, draws[:, : self.sizes[0]], draws[:, self.sizes[0] :])
+
+    def _label(self, content: TeacherContent, inputs: jax.Array, noise: jax.Array) -> Example:
+        inputs = inputs * content.spread
         outputs = Mlp(self.sizes).apply(content.params, inputs, jnp.int32(1))
-        if split == "train":
-            outputs = outputs + content.noise * jax.random.normal(key_noise, outputs.shape)
+        outputs = outputs + content.noise * noise
         targets = jnp.argmax(outputs, -1) if self.classify else outputs
         return Example(inputs, targets)
 
     def examples(self, content: TeacherContent, split: Split, limit: int) -> Example:
-        """Inputs of a fixed key of the content."""
+        """Inputs of a fixed key of the content, or the first of a finite set."""
+        if split == "train" and self.few is not None:
+            return self._fixed(content, jnp.arange(limit) % content.num_train)
         key = jax.random.wrap_key_data(content.examples_key)
         return self.batch(jax.random.fold_in(key, split == "train"), content, split, limit)
 
@@ -384,6 +434,7 @@ def _digits(disguise: bool = True) -> Tables:
 def training_tasks() -> dict[str, Task]:
     """The tasks meta-training may use, by name."""
     pooled = Tables(("digits", "wine"), 64, 10)
+    few_rows = Tables(("digits", "wine"), 64, 10, few=(60, 500), label_noise=0.2)
     places = Tables(("digits",), 64, 10, keep_places=True)
     china = Tables(("china",), 64, 0)
     mse = squared_error
@@ -402,8 +453,15 @@ def training_tasks() -> dict[str, Task]:
             "teacher_regression", Teacher((16, 32, 4), False), Mlp((16, 32, 32, 4)), mse, 64
         ),
         _classifier("teacher_classification", Teacher((16, 32, 8), True), Mlp((16, 48, 8)), 32),
+        _classifier(
+            "tables_few_mlp_32x2", few_rows, Mlp((64, 32, 32, 10)), 32, valid_size=256
+        ),
+        _classifier(
+            "teacher_few_mlp_32x2", Teacher((24, 8, 2), True, (60, 600), 1.0),
+            Mlp((24, 32, 32, 2)), 32, valid_size=256,
+        ),
         _classifier("bytes_rnn_32", SourceCode(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
-    ]
+    ]  # fmt: skip
     return {task.name: task for task in tasks}
 
 

@@ -123,7 +123,10 @@ class Trainer:
         self.config = config
         self.optimizer = optimizer or outer_optimizer(config)
         rule = make_optimizer or make_rule(
-            config.architecture, dict(config.architecture_config), config.learning_rate_peak
+            config.architecture,
+            dict(config.architecture_config),
+            config.learning_rate_peak,
+            config.weight_decay,
         )
         scales = dict(config.scales)
 
