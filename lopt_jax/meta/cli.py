@@ -333,7 +333,7 @@ def format_tasks(records: Sequence[Any]) -> str:
 
 
 def plot_speed_ups(summaries: Sequence[Any], path: Path) -> None:
-    """A bar of each optimizer's speed-up with its interval, one panel a horizon."""
+    """A bar of each optimizer's speed-up, interval, and number of tasks, one panel a horizon."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -348,7 +348,7 @@ def plot_speed_ups(summaries: Sequence[Any], path: Path) -> None:
         places = range(len(rows))
         errors = [[s.speed_up - s.low for s in rows], [s.high - s.speed_up for s in rows]]
         axis.barh(places, [s.speed_up for s in rows], xerr=errors, height=0.7)
-        axis.set_yticks(places, [s.optimizer for s in rows])
+        axis.set_yticks(places, [f"{s.optimizer} ({s.tasks})" for s in rows])
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set_xscale("log")
         axis.set_title(f"{horizon} steps")
