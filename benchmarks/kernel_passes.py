@@ -9,17 +9,16 @@ import argparse
 import functools
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lopt_jax.accumulators import Accumulators, Decays
+from lopt_jax.benchmark import gpu_events
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.rule import WIDE_HIDDEN_SIZE, Folded, Rule
 from pallas_kernels import matrix_units, step, table
@@ -32,21 +31,8 @@ SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
 def seconds(function: Callable[[], Any], name: str, repeats: int = 5) -> float:
     """Median seconds that the kernels whose names contain `name` run."""
     jax.block_until_ready(function())
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            for _ in range(repeats):
-                jax.block_until_ready(function())
-        (path,) = Path(directory).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
-    durations = [
-        event.duration_ns * 1e-9
-        for plane in profile.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if "Stream" in line.name
-        for event in line.events
-        if name in event.name
-    ]
+    events = gpu_events(lambda: [jax.block_until_ready(function()) for _ in range(repeats)])
+    durations = [1e-9 * (end - start) for kernel, start, end in events if name in kernel]
     return statistics.median(durations)
 
 

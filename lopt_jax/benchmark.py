@@ -208,11 +208,8 @@ class Variant:
 
     def profile(self, steps: int = 3) -> None:
         """Finds out how long a GPU works in a step, if there is one."""
-        with tempfile.TemporaryDirectory() as directory:
-            with jax.profiler.trace(directory):
-                jax.block_until_ready([self.run(i) for i in range(steps)])
-            (path,) = Path(directory).rglob("*.xplane.pb")
-            spans = gpu_spans(jax.profiler.ProfileData.from_file(str(path)))
+        events = gpu_events(lambda: [self.run(i) for i in range(steps)])
+        spans = sorted((start, end) for _, start, end in events)
         if spans:
             busy, end = 0.0, 0.0
             for first, last in spans:
@@ -221,24 +218,28 @@ class Variant:
             self.busy_ms, self.launches = busy / 1e6 / steps, len(spans) / steps
 
 
-def gpu_spans(profile: Any) -> list[tuple[float, float]]:
-    """When a GPU's kernels and copies ran.
+def gpu_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """What a GPU runs, from its profiler.
 
     Args:
-      profile: a `jax.profiler.ProfileData`.
+      run: returns arrays to wait for.
 
     Returns:
-      Start and end in nanoseconds, sorted.
+      Name, start and end in nanoseconds of every kernel and copy; none without a GPU.
     """
-    events = (
-        event
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run())
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    return [
+        (event.name, event.start_ns, event.start_ns + event.duration_ns)
         for plane in profile.planes
         if "GPU" in plane.name
         for line in plane.lines
         if "Stream" in line.name
         for event in line.events
-    )
-    return sorted((e.start_ns, e.start_ns + e.duration_ns) for e in events)
+    ]
 
 
 def compile_step(step: Callable, arguments: Sequence[Any], donate: Any) -> tuple[Any, Variant]:

@@ -473,7 +473,7 @@ class Prepared(NamedTuple):
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
-    gradients: list[Any]  # leaves, None where there is none
+    has_gradient: list[bool]
 
 
 def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
@@ -745,7 +745,7 @@ def first_pass(
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
         accumulators_treedef=jax.tree.structure(accumulators),
-        gradients=gradient_leaves,
+        has_gradient=[g is not None for g in gradient_leaves],
     )
 
 
@@ -864,8 +864,8 @@ def second_pass(
             lambda default, *rows: _by_tensor(prepared, rows, default), statistics, *new_statistics
         )
     updates = [
-        None if g is None else u
-        for u, g in zip(prepared.out.updates, prepared.gradients, strict=True)
+        u if has else None
+        for u, has in zip(prepared.out.updates, prepared.has_gradient, strict=True)
     ]
     return prepared.treedef.unflatten(updates), accumulators, statistics
 

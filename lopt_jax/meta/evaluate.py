@@ -205,7 +205,7 @@ def run_curves(
         return program.lower(rates, seed_array, jnp.int32(horizons[0])).compile()
 
     # Programs compile ahead in threads while earlier ones run.
-    with concurrent.futures.ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         programs = [pool.submit(build, job) for job in jobs]
         for (name, contender), future in zip(jobs, programs, strict=True):
             program = future.result()
