@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import fragmented_array, launch_context
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -279,6 +280,32 @@ def call(
             reduction_scratch_bytes=reduction_bytes,
         ),
     )(*arguments)
+
+
+def in_place(
+    run: Callable[[Any], Sequence[jax.Array]], arrays: Any, outputs: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[Any, tuple[jax.Array, ...]]:
+    """Runs a kernel that changes some of its arguments.
+
+    As one operation without effects: where jax lowers a function on its own, as it does for
+    `custom_partitioning`, it refuses refs that were made with `jax.new_ref`.
+
+    Args:
+      run: from refs of the arrays to what the kernel returns.
+      arrays: pytree of what it changes.
+      outputs: shapes and dtypes of what it returns.
+
+    Returns:
+      The changed arrays, and what it returned.
+    """
+
+    def body(refs: Any) -> None:
+        changed, results = refs
+        for ref, value in zip(results, run(changed), strict=True):
+            ref[...] = value
+
+    empty = tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)  # never read, so never made
+    return pl.run_state(body)((arrays, empty))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -767,36 +767,29 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         _store_sums(plan, place, sums_out, sums)
         mosaic.await_writes()
 
-    new_ref = lambda x: jax.new_ref(x)  # noqa: E731
-    changed = [
-        x._replace(
-            momentum=tuple(map(new_ref, x.momentum)),
-            second_moment=new_ref(x.second_moment),
-            average=tuple(map(new_ref, x.average)),
+    changed = [(x.momentum, x.second_moment, x.average) for x in inputs.elements]
+
+    def run(changed: Any) -> tuple[jax.Array, ...]:
+        elements = [
+            x._replace(momentum=momentum, second_moment=second_moment, average=average)
+            for x, (momentum, second_moment, average) in zip(inputs.elements, changed, strict=True)
+        ]
+        return mosaic.call(
+            body,
+            jax.tree.leaves(inputs._replace(elements=elements)),
+            programs=plan.programs,
+            outputs=outputs,
+            scratch=kernel.scratch(inputs),
+            name="lopt_update",
+            # a row of a tile of the matrix units' width is one warp's: its sum needs no exchange
+            reduction_bytes=6144 if matrices is None else 0,
         )
-        for x in inputs.elements
-    ]
-    *out, sums = mosaic.call(
-        body,
-        jax.tree.leaves(inputs._replace(elements=changed)),
-        programs=plan.programs,
-        outputs=outputs,
-        scratch=kernel.scratch(inputs),
-        name="lopt_update",
-        # a row of a tile of the matrix units' width is one warp's: its sum needs no exchange
-        reduction_bytes=6144 if matrices is None else 0,
-    )
-    value = lambda ref: ref[...]  # noqa: E731
+
+    changed, (*out, sums) = mosaic.in_place(run, changed, outputs)
     return StepOutputs(
         elements=[
-            Elements(
-                gradient=made,
-                parameter=None,
-                momentum=tuple(map(value, refs.momentum)),
-                second_moment=value(refs.second_moment),
-                average=tuple(map(value, refs.average)),
-            )
-            for made, refs in zip(out, changed, strict=True)
+            Elements(made, None, momentum, second_moment, average)
+            for made, (momentum, second_moment, average) in zip(out, changed, strict=True)
         ],
         sums=sums if statistics else None,
     )
