@@ -28,6 +28,7 @@ from lopt_jax.partition import (
     BATCH,
     Dims,
     Partition,
+    Partitions,
     is_local,
     match_sharding,
     partitions_of,
@@ -407,22 +408,25 @@ class GroupDims(NamedTuple):
     row: Dims
     column: Dims
 
+    part: int
+
     @classmethod
-    def of(cls, group: Group) -> "GroupDims":
-        """The dims of a group's arrays."""
+    def of(cls, group: Group, part: int = 0) -> "GroupDims":
+        """The dims of a group's arrays, which is one of the parts that run together."""
         rank = len(group.shape)
-        without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)))  # noqa: E731
+        without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731
         dims = group.dims
         return cls(
-            elementwise=Dims((BATCH, *range(rank))),
+            elementwise=Dims((BATCH, *range(rank)), part),
             row=without(dims.d0 if dims else None),
-            column=without(dims.d1) if dims else Dims((BATCH, None)),
+            column=without(dims.d1) if dims else Dims((BATCH, None), part),
+            part=part,
         )
 
-    @staticmethod
-    def by_tensor(tree: Any) -> Any:
+    def by_tensor(self, tree: Any) -> Any:
         """Arrays with a leading axis of tensors."""
-        return jax.tree.map(lambda x: Dims((BATCH,) + (None,) * (x.ndim - 1)), tree)
+        axes = lambda x: (BATCH,) + (None,) * (x.ndim - 1)  # noqa: E731
+        return jax.tree.map(lambda x: Dims(axes(x), self.part), tree)
 
     @staticmethod
     def shared(tree: Any) -> Any:
@@ -445,7 +449,7 @@ class GroupDims(NamedTuple):
 
     def moments(self, tree: Moments) -> Moments:
         """The results of the first pass."""
-        vector = lambda dims: Dims((BATCH, *dims.labels[2:]))  # noqa: E731
+        vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
         return Moments(
             row=None if tree.row is None else vector(self.row),
             column=None if tree.column is None else vector(self.column),
@@ -469,7 +473,7 @@ class Prepared(NamedTuple):
     inputs: list[GroupInputs]
     units: list[list[int]]  # groups that are updated together
     on_kernels: list[bool]  # of each unit: whether the fused kernels update it
-    moments: list[Moments]  # of each unit, with a leading axis of tensors
+    moments: list[list[Moments]]  # of each unit: in one or more pieces along the axis of tensors
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
@@ -557,15 +561,16 @@ def _make_units(
 ) -> tuple[list[list[int]], list[bool]]:
     """Groups that are updated together, and whether by the kernels.
 
-    The kernels take together the groups whose tensors are equal in shape and dtypes, where no
-    partitioner may split them in different ways.
+    The kernels take together the groups whose tensors are equal in shape and dtypes. Where a
+    partitioner may split them in different ways, only those of one tensor: stacks may be split
+    along their axis of tensors.
     """
     units: dict[Any, list[int]] = {}
     joins = is_local()
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
         key = (x.gradient.shape[1:], dtypes, group.partition)
-        units.setdefault(key if chosen and joins else i, []).append(i)
+        units.setdefault(key if chosen and (joins or len(group.tensors) == 1) else i, []).append(i)
     return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
 
@@ -585,28 +590,63 @@ def _kernels_split(group: Group, partition: Partition | None, x: GroupInputs) ->
     return False
 
 
-def _first_pass(rule: Rule, on_kernels: bool, group: Group, x: GroupInputs) -> Moments:
-    """Pass A over a group, on the shards of its tensors."""
-    dims = GroupDims.of(group)
+def _alike(partitions: Partitions) -> dict[Partition | None, list[int]]:
+    """The positions of parts that are split in the same way."""
+    out: dict[Partition | None, list[int]] = {}
+    for i, partition in enumerate(partitions):
+        out.setdefault(partition, []).append(i)
+    return out
 
-    def first(partition: Partition | None, x: GroupInputs) -> Moments:
-        if on_kernels and _kernels_split(group, partition, x):
-            from pallas_kernels import step
 
-            part: list[Any] = [x]
-            return step.first_pass(rule, part, partition)
-        function = functools.partial(rules.first_pass, rule, partition=partition)
-        return over_tensors(function, x.gradient, x.parameter)
+def _rows(tree: Any, start: int, stop: int) -> Any:
+    """Some tensors of arrays with a leading axis of tensors."""
+    return jax.tree.map(lambda x: x[start:stop], tree)
+
+
+def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
+    """For each part the positions of `_GUIDES` among the leaves of all."""
+    starts = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in inputs)])
+    return [[int(start) + i for i in _GUIDES] for start in starts[:-1]]
+
+
+def _first_pass(
+    rule: Rule, on_kernels: bool, groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[Moments]:
+    """Pass A over the groups of a unit, on the shards of their tensors.
+
+    Returns:
+      Moments with a leading axis of tensors, in one or more pieces.
+    """
+    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
+    in_one_piece = is_local()
+
+    def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> list[Moments]:
+        out: list[Any] = [None] * len(inputs)
+        for partition, members in _alike(partitions).items():
+            parts: list[Any] = [inputs[i] for i in members]
+            if on_kernels and _kernels_split(groups[members[0]], partition, parts[0]):
+                from pallas_kernels import step
+
+                moments = step.first_pass(rule, parts, partition)
+                if len(inputs) == 1 or in_one_piece:
+                    return [moments]
+                for row, i in enumerate(members):
+                    out[i] = _rows(moments, row, row + 1)
+            else:
+                function = functools.partial(rules.first_pass, rule, partition=partition)
+                for i in members:
+                    out[i] = over_tensors(function, inputs[i].gradient, inputs[i].parameter)
+        return out
 
     return spread(
         first,
-        (x,),
-        (dims.inputs(x),),
-        dims.moments,
-        group.shape,
-        group.partition,
-        guides=_GUIDES,
-        name=group.name,
+        (list(inputs),),
+        ([d.inputs(x) for d, x in zip(dims, inputs, strict=True)],),
+        lambda result: [d.moments(x) for d, x in zip(dims, result, strict=True)],
+        groups[0].shape,
+        groups[0].partition,
+        guides=_guides(inputs),
+        names=[group.name for group in groups],
     )
 
 
@@ -623,69 +663,126 @@ def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
     return jax.jit(lopt_passes)
 
 
+class Factors(NamedTuple):
+    """What the tensors of a unit have beside their arrays."""
+
+    mlp: MLP  # one for all, or with a leading axis of tensors
+    scale: jax.Array  # (tensors,)
+    weight_decay: jax.Array  # (tensors,)
+    statistics: Statistics | None  # with a leading axis of tensors
+
+    def rows(self, members: Sequence[int], mlp_per_tensor: bool) -> "Factors":
+        """Those of some of the tensors."""
+        if len(members) == self.scale.shape[0]:
+            return self
+        of = lambda tree: jax.tree.map(lambda x: x[np.asarray(members)], tree)  # noqa: E731
+        mlp = of(self.mlp) if mlp_per_tensor else self.mlp
+        return Factors(mlp, *of((self.scale, self.weight_decay, self.statistics)))
+
+
 def _second_pass(
     rule: Rule,
     on_kernels: bool,
-    group: Group,
-    x: GroupInputs,
-    moments: Moments,
-    mlp: MLP,
+    groups: Sequence[Group],
+    inputs: Sequence[GroupInputs],
+    moments: Sequence[Moments],
     mlp_per_tensor: bool,
     decays: Decays,
-    scale: jax.Array,
-    weight_decay: jax.Array,
-    statistics: Statistics | None,
-) -> TensorUpdate:
-    """Passes B and C over a group, on the shards of its tensors."""
-    dims = GroupDims.of(group)
+    factors: Factors,
+    take: RowsTaker | None,
+) -> tuple[list[TensorUpdate], Statistics | None]:
+    """Passes B and C over the groups of a unit, on the shards of their tensors.
+
+    Returns:
+      The updates of each group, and where the kernels made them and the rule keeps statistics,
+      these for all tensors.
+    """
+    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
+    take = take if is_local() else None  # else it belongs to another program
+
+    def on_xla(
+        partition: Partition | None, x: GroupInputs, moments: Moments, decays: Decays, of: Factors
+    ) -> TensorUpdate:
+        arguments = (of.mlp, moments, *x, decays, of.scale, of.weight_decay)
+        if partition is None:
+            return _passes(rule, mlp_per_tensor)(*arguments)
+        function = functools.partial(rules.second_pass, rule, partition=partition)
+        axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
+        return over_tensors(function, *arguments, in_axes=axes)
 
     def passes(
-        partition: Partition | None,
-        x: GroupInputs,
-        mlp: MLP,
-        moments: Moments,
+        partitions: Partitions,
+        inputs: Sequence[GroupInputs],
+        moments: Sequence[Moments],
         decays: Decays,
-        scale: jax.Array,
-        weight_decay: jax.Array,
-        statistics: Statistics | None,
-    ) -> TensorUpdate:
-        factors = (scale, weight_decay)
-        if on_kernels and _kernels_split(group, partition, x):
-            from pallas_kernels import step
+        factors: Factors,
+    ) -> tuple[list[TensorUpdate], Statistics | None]:
+        updates: list[Any] = [None] * len(inputs)
+        kept: list[Any] = []
+        order: list[int] = []
+        for partition, members in _alike(partitions).items():
+            parts: list[Any] = [inputs[i] for i in members]
+            is_all = len(members) == len(inputs)
+            if on_kernels and _kernels_split(groups[members[0]], partition, parts[0]):
+                from pallas_kernels import step
 
-            arguments = (mlp, mlp_per_tensor, decays, *factors, statistics, partition)
-            part: list[Any] = [x]
-            (update,), kept = step.second_pass(rule, part, moments, *arguments)
-            return update._replace(statistics=kept)
-        if partition is None:
-            return _passes(rule, mlp_per_tensor)(mlp, moments, *x, decays, *factors)
-        return over_tensors(
-            functools.partial(rules.second_pass, rule, partition=partition),
-            mlp,
-            moments,
-            *x,
-            decays,
-            *factors,
-            in_axes=(0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0),
-        )
+                pieces = moments if is_all else [moments[i] for i in members]
+                of = factors if is_all else factors.rows(members, mlp_per_tensor)
+                made, statistics = step.second_pass(
+                    rule,
+                    parts,
+                    jax.tree.map(lambda *xs: _concatenate(xs), *pieces),
+                    of.mlp,
+                    mlp_per_tensor,
+                    decays,
+                    of.scale,
+                    of.weight_decay,
+                    of.statistics,
+                    partition,
+                    take,
+                )
+                for i, update in zip(members, made, strict=True):
+                    updates[i] = update
+                kept.append(statistics)
+            else:
+                for i in members:
+                    of = (
+                        factors
+                        if is_all and len(members) == 1
+                        else factors.rows([i], mlp_per_tensor)
+                    )
+                    update = on_xla(partition, inputs[i], moments[i], decays, of)
+                    updates[i] = update._replace(statistics=None)
+                    kept.append(update.statistics)
+            order += members
+        if None in kept or not jax.tree.leaves(kept):
+            return updates, None
+        joined = jax.tree.map(lambda *xs: _concatenate(xs), *kept)
+        if order != sorted(order):
+            joined = jax.tree.map(lambda x: x[np.argsort(order)], joined)
+        return updates, joined
 
+    shared, of_all = dims[0].shared, dims[0].by_tensor if len(dims) == 1 else dims[0].shared
     return spread(
         passes,
-        (x, mlp, moments, decays, scale, weight_decay, statistics),
+        (list(inputs), list(moments), decays, factors),
         (
-            dims.inputs(x),
-            dims.by_tensor(mlp) if mlp_per_tensor else dims.shared(mlp),
-            dims.moments(moments),
-            dims.shared(decays),
-            dims.by_tensor(scale),
-            dims.by_tensor(weight_decay),
-            dims.by_tensor(statistics),
+            [d.inputs(x) for d, x in zip(dims, inputs, strict=True)],
+            [d.moments(x) for d, x in zip(dims, moments, strict=False)],
+            shared(decays),
+            Factors(
+                of_all(factors.mlp) if mlp_per_tensor else shared(factors.mlp),
+                *of_all((factors.scale, factors.weight_decay, factors.statistics)),
+            ),
         ),
-        dims.result,
-        group.shape,
-        group.partition,
-        guides=_GUIDES,
-        name=group.name,
+        lambda result: (
+            [d.result(x) for d, x in zip(dims, result[0], strict=True)],
+            of_all(result[1]),
+        ),
+        groups[0].shape,
+        groups[0].partition,
+        guides=_guides(inputs),
+        names=[group.name for group in groups],
     )
 
 
@@ -725,16 +822,10 @@ def first_pass(
     groups = make_groups(tensors, leaves, gradient_leaves, _paths(params))
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
     units, on_kernels = _make_units(_choose_backend(rule, backend, groups, inputs), groups, inputs)
-    moments: list[Any] = []
-    for unit, chosen in zip(units, on_kernels, strict=True):
-        group = groups[unit[0]]
-        if len(unit) > 1:
-            from pallas_kernels import step
-
-            parts: list[Any] = [inputs[i] for i in unit]
-            moments.append(step.first_pass(rule, parts, group.partition))
-        else:
-            moments.append(_first_pass(rule, chosen, group, inputs[unit[0]]))
+    moments = [
+        _first_pass(rule, chosen, [groups[i] for i in unit], [inputs[i] for i in unit])
+        for unit, chosen in zip(units, on_kernels, strict=True)
+    ]
     return Prepared(
         groups=groups,
         tensors=tensors,
@@ -759,7 +850,8 @@ def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
 
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
-    return _by_tensor(prepared, [m.parameter_mean_square for m in prepared.moments])
+    pieces = [piece.parameter_mean_square for unit in prepared.moments for piece in unit]
+    return _by_tensor(prepared, pieces)
 
 
 def _tensor_count(tensors: Sequence[Tensors]) -> int:
@@ -819,41 +911,20 @@ def second_pass(
         rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
         by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
         network = by_row(mlp) if mlp_per_tensor else mlp
-        group = prepared.groups[unit[0]]
-        if len(unit) > 1:
-            from pallas_kernels import step
-
-            parts: list[Any] = [prepared.inputs[i] for i in unit]
-            results, kept = step.second_pass(
-                rule,
-                parts,
-                moments,
-                network,
-                mlp_per_tensor,
-                decays,
-                scale[rows],
-                weight_decay[rows],
-                by_row(statistics),
-                group.partition,
-                take,
-            )
-        else:
-            update = _second_pass(
-                _write_out(rule, group, prepared.groups),
-                chosen,
-                group,
-                prepared.inputs[unit[0]],
-                moments,
-                network,
-                mlp_per_tensor,
-                decays,
-                scale[rows],
-                weight_decay[rows],
-                by_row(statistics) if chosen else None,
-            )
-            results, kept = [update], update.statistics
-        for i, result in zip(unit, results, strict=True):
-            group, out = prepared.groups[i], prepared.out
+        groups = [prepared.groups[i] for i in unit]
+        results, kept = _second_pass(
+            _write_out(rule, groups[0], prepared.groups),
+            chosen,
+            groups,
+            [prepared.inputs[i] for i in unit],
+            moments,
+            mlp_per_tensor,
+            decays,
+            Factors(network, *by_row((scale, weight_decay, statistics if chosen else None))),
+            take,
+        )
+        for group, result in zip(groups, results, strict=True):
+            out = prepared.out
             scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
         new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(

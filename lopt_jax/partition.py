@@ -140,9 +140,11 @@ class Dims:
     Attributes:
       labels: a position among the tensor's dimensions, BATCH for an axis of tensors, or None for a
         dimension that is never split.
+      part: which of several parts the array belongs to: each is split in a way of its own.
     """
 
     labels: tuple[int | None, ...]
+    part: int = 0
 
 
 BATCH = -1
@@ -200,6 +202,8 @@ def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
     return [known[path] for path in paths]
 
 
+Partitions = Sequence[Partition | None]  # of each part
+
 _said: set[str] = set()
 
 
@@ -217,47 +221,49 @@ def spread(
     result_dims: Callable[[Any], Any],
     shape: Sequence[int],
     partition: Partition | None,
-    guides: Sequence[int],
-    name: str,
+    guides: Sequence[Sequence[int]],
+    names: Sequence[str],
 ) -> Any:
     """Runs a function of tensors on the shards of them.
 
     Args:
-      function: takes a partition (None: the arrays are whole) and the operands.
+      function: takes the partition of each part (None: its arrays are whole) and the operands.
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
-      shape: of the whole tensors, without the axis of tensors.
+      shape: of the whole tensors, without the axis of tensors: one for all parts.
       partition: where the operands are shards already: how the tensors are spread.
-      guides: positions among the flattened operands of the arrays whose sharding decides; of these
-        the most split one does.
-      name: of the tensors, for messages.
+      guides: for each part the positions among the flattened operands of the arrays whose sharding
+        decides; of these the most split one does.
+      names: of the parts, for messages.
 
     Returns:
       The function's result.
     """
     if partition is not None:
-        return function(partition, *operands)
+        return function([partition] * len(guides), *operands)
     leaves, treedef = jax.tree.flatten(operands)
     leaves = [jnp.asarray(x) for x in leaves]
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
-    explicit = [_explicit_axes(leaves[i], dims[i]) for i in guides]
-    typed = [axes for axes in explicit if axes is not None]
-    if any(any(axes.values()) for axes in typed):
+    explicit = [[_explicit_axes(leaves[i], dims[i]) for i in part] for part in guides]
+    typed = [[axes for axes in part if axes is not None] for part in explicit]
+    if any(any(axes.values()) for part in typed for axes in part):
         run: Callable = _in_shard_map
         given: Any = typed
-    elif not typed and not is_local():
+    elif not any(typed) and not is_local():
         run, given = _partitioned, guides
     else:
-        return function(None, *operands)
-    result = jax.eval_shape(lambda *xs: function(None, *treedef.unflatten(xs)), *map(_bare, leaves))
+        return function([None] * len(guides), *operands)
+    bare = map(_bare, leaves)
+    whole = [None] * len(guides)
+    result = jax.eval_shape(lambda *xs: function(whole, *treedef.unflatten(xs)), *bare)
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
 
-    def local(partition: Partition | None, *xs: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jax.tree.leaves(function(partition, *treedef.unflatten(xs))))
+    def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.tree.leaves(function(partitions, *treedef.unflatten(xs))))
 
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, name))
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, names))
 
 
 def is_local() -> bool:
@@ -289,7 +295,8 @@ def _bare(x: jax.Array) -> jax.ShapeDtypeStruct:
 Axes = dict[int, tuple[str, ...]]  # mesh axes by label
 
 
-def _spec(dims: Dims, axes: Axes) -> PartitionSpec:
+def _spec(dims: Dims, by_part: Sequence[Axes]) -> PartitionSpec:
+    axes = by_part[dims.part]
     entries = [axes.get(label, ()) if label is not None else () for label in dims.labels]
     return PartitionSpec(*(names if len(names) > 1 else (names or (None,))[0] for names in entries))
 
@@ -328,13 +335,13 @@ def _in_shard_map(
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
     shape: tuple[int, ...],
-    candidates: Sequence[Axes],
-    name: str,
+    candidates: Sequence[Sequence[Axes]],
+    names: Sequence[str],
 ) -> Sequence[jax.Array]:
-    del name
+    del names
     mesh = jax.sharding.get_abstract_mesh()
-    axes = _most_split(candidates, dict(mesh.shape))
-    partition = _partition(shape, axes)
+    axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
+    partitions = [_partition(shape, part) for part in axes]
     explicit = {
         n
         for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -342,7 +349,7 @@ def _in_shard_map(
     }
     specs = tuple(_spec(d, axes) for d in dims)
     return jax.shard_map(
-        lambda *xs: local(partition, *xs),
+        lambda *xs: local(partitions, *xs),
         in_specs=specs,
         out_specs=tuple(_spec(d, axes) for d in out_dims),
         axis_names=explicit,
@@ -359,10 +366,10 @@ def _partitioned(
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
     shape: tuple[int, ...],
-    guides: Sequence[int],
-    name: str,
+    guides: Sequence[Sequence[int]],
+    names: Sequence[str],
 ) -> Sequence[jax.Array]:
-    whole = lambda *xs: local(None, *xs)  # noqa: E731
+    whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
     # custom_partitioning takes no constants: they become operands that every device has.
     program = jax.make_jaxpr(whole)(*map(_bare, leaves))
     constants = len(program.consts)
@@ -374,29 +381,15 @@ def _partitioned(
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         shardings = [x.sharding for x in arguments[constants:]]
-        specs: list[Any] = [getattr(shardings[i], "spec", None) for i in guides]
-        if None in specs:
-            say_once(
-                f"{name}: its sharding is no NamedSharding, which lopt_jax cannot split by; every "
-                "device gathers and updates the whole tensor."
-            )
-            axes: Axes = {}
-        else:
-            split_by = [_axes(spec, dims[guides[0]]) for spec in specs]
-            axes = _most_split(split_by, dict(mesh.shape))
-            if any(other != axes for other in split_by):
-                say_once(
-                    f"{name}: parameter and optimizer state are sharded differently "
-                    f"({', '.join(map(str, specs))}, after an axis of tensors); one of them "
-                    "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
-                    "parameters' sharding."
-                )
+        axes = [
+            _split_by([shardings[i] for i in part], dims[part[0]], dict(mesh.shape), name)
+            for part, name in zip(guides, names, strict=True)
+        ]
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
-        how = _partition(shape, axes)
-        split = any(axes.values())
+        how = [_partition(shape, part) if any(part.values()) else None for part in axes]
         return (
             mesh,
-            lambda *xs: local(how if split else None, *xs[constants:]),
+            lambda *xs: local(how, *xs[constants:]),
             tuple(named(d) for d in out_dims),
             tuple(named(d) for d in in_dims),
         )
@@ -424,13 +417,38 @@ def _partitioned(
     return differentiable(*leaves)
 
 
+def _split_by(guides: Sequence[Any], dims: Dims, sizes: Mapping[str, int], name: str) -> Axes:
+    """The mesh axes by which a part is split, from the shardings of its guides."""
+    specs: list[Any] = [getattr(sharding, "spec", None) for sharding in guides]
+    if None in specs:
+        say_once(
+            f"{name}: its sharding is no NamedSharding, which lopt_jax cannot split by; every "
+            "device gathers and updates the whole tensor."
+        )
+        return {}
+    split_by = [_axes(spec, dims) for spec in specs]
+    axes = _most_split(split_by, sizes)
+    if any(other != axes for other in split_by):
+        say_once(
+            f"{name}: parameter and optimizer state are sharded differently "
+            f"({', '.join(map(str, specs))}, after an axis of tensors); one of them "
+            "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+            "parameters' sharding."
+        )
+    return axes
+
+
 def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
     """Shardy's notation: a name a dimension; those that are never split have names of their own."""
     unique = iter(range(1 << 30))
 
     def names(d: Dims) -> str:
         return " ".join(
-            f"u{next(unique)}" if label is None else "b" if label == BATCH else f"t{label}"
+            f"u{next(unique)}"
+            if label is None
+            else f"p{d.part}_b"
+            if label == BATCH
+            else f"p{d.part}_{label}"
             for label in d.labels
         )
 

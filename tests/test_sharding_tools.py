@@ -447,14 +447,15 @@ def test_functions_with_constants_split():
     x = jax.device_put(jnp.arange(32.0).reshape(1, 16, 2), NamedSharding(mesh, P(None, "data")))
     weights = np.asarray([1.0, 2.0], np.float32)
 
-    def function(how, x):
+    def function(hows, x):
+        (how,) = hows
         total = jnp.sum(x * jnp.asarray(weights), axis=(1, 2))
         return total if how is None else how.total(total, (0, 1))
 
     dims = partition.Dims((partition.BATCH, 0, 1))
     result = lambda _: partition.Dims((partition.BATCH,))  # noqa: E731
     run = jax.jit(
-        lambda x: partition.spread(function, (x,), (dims,), result, (16, 2), None, (0,), "x")
+        lambda x: partition.spread(function, (x,), (dims,), result, (16, 2), None, [(0,)], ["x"])
     )
     np.testing.assert_allclose(run(x), [float(np.sum(np.arange(32).reshape(16, 2) * weights))])
 
