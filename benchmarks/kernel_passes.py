@@ -32,7 +32,7 @@ def seconds(function: Callable[[], Any], name: str, repeats: int = 5) -> float:
     """Median seconds that the kernels whose names contain `name` run."""
     jax.block_until_ready(function())
     events = gpu_events(lambda: [jax.block_until_ready(function()) for _ in range(repeats)])
-    durations = [1e-9 * (end - start) for kernel, start, end in events if name in kernel]
+    durations = [1e-9 * (event.end - event.start) for event in events if name in event.name]
     return statistics.median(durations)
 
 

@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 import lopt_jax
 from lopt_jax import sharding
-from lopt_jax.benchmark import random_weights
+from lopt_jax.benchmark import busy_ms, gpu_events, random_weights
 from lopt_jax.collectives import Collective, collectives, moved_bytes
 
 STEPS_OF_PARITY = 20
@@ -257,7 +257,7 @@ def collectives_program(found: list[Collective], mesh: Mesh) -> Program:
     return Program(program, 0, (everywhere,), time.perf_counter() - start)
 
 
-def median_ms(program: Program, repetitions: int) -> float:
+def median_ms(program: Program, repetitions: int) -> tuple[Program, float]:
     program, _ = program.run(1)
     program, first = program.run(2)
     inner = max(1, min(50, math.ceil(40 / first)))
@@ -265,7 +265,19 @@ def median_ms(program: Program, repetitions: int) -> float:
     for _ in range(repetitions):
         program, ms = program.run(inner)
         times.append(ms)
-    return statistics.median(times)
+    return program, statistics.median(times)
+
+
+def measured_busy_ms(program: Program) -> tuple[Program, float | None]:
+    """Milliseconds of a call that a GPU works, and the program with its new state."""
+    after = [program]
+
+    def run() -> Any:
+        after[0], _ = program.run(2)
+        return after[0].state
+
+    events = gpu_events(run) if jax.default_backend() == "gpu" else []
+    return after[0], busy_ms(events) / 2 if events else None
 
 
 def bytes_per_device(tree: Any) -> int:
@@ -338,16 +350,17 @@ def measure(case: Case, model: str, repetitions: int) -> dict[str, Any]:
     record["collective_kinds"] = {
         kind: moved_bytes(found, kind) for kind in sorted({c.kind for c in found})
     }
-    record["ms"] = median_ms(program, repetitions)
+    program, record["ms"] = median_ms(program, repetitions)
+    program, record["busy_ms"] = measured_busy_ms(program)
     if case.kind == "update":
         del program, state
-        loop = update_program(case, shapes, STEPS_OF_LOOP)
-        record["loop_ms"] = median_ms(loop, repetitions) / STEPS_OF_LOOP
+        loop, ms = median_ms(update_program(case, shapes, STEPS_OF_LOOP), repetitions)
+        record["loop_ms"] = ms / STEPS_OF_LOOP
         del loop
     record["collective_ms"] = 0.0
     if found and case.devices > 1:
         alone = collectives_program(found, mesh_of(case.devices))
-        record["collective_ms"] = median_ms(alone, repetitions)
+        _, record["collective_ms"] = median_ms(alone, repetitions)
     record["collective_share"] = record["collective_ms"] / record.get("loop_ms", record["ms"])
     return record
 
@@ -372,7 +385,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def table(records: list[dict[str, Any]]) -> str:
     """The records in Markdown."""
-    columns = "kind optimizer backend mode devices ms ms_in_a_loop state_MB collectives moved_MB"
+    columns = (
+        "kind optimizer backend mode devices ms ms_in_a_loop busy_ms state_MB collectives moved_MB"
+    )
     columns += " share compile_s"
     lines = [
         "| " + " | ".join(columns.split()) + " |",
@@ -383,7 +398,14 @@ def table(records: list[dict[str, Any]]) -> str:
             continue
         cells = [r[k] for k in ("kind", "optimizer", "backend", "mode", "devices")]
         in_loop = f"{r['loop_ms']:.2f}" if "loop_ms" in r else ""
-        cells += [f"{r['ms']:.2f}", in_loop, f"{r['state_bytes'] / 1e6:.0f}", r["collectives"]]
+        busy = f"{r['busy_ms']:.2f}" if r.get("busy_ms") is not None else ""
+        cells += [
+            f"{r['ms']:.2f}",
+            in_loop,
+            busy,
+            f"{r['state_bytes'] / 1e6:.0f}",
+            r["collectives"],
+        ]
         cells += [f"{r['collective_bytes'] / 1e6:.2f}", f"{100 * r['collective_share']:.0f}%"]
         cells += [f"{r['compile_s']:.0f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,23 +209,27 @@ class Variant:
     def profile(self, steps: int = 3) -> None:
         """Finds out how long a GPU works in a step, if there is one."""
         events = gpu_events(lambda: [self.run(i) for i in range(steps)])
-        spans = sorted((start, end) for _, start, end in events)
-        if spans:
-            busy, end = 0.0, 0.0
-            for first, last in spans:
-                busy += max(0.0, last - max(first, end))
-                end = max(end, last)
-            self.busy_ms, self.launches = busy / 1e6 / steps, len(spans) / steps
+        if events:
+            self.busy_ms, self.launches = busy_ms(events) / steps, len(events) / steps
 
 
-def gpu_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
-    """What a GPU runs, from its profiler.
+class GpuEvent(NamedTuple):
+    """A kernel or copy that a GPU ran; times in nanoseconds."""
+
+    name: str
+    start: float
+    end: float
+    device: str
+
+
+def gpu_events(run: Callable[[], Any]) -> list[GpuEvent]:
+    """What GPUs run, from their profiler.
 
     Args:
       run: returns arrays to wait for.
 
     Returns:
-      Name, start and end in nanoseconds of every kernel and copy; none without a GPU.
+      Every kernel and copy; none without a GPU.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -233,13 +237,25 @@ def gpu_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
         (path,) = Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
     return [
-        (event.name, event.start_ns, event.start_ns + event.duration_ns)
+        GpuEvent(event.name, event.start_ns, event.start_ns + event.duration_ns, plane.name)
         for plane in profile.planes
         if "GPU" in plane.name
         for line in plane.lines
         if "Stream" in line.name
         for event in line.events
     ]
+
+
+def busy_ms(events: Sequence[GpuEvent]) -> float:
+    """Milliseconds that a GPU works, the mean over GPUs."""
+    busy = 0.0
+    devices = {event.device for event in events}
+    for device in devices:
+        end = 0.0
+        for event in sorted((e for e in events if e.device == device), key=lambda e: e.start):
+            busy += max(0.0, event.end - max(event.start, end))
+            end = max(end, event.end)
+    return busy / 1e6 / len(devices)
 
 
 def compile_step(step: Callable, arguments: Sequence[Any], donate: Any) -> tuple[Any, Variant]:
