@@ -903,7 +903,9 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
-    take = rows_taker(prepared.inputs[0].gradient) if prepared.inputs else None
+    gradients = [x.gradient for x in prepared.inputs]
+    # the smallest is the least likely to be split
+    take = rows_taker(min(gradients, key=lambda x: x.size)) if gradients else None
     new_statistics = []
     for unit, chosen, moments in zip(
         prepared.units, prepared.on_kernels, prepared.moments, strict=True

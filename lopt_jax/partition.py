@@ -14,6 +14,7 @@ function in each of JAX's ways of sharding:
 """
 
 import contextlib
+import functools
 import logging
 import math
 import threading
@@ -156,6 +157,7 @@ Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their path
 class _Context(threading.local):
     def __init__(self) -> None:
         self.partitions: Shards | None = None
+        self.is_local = False
 
 
 _context = _Context()
@@ -254,23 +256,37 @@ def spread(
         run, given = _partitioned, guides
     else:
         return function([None] * len(guides), *operands)
-    bare = map(_bare, leaves)
-    whole = [None] * len(guides)
-    result = jax.eval_shape(lambda *xs: function(whole, *treedef.unflatten(xs)), *bare)
-    out_treedef = jax.tree.structure(result)
-    out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
+
+    def run_local(partitions: Partitions, *xs: jax.Array) -> Any:
+        before, _context.is_local = _context.is_local, True
+        try:
+            return function(partitions, *treedef.unflatten(xs))
+        finally:
+            _context.is_local = before
 
     def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jax.tree.leaves(function(partitions, *treedef.unflatten(xs))))
+        return tuple(jax.tree.leaves(run_local(partitions, *xs)))
 
+    whole = functools.partial(run_local, [None] * len(guides))
+    result = jax.eval_shape(whole, *map(_bare, leaves))
+    out_treedef = jax.tree.structure(result)
+    out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
     return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, names))
 
 
 def is_local() -> bool:
-    """Whether no partitioner will split what is traced: one device, or inside `shard_map`."""
+    """Whether no partitioner will split what is traced.
+
+    There is one device, or it is the code of a shard: in `shard_map`, or in a function of `spread`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return is_manual or jax.device_count() == 1
+    return is_manual or _context.is_local or jax.device_count() == 1
+
+
+def is_explicit(x: jax.Array) -> bool:
+    """Whether the type of an array says how it is sharded."""
+    return _explicit_sharding(x) is not None
 
 
 def checked_axes() -> frozenset[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lopt_jax.partition import is_local
+from lopt_jax.partition import is_explicit
 
 RowsTaker = Callable[[jax.Array, slice], jax.Array]
 
@@ -18,12 +18,13 @@ def rows_taker(array: jax.Array) -> RowsTaker:
     slices of an array that are of one shape.
 
     Args:
-      array: any array, not empty, whose values are known at run time only.
+      array: any array, not empty, whose values are known at run time only. If it is split over
+        devices, they exchange one number.
 
     Returns:
       The function.
     """
-    if not is_local():
+    if is_explicit(array):  # there an index may not be taken of an axis that is split
         return lambda x, rows: x[rows]
     # zero, but XLA does not know
     zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
