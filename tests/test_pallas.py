@@ -301,6 +301,12 @@ def test_odd_shapes_lower_for_cuda(rule, shape, hidden):
     assert "@mosaic_gpu" in lowered_for_cuda(rule, shape, hidden)
 
 
+def test_passes_have_no_effects():
+    """jax refuses effects in what it lowers on its own, as for `custom_partitioning`."""
+    arguments = random_arguments(VELO, (16, 24))
+    assert not jax.make_jaxpr(functools.partial(on_kernels, VELO))(*arguments).effects
+
+
 def test_copies_clip():
     """A copy of whole rows must not go on into the next matrix: on a GPU, by its descriptor."""
     text = lowered_for_cuda(SMALL_FC, (7, 13), 4, tensors=2)

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels import gpu  # noqa: F401 (a fixture)
 
-from lopt_jax import sharding
+from lopt_jax import engine, sharding
 
 SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
 STEPS = 2
@@ -92,8 +92,10 @@ LAYOUTS = {
 def run_jit(name, layout, kind, *of):
     """Parameters and state after the last step under jit, sharded."""
     sizes, specs = LAYOUTS[layout]
-    mesh = mesh_of(sizes, kind)
-    params, gradients = params_and_gradients(*of)
+    return run_on(mesh_of(sizes, kind), specs, name, *params_and_gradients(*of))
+
+
+def run_on(mesh, specs, name, params, gradients):
     shardings = {k: NamedSharding(mesh, specs[k]) for k in params}
     put = functools.partial(jax.device_put, device=shardings)
     tx = optimizers.make(name, backend="pallas")
@@ -103,6 +105,32 @@ def run_jit(name, layout, kind, *of):
         for g in gradients:
             params, state = step(put(g), state, params)
         return jax.block_until_ready((params, state))
+
+
+def check_equal_shapes_split_differently(kind):
+    rng = np.random.default_rng(1)
+    draw = lambda: {k: rng.standard_normal((16, 24)).astype(np.float32) for k in "abc"}  # noqa: E731
+    specs = {"a": P("data"), "b": P(None, "data"), "c": P("data")}
+    params, gradients = draw(), [draw() for _ in range(STEPS)]
+    got = run_on(mesh_of((2,), kind), specs, "velo", params, gradients)
+    tx = optimizers.make("velo", backend="xla")
+    state, step = tx.init(params), jax.jit(steps_of(tx))
+    for g in gradients:
+        params, state = step(g, state, params)
+    check(got, (params, state))
+
+
+def test_explicit_equal_shapes(monkeypatch):
+    """Parts of one operation, each split in its own way: those split alike run together."""
+    monkeypatch.setattr(engine, "STACKED_LEAF_ELEMENTS", 0)
+    check_equal_shapes_split_differently(AxisType.Explicit)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("gpu")
+def test_automatic_equal_shapes(monkeypatch):
+    monkeypatch.setattr(engine, "STACKED_LEAF_ELEMENTS", 0)
+    check_equal_shapes_split_differently(AxisType.Auto)
 
 
 def test_explicit_halves():
