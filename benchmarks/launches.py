@@ -2,6 +2,7 @@
 
 JAX_PLATFORMS=cpu python benchmarks/launches.py --model gpt2_355m --optimizer velo --backend auto
 
+With `--step train` it is a whole training step, that of `benchmarks/train_step.py`. It
 needs the packages jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc. Prints the kernels and
 copies of the compiled program by kind, and its temporaries. Nothing is tuned to the GPU, so single
 kernels can differ from those that run there.
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import train_step
 from jax.experimental import topologies
 
 from lopt_jax import benchmark
@@ -37,8 +39,8 @@ device_description_str: "NVIDIA H200"
 NO_LAUNCH = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant")
 
 
-def compile_for_h200(model: str, optimizer: str, backend: str) -> Any:
-    """The compiled update."""
+def compile_for_h200(model: str, optimizer: str, backend: str, step: str = "update") -> Any:
+    """The compiled step: an update alone, or a training step ("train")."""
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", target_config=H200, topology="1x1x1"
     )
@@ -46,17 +48,20 @@ def compile_for_h200(model: str, optimizer: str, backend: str) -> Any:
     on_gpu = lambda tree: jax.tree.map(  # noqa: E731
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
     )
-    shapes = benchmark.MODELS[model]()
-    params = on_gpu({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()})
     tx = benchmark.OPTIMIZERS[optimizer].make(backend)
-    state = on_gpu(jax.eval_shape(tx.init, params))
-    loss = on_gpu(jax.ShapeDtypeStruct((), jnp.float32))
 
-    def step(state: Any, gradients: Any, params: Any, loss: Any) -> Any:
+    def update(state: Any, gradients: Any, params: Any, loss: Any) -> Any:
         updates, state = tx.update(gradients, state, params, value=loss)
         return state, updates
 
-    return jax.jit(step, donate_argnums=0).lower(state, params, params, loss).compile()
+    if step == "train":
+        train, arguments = train_step.step_of(tx, *train_step.MODELS[model]())
+        return jax.jit(train, donate_argnums=(0, 1)).lower(*on_gpu(arguments)).compile()
+    shapes = benchmark.MODELS[model]()
+    params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    value = jax.ShapeDtypeStruct((), jnp.float32)
+    arguments = (jax.eval_shape(tx.init, params), params, params, value)
+    return jax.jit(update, donate_argnums=0).lower(*on_gpu(arguments)).compile()
 
 
 def launches(text: str) -> collections.Counter:
@@ -76,10 +81,11 @@ def main() -> None:
     parser.add_argument("--model", choices=benchmark.MODELS, default="gpt2_355m")
     parser.add_argument("--optimizer", choices=benchmark.OPTIMIZERS, default="velo")
     parser.add_argument("--backend", choices=("xla", "auto"), default="auto")
+    parser.add_argument("--step", choices=("update", "train"), default="update")
     options = parser.parse_args()
     mosaic.unsupported_reason = lambda: None  # type: ignore[assignment]
     start = time.perf_counter()
-    compiled = compile_for_h200(options.model, options.optimizer, options.backend)
+    compiled = compile_for_h200(options.model, options.optimizer, options.backend, options.step)
     seconds = time.perf_counter() - start
     counts = launches(compiled.as_text())
     temporary = compiled.memory_analysis().temp_size_in_bytes / 1e6

@@ -52,9 +52,8 @@ def vit_b16() -> tuple[Callable, Callable, Any]:
 MODELS = {"gpt2_355m": gpt2_355m, "vit_b16": vit_b16}
 
 
-def variant_of(optimizer: str, backend: str, init: Callable, loss: Callable, batch: Any) -> Variant:
-    """A training step with an optimizer."""
-    tx = OPTIMIZERS[optimizer].make(backend)
+def step_of(tx: Any, init: Callable, loss: Callable, batch: Any) -> tuple[Callable, tuple]:
+    """A training step with an optimizer, and shapes and dtypes of its arguments."""
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params, batch)
@@ -62,7 +61,13 @@ def variant_of(optimizer: str, backend: str, init: Callable, loss: Callable, bat
         return optax.apply_updates(params, updates), state, value
 
     params = jax.eval_shape(init, jax.random.key(0))
-    arguments = (params, jax.eval_shape(tx.init, params), batch)
+    return step, (params, *jax.eval_shape(lambda p, b: (tx.init(p), b), params, batch))
+
+
+def variant_of(optimizer: str, backend: str, init: Callable, loss: Callable, batch: Any) -> Variant:
+    """A training step with an optimizer."""
+    tx = OPTIMIZERS[optimizer].make(backend)
+    step, arguments = step_of(tx, init, loss, batch)
     compiled, variant = benchmark.compile_step(step, arguments, donate=(0, 1))
     carry: list[Any] = []
 

@@ -123,7 +123,7 @@ def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = 
     arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
     for chosen in _launches(parts):
         plan = _plan(view, chosen, FIRST)
-        gradients = arranged(part.gradient for part in chosen)
+        gradients = arranged(_as_laid_out(part.gradient) for part in chosen)
         parameters = arranged(part.parameter for part in chosen) if needs_parameter else None
         sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
     joined = passes.FirstSums(
@@ -393,11 +393,21 @@ def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[An
     return view.down_vectors(down), view.across_vectors(across)
 
 
+def _as_laid_out(x: jax.Array) -> jax.Array:
+    """The array, in whatever layout its producer has it.
+
+    The kernels take row-major arrays. XLA carries such a demand backwards, and of a gradient that
+    is a sum over a batch it lays out the terms so that they lie side by side: with them a model's
+    activations (docs/kernels.md). An array with one axis has no layout, so it carries no demand.
+    """
+    return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
+
+
 def _elements(view: View, part: Part) -> Elements:
     old = part.accumulators
     averages = () if view.is_factored else tuple(jnp.moveaxis(old.row, 1, 0))
     return Elements(
-        gradient=view.arrange(part.gradient),
+        gradient=view.arrange(_as_laid_out(part.gradient)),
         parameter=view.arrange(part.parameter),
         momentum=tuple(map(view.arrange, old.momentum)),
         second_moment=view.arrange(old.second_moment),

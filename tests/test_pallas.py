@@ -84,12 +84,18 @@ def random_arguments(rule, shape, tensors=1, parts=1, hidden=4, seed=0, **dtypes
 
 
 def sizes_of(results):
-    """What errors are measured by: an array's largest value, but of means the root mean square."""
+    """What errors are measured by: an array's largest value.
+
+    Of means it is the root mean square, of variances the mean square: one element has none.
+    """
     moments, update = jax.tree.map(lambda x: np.max(np.abs(np.asarray(x, np.float64))), results)
-    if update.statistics is not None:
-        given = results[1].statistics
-        size = np.max(np.sqrt(np.square(given.momentum_mean) + given.momentum_variance))
-        update = update._replace(statistics=update.statistics._replace(momentum_mean=size))
+    if (given := results[1].statistics) is not None:
+        square = np.max(np.square(given.momentum_mean) + given.momentum_variance)
+        second = np.max(np.square(given.second_moment_mean) + given.second_moment_variance)
+        sizes = update.statistics._replace(
+            momentum_mean=np.sqrt(square), momentum_variance=square, second_moment_variance=second
+        )
+        update = update._replace(statistics=sizes)
     return moments, update
 
 
