@@ -524,7 +524,7 @@ def _choose_backend(
         reason = f"this jax has no Mosaic GPU backend ({error})"
         choices: list[str | None] = [reason] * len(inputs)
     else:
-        reason = choice.unsupported_reason(must)
+        reason = choice.unsupported_reason()
         choices = [
             reason
             or choice.unsupported_group_reason(

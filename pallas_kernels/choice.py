@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lopt_jax.partition import checked_axes
@@ -15,29 +14,12 @@ from pallas_kernels.view import view_of
 WORTHWHILE_ELEMENTS = 1 << 14  # of the tensors of a group; smaller ones XLA updates as fast
 
 
-def unsupported_reason(is_asked_for: bool) -> str | None:
-    """Why no kernel runs here, or None.
-
-    Args:
-      is_asked_for: the user asked for the kernels by name.
-
-    Returns:
-      The reason, part of a sentence.
-    """
+def unsupported_reason() -> str | None:
+    """Why no kernel runs here, part of a sentence, or None."""
     reason = mosaic.unsupported_reason()
     if reason is None and checked_axes():
         return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
-    if reason is None and not is_asked_for and jax.device_count() > 1 and not _is_manual():
-        reason = (
-            f"with {jax.device_count()} devices XLA must be free to partition the update; inside "
-            "jax.shard_map, or with backend='pallas' where nothing is partitioned, kernels run"
-        )
     return reason
-
-
-def _is_manual() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def unsupported_group_reason(
