@@ -435,7 +435,7 @@ def _folded(
     kept = [x.reshape((1,) * rank) for x in means]
     normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
     # computed once, or XLA takes features of a row for softmaxes and makes a kernel of each
-    normalizers = tuple(jax.lax.optimization_barrier(jnp.stack(normalizers)))
+    normalizers = jax.lax.optimization_barrier(normalizers)
     return rules.fold(mlp, features, normalizers, operands)
 
 
