@@ -5,10 +5,12 @@ stacked, so that hundreds of leaves do not become hundreds of copies of the code
 `Group`; a backend takes the arrays of a group with one leading axis, of tensors.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -47,6 +49,29 @@ WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
 FUSED_SMALL_GROUPS = 16
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
+
+
+_batch: contextvars.ContextVar[int] = contextvars.ContextVar("batch", default=1)
+
+
+@contextlib.contextmanager
+def batch(size: int) -> Iterator[None]:
+    """Says, while it is traced, that `jax.vmap` makes this many trainings of one.
+
+    And that nothing differentiates through their updates: "auto" may take the kernels although the
+    weights are traced, and counts the tensors of all trainings.
+    """
+    before = _batch.set(size)
+    try:
+        yield
+    finally:
+        _batch.reset(before)
+
+
+def backend_for(backend: str, meta_parameters: Any) -> str:
+    """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))
+    return "xla" if backend == "auto" and traced and _batch.get() == 1 else backend
 
 
 class Tensors(NamedTuple):
@@ -527,7 +552,10 @@ def _choose_backend(
         choices = [
             reason
             or choice.unsupported_group_reason(
-                rule, x.gradient.shape, [leaf.dtype for leaf in jax.tree.leaves(x)], must
+                rule,
+                (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
+                [leaf.dtype for leaf in jax.tree.leaves(x)],
+                must,
             )
             for x in inputs
         ]

@@ -479,11 +479,12 @@ def fold(
     def vector_bias(varies: str) -> jax.Array:
         """Contribution of the features of this kind: (H, *vector's shape)."""
         # written out: a product of matrices would be a kernel of its own
-        return sum(
+        parts = (
             rows[k] * feature.formula(operands)
             for k, feature in enumerate(features)
             if feature.varies == varies
         )
+        return functools.reduce(jnp.add, parts)
 
     is_factored = any(feature.varies != "element" for feature in features)
     return Folded(
