@@ -782,11 +782,14 @@ def first_pass(
 
 def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     """The rule for a group: with its network written out where that is worth its compilation."""
-    if jax.default_backend() == "cpu":
+    device = jax.default_backend()
+    if device == "cpu":
         is_large = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
         few = sum(map(is_large, groups)) <= WRITTEN_OUT_GROUPS
         return replace(rule, write_out=few and is_large(group))
-    return replace(rule, small_elements=0) if len(groups) <= FUSED_SMALL_GROUPS else rule
+    if device == "gpu" and len(groups) <= FUSED_SMALL_GROUPS:
+        return replace(rule, small_elements=0)
+    return rule
 
 
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
