@@ -7,6 +7,7 @@ perturbations, same measurements.
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import time
@@ -26,9 +27,9 @@ from lopt_jax.meta.unroll import Unroll
 LENGTH = 50  # inner steps of an outer step
 
 
-def program(architecture, config, task, pairs):
+def program(architecture, config, backend, task, pairs):
     """One outer step's unrolls, compiled, and the meta-parameters and state it starts from."""
-    rule = make_rule(architecture, config)
+    rule = make_rule(architecture, config, backend=backend)
     unroll = Unroll(training_tasks()[task], rule, LENGTH, 10, 100, 1000)
     estimator = truncated_pes(unroll, pairs)
     theta = initial_parameters(architecture, jax.random.key(0), config, {"rms_0": 1.0})
@@ -64,27 +65,33 @@ def main():
     parser.add_argument(
         "--configs", default="small_fc_lopt,small_fc_lopt_h4,celo_small,celo2_small"
     )
+    parser.add_argument("--backends", default="xla", help="xla, auto: those of MetaTrainConfig")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--json", default=None)
     arguments = parser.parse_args()
     rows = []
     for task in arguments.tasks.split(","):
         for pairs in map(int, arguments.pairs.split(",")):
-            kinds = {"adam": ("learned_adam", {})}
-            for name in arguments.configs.split(","):
+            kinds = {("adam", "xla"): ("learned_adam", {}, "xla")}
+            for name, backend in itertools.product(
+                arguments.configs.split(","), arguments.backends.split(",")
+            ):
                 config = CONFIGS[name]
-                kinds[name] = (config.architecture, dict(config.architecture_config))
+                parts = config.architecture, dict(config.architecture_config), backend
+                kinds[name, backend] = parts
             # Compiled side by side, timed one after the other.
             with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 waiting = [pool.submit(program, *kind, task, pairs) for kind in kinds.values()]
                 programs = [future.result() for future in waiting]
             of_adam = None
-            for name, (*parts, compile_seconds) in zip(kinds, programs, strict=True):
+            for key, (*parts, compile_seconds) in zip(kinds, programs, strict=True):
+                name, backend = key
                 seconds = measure(*parts, arguments.repetitions)
                 of_adam = of_adam or seconds
                 row = {
                     "config": name,
-                    "architecture": kinds[name][0],
+                    "architecture": kinds[key][0],
+                    "backend": backend,
                     "task": task,
                     "pairs": pairs,
                     "inner_steps_per_second": 2 * pairs * LENGTH / seconds,
@@ -94,7 +101,7 @@ def main():
                 }
                 rows.append(row)
                 print(
-                    f"{task} {pairs} pairs {name:18} "
+                    f"{task} {pairs} pairs {name:18} {backend:4} "
                     f"{row['inner_steps_per_second']:12,.0f} inner steps/s "
                     f"{row['times_adam']:6.2f} times adam's time "
                     f"(compiled in {compile_seconds:.0f} s)",

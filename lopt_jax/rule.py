@@ -390,7 +390,7 @@ def normalize(
     features: Sequence[Feature],
     operands: Operands,
     partition: Partition | None = None,
-) -> tuple[jax.Array, ...]:
+) -> jax.Array:
     """Pass B: the normaliser of every feature.
 
     Args:
@@ -400,7 +400,7 @@ def normalize(
       partition: where the operands are shards of a tensor, how it is spread.
 
     Returns:
-      1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
+      1 / sqrt(mean of squares + epsilon), (features, *K): reduced axes kept with size 1.
     """
     axes = normalizer_axes(rule, operands.gradient.ndim)
     shape = operands.gradient.shape
@@ -420,7 +420,7 @@ def normalizers(
     operands: Operands,
     axes: Sequence[int],
     partition: Partition | None = None,
-) -> tuple[jax.Array, ...]:
+) -> jax.Array:
     """The normalisers from the mean squares of the features that vary with the element.
 
     Args:
@@ -432,7 +432,7 @@ def normalizers(
       partition: where the operands are shards of a tensor, how it is spread.
 
     Returns:
-      1 / sqrt(mean of squares + epsilon) of each feature, reduced axes kept with size 1.
+      1 / sqrt(mean of squares + epsilon), (features, *K): reduced axes kept with size 1.
     """
     along: dict[str, Partition | None] = {"row": None, "column": None}
     dims = None if partition is None else factored_dims(partition.shape)
@@ -453,11 +453,12 @@ def normalizers(
         "column": of_vectors("column"),
     }
     mean_squares = [next(known[feature.varies]) for feature in features]
-    return tuple(jax.lax.rsqrt(x + rule.features.normalizer_epsilon) for x in mean_squares)
+    stacked = jnp.stack(jnp.broadcast_arrays(*mean_squares))
+    return jax.lax.rsqrt(stacked + rule.features.normalizer_epsilon)
 
 
 def fold(
-    mlp: MLP, features: Sequence[Feature], normalizers: Sequence[jax.Array], operands: Operands
+    mlp: MLP, features: Sequence[Feature], normalizers: jax.Array, operands: Operands
 ) -> Folded:
     """Folds normalisers into the first layer, and row and column features into biases.
 
@@ -471,26 +472,24 @@ def fold(
       The folded network.
     """
     first, bias = mlp.weights[0], mlp.biases[0]
-    rank = normalizers[0].ndim
-    column_vector = lambda x: x.reshape((-1,) + (1,) * rank)  # noqa: E731
+    ones = (1,) * (normalizers.ndim - 1)
+    # all rows at once: on a GPU, each of them apart would be a kernel of its own
+    rows = first.reshape((*first.shape, *ones)) * normalizers[:, None]
 
     def vector_bias(varies: str) -> jax.Array:
         """Contribution of the features of this kind: (H, *vector's shape)."""
         # written out: a product of matrices would be a kernel of its own
-        return sum(
-            column_vector(first[k]) * (feature.formula(operands) * normalizers[k])
+        parts = (
+            rows[k] * feature.formula(operands)
             for k, feature in enumerate(features)
             if feature.varies == varies
         )
+        return functools.reduce(jnp.add, parts)
 
     is_factored = any(feature.varies != "element" for feature in features)
     return Folded(
-        weights=tuple(
-            column_vector(first[k]) * normalizers[k]
-            for k, feature in enumerate(features)
-            if feature.varies == "element"
-        ),
-        row_bias=column_vector(bias) + (vector_bias("row") if is_factored else 0),
+        weights=tuple(rows[k] for k, feature in enumerate(features) if feature.varies == "element"),
+        row_bias=bias.reshape((-1, *ones)) + (vector_bias("row") if is_factored else 0),
         column_bias=vector_bias("column") if is_factored else None,
         layers=tuple(zip(mlp.weights[1:], mlp.biases[1:], strict=True)),
     )

@@ -21,7 +21,8 @@ from lopt_jax.features import Operands
 from lopt_jax.partition import Partition
 from lopt_jax.rows import RowsTaker, rows_taker
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
-from pallas_kernels import matrix_units, mosaic, passes, table
+from pallas_kernels import batching, matrix_units, mosaic, passes, table
+from pallas_kernels.batching import Shared
 from pallas_kernels.passes import Elements, Inputs, Plan, Table
 from pallas_kernels.view import View, view_of
 
@@ -105,6 +106,11 @@ def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = 
     Returns:
       Moments of all parts, with a leading axis of tensors.
     """
+    run = batching.over_tensors(lambda parts: ([], _first_pass(rule, parts, partition)))
+    return run(tuple(parts))[1]
+
+
+def _first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None) -> Moments:
     shape = parts[0].gradient.shape[1:]
     whole = partition or _unsplit(shape)
     view = view_for(shape, FIRST, whole.shape)
@@ -173,6 +179,42 @@ def second_pass(
     Returns:
       The updates of each part, and the statistics of all.
     """
+
+    def passes(
+        parts: Sequence[Part],
+        by_tensor: tuple[Moments, jax.Array, jax.Array, Statistics | None],
+        networks: Shared,
+        rates: Shared,
+    ) -> tuple[list[TensorUpdate], Statistics | None]:
+        moments, scale, weight_decay, statistics = by_tensor
+        return _second_pass(
+            rule, parts, moments, networks, rates, scale, weight_decay, statistics, partition, take
+        )
+
+    rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
+    updates = batching.over_tensors(passes)(
+        tuple(parts),
+        (moments, scale, weight_decay, statistics),
+        Shared(mlp, mlp_per_tensor),
+        Shared(rates, False),
+    )
+    return Updates(*updates)
+
+
+def _second_pass(
+    rule: Rule,
+    parts: Sequence[Part],
+    moments: Moments,
+    networks_of: Shared,
+    decays_of: Shared,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+    statistics: Statistics | None,
+    partition: Partition | None,
+    take: RowsTaker | None,
+) -> tuple[list[TensorUpdate], Statistics | None]:
+    mlp, mlp_per_tensor = networks_of
+    decays, decays_per_tensor = decays_of
     shape = parts[0].gradient.shape[1:]
     whole = partition or _unsplit(shape)
     hidden = range(mlp.biases[0].shape[-1])
@@ -185,14 +227,13 @@ def second_pass(
     update_view = view_for(shape, tuning, whole.shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
-    decays = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
 
     row = column = None
     vectors = FactoredVectors((), (), (), ())
     if dims is not None:
         row, column, vectors = jax.vmap(
             functools.partial(_factored_after, dims=dims, partition=partition),
-            in_axes=(0, 0, 0, 0, None),
+            in_axes=(0, 0, 0, 0, 0 if decays_per_tensor else None),
         )(
             moments.row,
             moments.column,
@@ -205,7 +246,11 @@ def second_pass(
     starts = _starts(launches)
 
     # pass B
-    rates, rate_entries = table.pack(jax.tree.map(lambda x: table.repeat(x, 1), decays), 1)
+    repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
+    if decays_per_tensor:
+        rates, rate_entries = table.pack(decays, tensors)
+    else:
+        rates, rate_entries = table.pack(repeated(1), 1)
     factors = _oriented(view, vectors.row_factor, vectors.column_factor)
     sums = [
         _square_sums(
@@ -236,7 +281,7 @@ def second_pass(
         weights = jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1)
     numbers, entries = table.pack(
         Table(
-            decays=jax.tree.map(lambda x: table.repeat(x, tensors), decays),
+            decays=decays if decays_per_tensor else repeated(tensors),
             weights=weights,
             bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
             layers=layers,
@@ -293,7 +338,7 @@ def second_pass(
             column=new_column.astype(old.column.dtype),
         )
         out.append(TensorUpdate(view.restore(new.gradient), accumulators, None))
-    return Updates(out, kept)
+    return out, kept
 
 
 def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
@@ -445,7 +490,7 @@ def _folded(
     kept = [x.reshape((1,) * rank) for x in means]
     normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
     # computed once, or XLA takes features of a row for softmaxes and makes a kernel of each
-    normalizers = tuple(jax.lax.optimization_barrier(jnp.stack(normalizers)))
+    normalizers = jax.lax.optimization_barrier(normalizers)
     return rules.fold(mlp, features, normalizers, operands)
 
 
@@ -476,7 +521,7 @@ def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
 def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) -> jax.Array:
     """What the means of the new accumulators are, but for rounding: (tensors, momenta + 1)."""
     if statistics is None:
-        return jnp.zeros((means.shape[0], decays.momentum.shape[0] + 1), jnp.float32)
+        return jnp.zeros((means.shape[0], decays.momentum.shape[-1] + 1), jnp.float32)
     gradient, squared = means[:, -2:-1], means[:, -1]
     momentum = decays.momentum * statistics.momentum_mean + (1 - decays.momentum) * gradient
     rate = decays.second_moment

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
+from lopt_jax import engine
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
@@ -114,6 +115,72 @@ def check(rule, shape, tolerance=1e-5, **options):
         error = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
         error /= max(size, 1e-30)
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape", "options", "per_tensor"),
+    [
+        (SMALL_FC, (6, 16), {}, False),
+        (SMALL_FC, (10,), {"tensors": 2}, False),
+        (VELO, (8, 12), {"parts": 2}, True),
+        (SPLIT, (64, 10), {"hidden": 32}, False),
+    ],
+)
+@pytest.mark.usefixtures("one_device")
+def test_a_batch_is_its_members_one_by_one(rule, shape, options, per_tensor):
+    """Under vmap, with networks and decays of each member's own."""
+    members = [random_arguments(rule, shape, seed=10 * i, **options) for i in range(3)]
+    decays = [jax.tree.map(lambda d, i=i: d * (1 - 0.02 * i), DECAYS) for i in range(3)]
+
+    def run(arguments, decays):
+        parts, mlp, *scales = arguments
+        if not per_tensor:
+            mlp = jax.tree.map(lambda x: x[0], mlp)
+        moments = step.first_pass(rule, parts)
+        out = step.second_pass(rule, parts, moments, mlp, per_tensor, decays, *scales, None)
+        return moments, out
+
+    stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
+    with kernels.running():
+        got = jax.jit(jax.vmap(run))(stack(members), stack(decays))
+        expected = stack([jax.jit(run)(*pair) for pair in zip(members, decays, strict=True)])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6 * float(jnp.max(jnp.abs(b)))),
+        got,
+        expected,
+    )
+
+
+@pytest.mark.usefixtures("one_device")
+def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
+    """Weights of each training's own, nested vmap; alone the tensor would be too small."""
+    second_pass, shapes = step.second_pass, []
+
+    def spy(rule, parts, *arguments):
+        shapes.append(parts[0].gradient.shape)
+        return second_pass(rule, parts, *arguments)
+
+    monkeypatch.setattr(step, "second_pass", spy)
+    weights = lopt_jax.load_weights("small_fc_lopt_h4")
+    factors = jnp.array([[0.9, 1.0], [1.1, 1.2]])
+    params = {"w": jnp.linspace(-1.0, 1.0, 256).reshape(16, 16), "b": jnp.ones(3)}
+
+    def update(backend, factor):
+        theta = jax.tree.map(lambda x: factor * x, weights.params)
+        tx = lopt_jax.small_fc_lopt(replace(weights, params=theta), backend=backend)
+        return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
+
+    def updates(backend):
+        return jax.vmap(jax.vmap(functools.partial(update, backend)))(factors)
+
+    with kernels.running():
+        with engine.batch(64):
+            got = jax.jit(functools.partial(updates, "auto"))()
+        assert shapes == [(1, 16, 16)]
+        jax.jit(functools.partial(updates, "auto"))()  # might be differentiated
+        assert len(shapes) == 1
+    expected = updates("xla")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)
 
 
 @pytest.mark.parametrize(

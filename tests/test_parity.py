@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import reference
 
+import lopt_jax
 from lopt_jax import engine, rule
 
 
@@ -38,6 +42,33 @@ def test_trajectory_of_large_tensors(name, write_out, monkeypatch, record_proper
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
     engine._passes.cache_clear()
     assert calls
+
+
+def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
+    """The same update as by `small_tensor_step`; programs of many shapes keep that."""
+    small_tensor_step, calls = rule.small_tensor_step, []
+
+    def spy(*arguments):
+        calls.append(arguments)
+        return small_tensor_step(*arguments)
+
+    monkeypatch.setattr(rule, "small_tensor_step", spy)
+    params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(5, 12), "b": jnp.linspace(0.1, 1.0, 12)}
+
+    def update():
+        engine._passes.cache_clear()
+        tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
+        return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
+
+    expected, of_cpu = update(), len(calls)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    got = update()
+    assert len(calls) == of_cpu == 2
+    monkeypatch.setattr(engine, "FUSED_SMALL_GROUPS", 1)
+    update()
+    assert len(calls) == 2 * of_cpu
+    engine._passes.cache_clear()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 
 def test_original_checkpoint(record_property):

@@ -39,6 +39,8 @@ class MetaTrainConfig:
         trained), ...); no keys means all. The fractions are of the whole and sum to 1.
       scales: (top-level key, factor) pairs: these meta-parameters are trained in units of the
         factor, so that a perturbation of them is that much smaller or larger.
+      backend: of the updates: "xla", or "auto": on one Hopper GPU the fused kernels take the large
+        tensors of all inner trainings at once; for evolution strategies alone.
       seed: of everything random.
       log_every: outer steps between reports; a wall-clock limit is checked as often.
       checkpoint_seconds: time between checkpoints.
@@ -68,6 +70,7 @@ class MetaTrainConfig:
     gradient_clip: float = 1.0
     phases: tuple[tuple[float, tuple[str, ...]], ...] = ((1.0, ()),)
     scales: tuple[tuple[str, float], ...] = ()
+    backend: Literal["xla", "auto"] = "xla"
     seed: int = 0
     log_every: int = 20
     checkpoint_seconds: float = 180.0

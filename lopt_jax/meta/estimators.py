@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lopt_jax import engine
 from lopt_jax.meta.rules import MetaParameters
 from lopt_jax.meta.unroll import Unroll, UnrollMetrics, UnrollState
 
@@ -118,7 +119,10 @@ def _truncated_evolution(
     # Axes (pair, sign): the two of a pair share keys, and pairs shard over devices unmoved.
     signs = jnp.array([1.0, -1.0])
     start = jax.vmap(jax.vmap(unroll.init, (0, None)))
-    advance = jax.vmap(jax.vmap(unroll.advance, (0, None, 0)))
+
+    def advance(*arguments: Any) -> Any:
+        with engine.batch(2 * num_pairs):
+            return jax.vmap(jax.vmap(unroll.advance, (0, None, 0)))(*arguments)
 
     def init(meta_parameters: MetaParameters, key: jax.Array) -> EstimatorState:
         keys = jax.random.split(key, num_pairs)

@@ -96,6 +96,7 @@ def make_rule(
     config: Mapping[str, Any],
     learning_rate: float = 1.0,
     weight_decay: float | jax.Array = 0.0,
+    backend: str = "xla",
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -104,6 +105,8 @@ def make_rule(
       config: the architecture's config, as in `lopt_jax.Weights.config`.
       learning_rate: the peak of the schedule, for rules that are given one.
       weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
+      backend: as the optimizers'; "auto" takes the kernels, where they can run, inside
+        `engine.batch` alone.
 
     Returns:
       A function that builds the optimizer.
@@ -129,16 +132,15 @@ def make_rule(
     def scaled(schedule: Schedule) -> Schedule:
         return lambda step: learning_rate * schedule(step)
 
-    # `backend="xla"`: the Pallas kernels are written for large tensors, not for vmapped small ones.
     if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
-            num_steps, weights=weights(theta), weight_decay=weight_decay, backend="xla"
+            num_steps, weights=weights(theta), weight_decay=weight_decay, backend=backend
         )
     mask = {"weight_decay_mask": decays_at_rank_two} if architecture == "celo2" else {}
     return lambda theta, num_steps, schedule: constructor(
         learning_rate=scaled(schedule),
         weights=weights(theta),
         weight_decay=weight_decay,
-        backend="xla",
+        backend=backend,
         **mask,
     )

@@ -127,6 +127,7 @@ class Trainer:
             dict(config.architecture_config),
             config.learning_rate_peak,
             config.weight_decay,
+            config.backend,
         )
         scales = dict(config.scales)
 

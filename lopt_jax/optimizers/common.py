@@ -58,12 +58,6 @@ def check_backend(backend: Any) -> None:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {backend!r}.")
 
 
-def backend_for(backend: str, meta_parameters: Any) -> str:
-    """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))
-    return "xla" if backend == "auto" and traced else backend
-
-
 def check_num_steps(num_steps: Any) -> None:
     """Raises TypeError or ValueError unless it is a positive integer or traced."""
     if isinstance(num_steps, jax.core.Tracer | jax.Array):

@@ -91,7 +91,7 @@ def controlled(
     momenta = len(config["initial_momentum_decays"])
     factored = len(config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = common.backend_for(options.backend, weights.params)
+    backend = engine.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> ControlledState:
         tensors = engine.count_tensors(params, stacked_axes)

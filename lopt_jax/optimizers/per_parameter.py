@@ -57,7 +57,7 @@ def per_parameter(
     momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = common.backend_for(options.backend, weights.params)
+    backend = engine.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> PerParameterState:
         accumulators = engine.init_accumulators(
