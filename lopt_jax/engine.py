@@ -43,6 +43,7 @@ from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
+PADDED_TIMES = 4  # the kernels stack vectors of different lengths, padded to at most so many times
 # On a CPU, wide layers of so large groups are written out, unless that would take long to compile.
 WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
 # On a GPU, small tensors of so many groups take the passes of large ones: a quarter of the bytes
@@ -116,6 +117,7 @@ class Group:
     shape: tuple[int, ...]  # of each tensor
     partition: Partition | None  # where they are shards, of what
     name: str  # of the first leaf
+    lengths: tuple[int, ...] | None = None  # of each tensor, where they are vectors padded to shape
 
     @property
     def size(self) -> int:
@@ -402,7 +404,12 @@ def scatter(
         rows = slice(start, start + tensors[i].count)
         start += tensors[i].count
         whole = len(group.leaves) == 1
-        part = lambda x, rows=rows, whole=whole: x if whole or take is None else take(x, rows)  # noqa: E731
+        length = None if group.lengths is None else tensors[i].shape[-1]
+
+        def part(
+            x: jax.Array, rows: slice = rows, whole: bool = whole, length: int | None = length
+        ) -> jax.Array:
+            return x if whole or take is None else take(x, rows, length or x.shape[-1])
 
         def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
             x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
@@ -535,9 +542,20 @@ def _log_once(message: str) -> None:
 
 
 def _choose_backend(
-    rule: Rule, backend: str, groups: Sequence[Group], inputs: Sequence[GroupInputs]
+    rule: Rule,
+    backend: str,
+    groups: Sequence[Group],
+    inputs: Sequence[GroupInputs],
+    vectors: Sequence[Sequence[int]] = (),
 ) -> list[bool]:
     """For each group, whether the fused kernels update it.
+
+    Args:
+      rule: the rule.
+      backend: "auto", "xla" or "pallas".
+      groups: the groups.
+      inputs: of the groups.
+      vectors: of `_alike_vectors`: where the kernels take one of them, they take all.
 
     Raises:
       NotImplementedError: the backend is "pallas" and they cannot.
@@ -563,6 +581,10 @@ def _choose_backend(
             )
             for x in inputs
         ]
+    for members in vectors:
+        if any(choices[i] is None for i in members):
+            for i in members:
+                choices[i] = None
     if must and any(choices):
         reason = next(filter(None, choices))
         raise NotImplementedError(
@@ -587,6 +609,45 @@ def _reasons(choices: Sequence[str | None]) -> str:
     return "; ".join(dict.fromkeys(filter(None, choices)))
 
 
+def _alike_vectors(groups: Sequence[Group], inputs: Sequence[GroupInputs]) -> list[list[int]]:
+    """Groups of vectors that differ in length alone, and not much; the longest come first."""
+    if not is_local():
+        return []
+    kinds: dict[Any, list[list[int]]] = {}
+    for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
+        shape = groups[i].shape
+        if len(shape) > 1 or shape[0] > STACKED_LEAF_ELEMENTS or groups[i].partition is not None:
+            continue
+        alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
+        if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:
+            alike.append([])
+        alike[-1].append(i)
+    return [members for alike in kinds.values() for members in alike if len(members) > 1]
+
+
+def _join_vectors(
+    groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> tuple[Group, GroupInputs]:
+    """One group of vectors of different lengths, the longest first, from one a length."""
+    longest = groups[0].shape[0]
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, longest - x.shape[-1]),))
+
+    columns = [x.accumulators.column for x in inputs]  # of no meaning, and of one length
+    joined = jax.tree.map(lambda *xs: jnp.concatenate([padded(x) for x in xs]), *inputs)
+    group = Group(
+        leaves=tuple(i for group in groups for i in group.leaves),
+        tensors=tuple(k for group in groups for k in group.tensors),
+        shape=groups[0].shape,
+        partition=None,
+        name=groups[0].name,
+        lengths=tuple(group.shape[0] for group in groups for _ in group.tensors),
+    )
+    column = jnp.concatenate(columns)
+    return group, joined._replace(accumulators=joined.accumulators._replace(column=column))
+
+
 def _make_units(
     on_kernels: Sequence[bool], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> tuple[list[list[int]], list[bool]]:
@@ -600,7 +661,7 @@ def _make_units(
     joins = is_local()
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-        key = (x.gradient.shape[1:], dtypes, group.partition)
+        key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
         units.setdefault(key if chosen and (joins or len(group.tensors) == 1) else i, []).append(i)
     return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
 
@@ -658,7 +719,8 @@ def _first_pass(
             if on_kernels and _kernels_split(groups[members[0]], partition, parts[0]):
                 from pallas_kernels import step
 
-                moments = step.first_pass(rule, parts, partition)
+                lengths = groups[members[0]].lengths
+                moments = step.first_pass(rule, parts, partition, lengths)
                 if len(inputs) == 1 or in_one_piece:
                     return [moments]
                 for row, i in enumerate(members):
@@ -771,6 +833,7 @@ def _second_pass(
                     of.statistics,
                     partition,
                     take,
+                    groups[members[0]].lengths,
                 )
                 for i, update in zip(members, made, strict=True):
                     updates[i] = update
@@ -852,10 +915,20 @@ def first_pass(
     )
     groups = make_groups(tensors, leaves, gradient_leaves, _paths(params))
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
-    units, on_kernels = _make_units(_choose_backend(rule, backend, groups, inputs), groups, inputs)
+    vectors = _alike_vectors(groups, inputs)
+    chosen = _choose_backend(rule, backend, groups, inputs, vectors)
+    for members in vectors:
+        if chosen[members[0]]:
+            joined = _join_vectors([groups[i] for i in members], [inputs[i] for i in members])
+            groups[members[0]], inputs[members[0]] = joined
+    gone = {i for members in vectors if chosen[members[0]] for i in members[1:]}
+    kept = [i for i in range(len(groups)) if i not in gone]
+    groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
+    chosen = [chosen[i] for i in kept]
+    units, on_kernels = _make_units(chosen, groups, inputs)
     moments = [
-        _first_pass(rule, chosen, [groups[i] for i in unit], [inputs[i] for i in unit])
-        for unit, chosen in zip(units, on_kernels, strict=True)
+        _first_pass(rule, on, [groups[i] for i in unit], [inputs[i] for i in unit])
+        for unit, on in zip(units, on_kernels, strict=True)
     ]
     return Prepared(
         groups=groups,

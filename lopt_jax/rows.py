@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from lopt_jax.partition import is_explicit
 
-RowsTaker = Callable[[jax.Array, slice], jax.Array]
+RowsTaker = Callable[[jax.Array, slice, int], jax.Array]
 
 
 def rows_taker(array: jax.Array) -> RowsTaker:
-    """A function that takes rows out of an array: x[rows], but in few launches.
+    """A function that takes rows out of an array in few launches: x[rows, ..., :length].
 
     On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
     slices do not overlap. Where places are known at run time only, it makes one kernel of all
@@ -25,9 +25,12 @@ def rows_taker(array: jax.Array) -> RowsTaker:
       The function.
     """
     if is_explicit(array):  # there an index may not be taken of an axis that is split
-        return lambda x, rows: x[rows]
+        return lambda x, rows, length: x[rows, ..., :length]
     # zero, but XLA does not know
     zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
-    return lambda x, rows: jax.lax.dynamic_slice_in_dim(
-        x, rows.start + zero, rows.stop - rows.start
-    )
+
+    def take(x: jax.Array, rows: slice, length: int) -> jax.Array:
+        starts = (rows.start + zero, *(0 for _ in x.shape[1:]))
+        return jax.lax.dynamic_slice(x, starts, (rows.stop - rows.start, *x.shape[1:-1], length))
+
+    return take

@@ -225,11 +225,20 @@ class _Registers:
         parts = [x[i : i + self.step] for i in range(0, self.plan.block_rows, self.step)]
         return functools.reduce(jnp.add, parts)
 
-    def inside(self, place: Place, tile: Any, row: Any) -> jax.Array | None:
-        """Which elements of a block lie in the tensor; None: all of them."""
+    def inside(self, place: Place, tile: Any, row: Any, length: Any = None) -> jax.Array | None:
+        """Which elements of a block lie in the tensor; None: all of them.
+
+        Args:
+          place: the program's.
+          tile: where the block is.
+          row: the same, in the tile.
+          length: the tensor's elements, float32; None: as the view says.
+        """
         view = self.plan.view
         position = lambda axis: mosaic.positions(self.plan.block, axis, self.layout)  # noqa: E731
         down = tile * view.rows + row
+        if length is not None:
+            return ((position(0) + down) * view.width + position(1)).astype(jnp.float32) < length
         if not view.is_factored:
             elements = 1
             for n in view.shape:
@@ -538,20 +547,27 @@ def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any, Sequen
     return buffers, arrived, once, blocks
 
 
-def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Array:
+class Rates(NamedTuple):
+    """What pass B reads of a tensor, number by number."""
+
+    decays: Decays
+    length: Any = None  # (): elements, where tensors have different numbers of them
+
+
+def square_sums(plan: Plan, rule: Rule, inputs: Inputs, entries: Rates) -> jax.Array:
     """Pass B: sums of the squares of the element features, of the gradient and of its square.
 
     Args:
       plan: the plan.
       rule: the rule.
       inputs: vectors: the factors of each decay.
-      decays: `Decays` of entries of the table.
+      entries: of the table.
 
     Returns:
       (tensors, element features + 2, programs and threads) float32.
     """
     features = _element_features(rule, plan.view)
-    kernel = _Kernel(plan, rule, decays)
+    kernel = _Kernel(plan, rule, entries.decays)
     registers = kernel.registers
     width = len(features) + 2
 
@@ -563,10 +579,10 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         of_part = mosaic.any_of([(x,) for x in sources.elements], place.part)
         start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
 
-        def consume(rates: Decays, tile: Any, slot: Any, sums: tuple) -> tuple:
+        def consume(rates: Decays, length: Any, tile: Any, slot: Any, sums: tuple) -> tuple:
             def take(row: Any, sums: tuple) -> tuple:
                 operands, _ = kernel.operands(buffers, slot, row, rates)
-                inside = registers.inside(place, tile, row)
+                inside = registers.inside(place, tile, row, length)
                 values = [jnp.square(feature.formula(operands)) for feature in features]
                 values += [operands.gradient, jnp.square(operands.gradient)]
                 return tuple(
@@ -581,7 +597,10 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         def prepare() -> Callable:
             start_constants()
             mosaic.barrier_wait(once)
-            return functools.partial(consume, _rates(decays, mosaic.scalars(buffers.table)))
+            numbers = mosaic.scalars(buffers.table)
+            return functools.partial(
+                consume, _rates(entries.decays, numbers), _number(entries.length, numbers)
+            )
 
         sums = _walk(plan, place, start, prepare, arrived, (registers.zeros(),) * width)
         _store_sums(plan, place, out, sums)
@@ -595,6 +614,10 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, decays: Any) -> jax.Arra
         name="lopt_square_sums",
     )
     return out
+
+
+def _number(entry: Any, table: Any) -> Any:
+    return None if entry is None else read(entry, table)[()]
 
 
 def _rates(decays: Any, table: Any) -> Decays:
@@ -616,6 +639,7 @@ class Table(NamedTuple):
     scale: Any  # ()
     weight_decay: Any  # ()
     centres: Any  # (momenta + 1,): about the means of the accumulators
+    length: Any = None  # as in `Rates`
 
 
 class StepOutputs(NamedTuple):
@@ -718,7 +742,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
                 buffer = written[0]
                 mosaic.store(buffer.at[slot, rows], change.astype(buffer.dtype))
                 if statistics:
-                    inside = registers.inside(place, tile, row)
+                    length = None if numbers.length is None else numbers.length[()]
+                    inside = registers.inside(place, tile, row, length)
                     distances = [
                         _masked(inside, x - numbers.centres[k])
                         for k, x in enumerate(new[:statistics])

@@ -1,5 +1,6 @@
 """The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
 
+(Tensors with one axis may have different lengths, padded with zeros to that of the longest.)
 Tensors come in parts: arrays with a leading axis of tensors, that were never joined because that
 would copy them. The vectors between the passes are joined: they are small, and computing them for
 all tensors at once saves hundreds of launches.
@@ -23,7 +24,7 @@ from lopt_jax.rows import RowsTaker, rows_taker
 from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
-from pallas_kernels.passes import Elements, Inputs, Plan, Table
+from pallas_kernels.passes import Elements, Inputs, Plan, Rates, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
@@ -95,22 +96,33 @@ class Updates(NamedTuple):
     statistics: Statistics | None  # of all parts, with a leading axis of tensors
 
 
-def first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None = None) -> Moments:
+def first_pass(
+    rule: Rule,
+    parts: Sequence[Part],
+    partition: Partition | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Moments:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
       rule: the rule.
       parts: the tensors.
       partition: where they are shards, without padding, of what.
+      lengths: of all tensors, where they are padded vectors.
 
     Returns:
       Moments of all parts, with a leading axis of tensors.
     """
-    run = batching.over_tensors(lambda parts: ([], _first_pass(rule, parts, partition)))
+    run = batching.over_tensors(lambda parts: ([], _first_pass(rule, parts, partition, lengths)))
     return run(tuple(parts))[1]
 
 
-def _first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None) -> Moments:
+def _first_pass(
+    rule: Rule,
+    parts: Sequence[Part],
+    partition: Partition | None,
+    lengths: Sequence[int] | None,
+) -> Moments:
     shape = parts[0].gradient.shape[1:]
     whole = partition or _unsplit(shape)
     view = view_for(shape, FIRST, whole.shape)
@@ -124,7 +136,12 @@ def _first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None) 
             )
             for part in parts
         ]
-        return jax.tree.map(lambda *xs: _join(xs), *by_part)
+        moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
+        if lengths is None:
+            return moments
+        mean_square = moments.parameter_mean_square
+        padded = math.prod(shape) / _for_all(lengths, mean_square.shape[0])
+        return moments._replace(parameter_mean_square=padded * mean_square)
     sums = []
     arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
     for chosen in _launches(parts):
@@ -141,7 +158,7 @@ def _first_pass(rule: Rule, parts: Sequence[Part], partition: Partition | None) 
     down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
     mean_square = None
     if joined.parameter is not None:
-        mean_square = _mean(jnp.sum(joined.parameter[:, 0], axis=1), whole)
+        mean_square = _mean(jnp.sum(joined.parameter, axis=2), whole)[:, 0]
     down, across = view.restore_down(down), view.restore_across(across)
     row, column = (down, across) if view.down_is_row else (across, down)
     return Moments(row, column, mean_square)
@@ -159,6 +176,7 @@ def second_pass(
     statistics: Statistics | None,
     partition: Partition | None = None,
     take: RowsTaker | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
@@ -175,6 +193,7 @@ def second_pass(
         the new ones' sums. None: zeros.
       partition: where the tensors are shards, without padding, of what.
       take: takes rows out of an array, of `rows_taker`; None: made here.
+      lengths: of all tensors, where they are padded vectors.
 
     Returns:
       The updates of each part, and the statistics of all.
@@ -188,7 +207,17 @@ def second_pass(
     ) -> tuple[list[TensorUpdate], Statistics | None]:
         moments, scale, weight_decay, statistics = by_tensor
         return _second_pass(
-            rule, parts, moments, networks, rates, scale, weight_decay, statistics, partition, take
+            rule,
+            parts,
+            moments,
+            networks,
+            rates,
+            scale,
+            weight_decay,
+            statistics,
+            partition,
+            take,
+            lengths,
         )
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -212,6 +241,7 @@ def _second_pass(
     statistics: Statistics | None,
     partition: Partition | None,
     take: RowsTaker | None,
+    lengths: Sequence[int] | None,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
     mlp, mlp_per_tensor = networks_of
     decays, decays_per_tensor = decays_of
@@ -227,6 +257,7 @@ def _second_pass(
     update_view = view_for(shape, tuning, whole.shape)
     tensors = sum(part.gradient.shape[0] for part in parts)
     features = rule.features.for_tensor(view.is_factored)
+    counts = None if lengths is None else _for_all(lengths, tensors)
 
     row = column = None
     vectors = FactoredVectors((), (), (), ())
@@ -246,11 +277,10 @@ def _second_pass(
     starts = _starts(launches)
 
     # pass B
+    tables = tensors if decays_per_tensor or counts is not None else 1
     repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
-    if decays_per_tensor:
-        rates, rate_entries = table.pack(decays, tensors)
-    else:
-        rates, rate_entries = table.pack(repeated(1), 1)
+    own = decays if decays_per_tensor else repeated(tables)
+    rates, rate_entries = table.pack(Rates(own, counts), tables)
     factors = _oriented(view, vectors.row_factor, vectors.column_factor)
     sums = [
         _square_sums(
@@ -262,7 +292,7 @@ def _second_pass(
         )
         for chosen, x, start in zip(launches, elements, starts, strict=True)
     ]
-    means = _mean(jnp.sum(_join(sums), axis=2), whole)
+    means = _mean(jnp.sum(_join(sums), axis=2), whole, counts)
 
     # the network
     networks = jax.vmap(
@@ -288,6 +318,7 @@ def _second_pass(
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
+            length=counts,
         ),
         tensors,
     )
@@ -316,7 +347,7 @@ def _second_pass(
     ]
     kept = None
     if rule.accumulator_statistics:
-        kept = _statistics(_join([x.sums for x in results]), centres, whole)
+        kept = _statistics(_join([x.sums for x in results]), centres, whole, counts)
     out, first = [], 0
     take = take or rows_taker(parts[0].gradient)
     row, column = jax.lax.optimization_barrier((row, column))
@@ -329,7 +360,9 @@ def _second_pass(
         else:
             last = first + part.gradient.shape[0]
             rows = slice(first, last)
-            new_row, new_column = (x if len(parts) == 1 else take(x, rows) for x in (row, column))
+            new_row, new_column = (
+                x if len(parts) == 1 else take(x, rows, x.shape[-1]) for x in (row, column)
+            )
             first = last
         accumulators = Accumulators(
             momentum=tuple(map(view.restore, new.momentum)),
@@ -499,9 +532,24 @@ def _unsplit(shape: tuple[int, ...]) -> Partition:
     return Partition(shape, ((),) * len(shape))
 
 
-def _mean(sums: jax.Array, whole: Partition) -> jax.Array:
-    """Means over the whole tensors from sums over the shards."""
-    return whole.total(sums, range(len(whole.shape))) / math.prod(whole.shape)
+def _for_all(lengths: Sequence[int], tensors: int) -> jax.Array:
+    """Lengths of all tensors, float32, where these are a batch of those that have the lengths."""
+    return jnp.tile(jnp.asarray(lengths, jnp.float32), tensors // len(lengths))
+
+
+def _mean(sums: jax.Array, whole: Partition, counts: jax.Array | None = None) -> jax.Array:
+    """Means over the whole tensors from sums over the shards, (tensors, sums).
+
+    Args:
+      sums: over the shards.
+      whole: of what.
+      counts: elements of every tensor, where they are not those of the whole.
+
+    Returns:
+      The means.
+    """
+    total = whole.total(sums, range(len(whole.shape)))
+    return total / (math.prod(whole.shape) if counts is None else counts[:, None])
 
 
 def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
@@ -529,8 +577,10 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
     return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
 
 
-def _statistics(sums: jax.Array, centres: jax.Array, whole: Partition) -> Statistics:
-    first, second = jnp.split(_mean(jnp.sum(sums, axis=2), whole), 2, axis=1)
+def _statistics(
+    sums: jax.Array, centres: jax.Array, whole: Partition, counts: jax.Array | None
+) -> Statistics:
+    first, second = jnp.split(_mean(jnp.sum(sums, axis=2), whole, counts), 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 

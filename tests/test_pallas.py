@@ -341,6 +341,33 @@ def test_first_steps_of_a_trajectory(name, leaves, steps, options, limit, record
     check_steps(record_property, name, options, steps, leaves, limit=limit)
 
 
+@pytest.mark.usefixtures("one_device", "wherever_possible")
+def test_vectors_of_different_lengths(monkeypatch):
+    """Vectors of similar lengths share launches, padded; nothing of the padding is seen."""
+    rng = np.random.default_rng(0)
+    params = {
+        str(i): jnp.asarray(rng.normal(size=n), jnp.float32)
+        for i, n in enumerate([130, 300, 300, 512, 100])
+    }
+    gradients = jax.tree.map(lambda x: 0.1 * x[::-1], params)
+    on_xla = reference.optimizer("velo", backend="xla")
+    tx = reference.optimizer("velo", backend="pallas")
+    _, state = on_xla.update(gradients, on_xla.init(params), params, value=jnp.float32(1))
+    arguments = (gradients, state, params)
+    expected = jax.jit(on_xla.update)(*arguments, value=jnp.float32(0.9))
+    with kernels.running():
+        got = jax.jit(tx.update)(*arguments, value=jnp.float32(0.9))
+    for (path, b), a in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
+    ):
+        scale = np.max(np.abs(b), initial=1e-9)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale, err_msg=str(path))
+    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    traced = jax.jit(tx.update).trace(*arguments, value=jnp.float32(0.9))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 4  # two passes, and 100 is too short for 512
+
+
 def test_parts_of_a_factor():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 16)), jnp.float32)
     with kernels.running():
