@@ -682,6 +682,12 @@ def _kernels_split(group: Group, partition: Partition | None, x: GroupInputs) ->
     return False
 
 
+def _all_split(groups: Sequence[Group], partition: Partition | None, parts: Sequence[Any]) -> bool:
+    """Whether the kernels can update the shards of all parts; says of each that they cannot."""
+    able = [_kernels_split(group, partition, x) for group, x in zip(groups, parts, strict=True)]
+    return all(able)
+
+
 def _alike(partitions: Partitions) -> dict[Partition | None, list[int]]:
     """The positions of parts that are split in the same way."""
     out: dict[Partition | None, list[int]] = {}
@@ -716,7 +722,7 @@ def _first_pass(
         out: list[Any] = [None] * len(inputs)
         for partition, members in _alike(partitions).items():
             parts: list[Any] = [inputs[i] for i in members]
-            if on_kernels and _kernels_split(groups[members[0]], partition, parts[0]):
+            if on_kernels and _all_split([groups[i] for i in members], partition, parts):
                 from pallas_kernels import step
 
                 lengths = groups[members[0]].lengths
@@ -816,7 +822,7 @@ def _second_pass(
         for partition, members in _alike(partitions).items():
             parts: list[Any] = [inputs[i] for i in members]
             is_all = len(members) == len(inputs)
-            if on_kernels and _kernels_split(groups[members[0]], partition, parts[0]):
+            if on_kernels and _all_split([groups[i] for i in members], partition, parts):
                 from pallas_kernels import step
 
                 pieces = moments if is_all else [moments[i] for i in members]
