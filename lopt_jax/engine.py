@@ -749,17 +749,23 @@ def _first_pass(
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
-    """Passes B and C over tensors of one shape, traced once for all groups of that shape."""
+def _on_xla(
+    rule: Rule, mlp_per_tensor: bool, partition: Partition | None
+) -> Callable[..., TensorUpdate]:
+    """Passes B and C over tensors of one shape, or the shards of them."""
     axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
 
     def lopt_passes(*arguments: Any) -> TensorUpdate:
-        return over_tensors(
-            functools.partial(rules.second_pass, rule, partition=None), *arguments, in_axes=axes
-        )
+        function = functools.partial(rules.second_pass, rule, partition=partition)
+        return over_tensors(function, *arguments, in_axes=axes)
 
-    return jax.jit(lopt_passes)
+    return lopt_passes
+
+
+@functools.lru_cache(maxsize=64)
+def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
+    """The same over whole tensors, traced once for all groups of that shape."""
+    return jax.jit(_on_xla(rule, mlp_per_tensor, None))
 
 
 class Factors(NamedTuple):
@@ -772,8 +778,6 @@ class Factors(NamedTuple):
 
     def rows(self, members: Sequence[int], mlp_per_tensor: bool) -> "Factors":
         """Those of some of the tensors."""
-        if len(members) == self.scale.shape[0]:
-            return self
         of = lambda tree: jax.tree.map(lambda x: x[np.asarray(members)], tree)  # noqa: E731
         mlp = of(self.mlp) if mlp_per_tensor else self.mlp
         return Factors(mlp, *of((self.scale, self.weight_decay, self.statistics)))
@@ -798,16 +802,6 @@ def _second_pass(
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     take = take if is_local() else None  # else it belongs to another program
-
-    def on_xla(
-        partition: Partition | None, x: GroupInputs, moments: Moments, decays: Decays, of: Factors
-    ) -> TensorUpdate:
-        arguments = (of.mlp, moments, *x, decays, of.scale, of.weight_decay)
-        if partition is None:
-            return _passes(rule, mlp_per_tensor)(*arguments)
-        function = functools.partial(rules.second_pass, rule, partition=partition)
-        axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
-        return over_tensors(function, *arguments, in_axes=axes)
 
     def passes(
         partitions: Partitions,
@@ -845,13 +839,15 @@ def _second_pass(
                     updates[i] = update
                 kept.append(statistics)
             else:
+                run = (
+                    _passes(rule, mlp_per_tensor)
+                    if partition is None
+                    else _on_xla(rule, mlp_per_tensor, partition)
+                )
                 for i in members:
-                    of = (
-                        factors
-                        if is_all and len(members) == 1
-                        else factors.rows([i], mlp_per_tensor)
-                    )
-                    update = on_xla(partition, inputs[i], moments[i], decays, of)
+                    of = factors if len(inputs) == 1 else factors.rows([i], mlp_per_tensor)
+                    arguments = (of.mlp, moments[i], *inputs[i], decays)
+                    update = run(*arguments, of.scale, of.weight_decay)
                     updates[i] = update._replace(statistics=None)
                     kept.append(update.statistics)
             order += members
