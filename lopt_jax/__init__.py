@@ -9,6 +9,7 @@ from lopt_jax.optimizers.elo_celo2 import elo_celo2
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
+from lopt_jax.packing import pack_state, packed, unpack_state
 from lopt_jax.weights import (
     Weights,
     WeightsError,
@@ -39,9 +40,12 @@ __all__ = [
     "load_weights",
     "mulo",
     "mup",
+    "pack_state",
+    "packed",
     "plot",
     "push_to_hub",
     "save_weights",
     "small_fc_lopt",
+    "unpack_state",
     "velo",
 ]

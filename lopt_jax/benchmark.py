@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ import optax
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
+from lopt_jax.packing import packed
 from lopt_jax.weights import Weights
 from lopt_jax.weights.schema import expected_shapes
 
@@ -173,6 +174,14 @@ OPTIMIZERS = {
     "small_fc_lopt_h4": Optimizer(_small_fc_lopt(4), lambda size: 6 * size + 48),
     "small_fc_lopt_h32": Optimizer(_small_fc_lopt(32), lambda size: 6 * size + 48),
 }
+
+
+def _packed(optimizer: Optimizer) -> Optimizer:
+    return replace(optimizer, make=lambda backend: packed(optimizer.make(backend)))
+
+
+OPTIMIZERS |= {f"{name}_packed": _packed(optimizer) for name, optimizer in OPTIMIZERS.items()}
+DEFAULT_OPTIMIZERS = tuple(name for name in OPTIMIZERS if not name.endswith("_packed"))
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -450,7 +459,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameter lists; the large ones want a GPU (default here: %(default)s)",
     )
     parser.add_argument(
-        "--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="which"
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=DEFAULT_OPTIMIZERS, help="which"
     )
     parser.add_argument(
         "--backends",

@@ -31,6 +31,7 @@ def rows_taker(array: jax.Array) -> RowsTaker:
 
     def take(x: jax.Array, rows: slice, length: int) -> jax.Array:
         starts = (rows.start + zero, *(0 for _ in x.shape[1:]))
-        return jax.lax.dynamic_slice(x, starts, (rows.stop - rows.start, *x.shape[1:-1], length))
+        sizes = (rows.stop - rows.start, *x.shape[1:-1], length)
+        return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
 
     return take

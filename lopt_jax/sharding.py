@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.optimizers import common
+from lopt_jax.packing import PackedState
 from lopt_jax.partition import (
     Partition,
     checked_axes,
@@ -72,11 +73,18 @@ def state_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any)
 
     Raises:
       TypeError: something in param_specs is not a spec.
-      ValueError: param_specs is not a prefix of params, or a spec is longer than its leaf's rank.
+      ValueError: param_specs is not a prefix of params, a spec is longer than its leaf's rank, or
+        the state is packed.
     """
     shapes = jax.eval_shape(lambda x: x, params)
     specs = _broadcast_specs(shapes, param_specs)
     state = jax.eval_shape(tx.init, shapes)
+    is_packed = lambda x: isinstance(x, PackedState)  # noqa: E731
+    if any(map(is_packed, jax.tree.leaves(state, is_leaf=is_packed))):
+        raise ValueError(
+            "tx: a packed state holds arrays of many parameters in one and cannot be split as they "
+            "are; use the optimizer without lopt_jax.packed."
+        )
     is_accumulators = lambda x: isinstance(x, Accumulators)  # noqa: E731
 
     def mark(x: Any) -> Any:
