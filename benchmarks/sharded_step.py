@@ -40,7 +40,8 @@ from lopt_jax.benchmark import busy_ms, gpu_events, random_weights
 from lopt_jax.collectives import Collective, collectives, moved_bytes
 
 STEPS_OF_PARITY = 20
-STEPS_OF_LOOP = 10  # in one program: what the devices take, whatever the host's dispatch does
+STEPS_OF_LOOP = 40  # in one program: what the devices take, whatever the host's dispatch does
+LEAST_CALLS = 3  # of one timing, so that the host hands out the next while the devices work
 TOKENS = (4, 1024)  # of each device in a training step: batch, length
 
 
@@ -260,7 +261,7 @@ def collectives_program(found: list[Collective], mesh: Mesh) -> Program:
 def median_ms(program: Program, repetitions: int) -> tuple[Program, float]:
     program, _ = program.run(1)
     program, first = program.run(2)
-    inner = max(1, min(50, math.ceil(40 / first)))
+    inner = max(LEAST_CALLS, min(50, math.ceil(40 / first)))
     times = []
     for _ in range(repetitions):
         program, ms = program.run(inner)
