@@ -1,5 +1,6 @@
 """The evaluation's arithmetic, Shampoo's roots, and records of a small run."""
 
+import dataclasses
 import json
 
 import jax
@@ -114,6 +115,50 @@ def test_kept_curves_are_not_run_again(tmp_path):
     for changed in (Contender("adamw", fail, (0.5,)), Contender("adamw", fail, rates, None, "new")):
         with pytest.raises(AssertionError, match="run again"):
             evaluate.run_curves(tasks, [changed], (40,), seeds=2, folder=tmp_path)
+
+
+def test_processes_share_a_folder(tmp_path):
+    tasks = {"bowl": Quadratic(3)}
+    there = Contender("adamw", lambda rate, steps: optax.sgd(rate), (0.5, 1.0))
+    here = Contender("slow", lambda rate, steps: optax.sgd(rate), (0.1,))
+    elsewhere = evaluate.run_curves(tasks, [there], (40,), 2, folder=tmp_path / "there")
+    claim = evaluate._claim(tmp_path, "bowl", there, wait=False)
+    assert evaluate._claim(tmp_path, "bowl", there, wait=False) is None
+
+    def fail(rate, steps):
+        raise AssertionError("run again")
+
+    said = []
+
+    def other_process_ends(text):
+        said.append(text)
+        (tmp_path / "there" / "bowl.adamw.npz").rename(tmp_path / "bowl.adamw.npz")
+        evaluate._release(claim)
+
+    contenders = [dataclasses.replace(there, build=fail), here]
+    curves = evaluate.run_curves(tasks, contenders, (40,), 2, other_process_ends, tmp_path, ahead=1)
+    assert [text.split(":")[0] for text in said] == ["bowl slow"]
+    np.testing.assert_array_equal(
+        curves["bowl", "adamw", 40].train, elsewhere["bowl", "adamw", 40].train
+    )
+    assert ("bowl", "slow", 40) in curves
+
+
+def test_items_run_contender_by_contender_and_past_failures(tmp_path):
+    def fail(rate, steps):
+        raise RuntimeError("out of memory")
+
+    tasks = {"a": Quadratic(2), "b": Quadratic(3)}
+    first = Contender("first", lambda rate, steps: optax.sgd(rate), (0.1,))
+    broken = Contender("broken", fail, (0.1,))
+    last = dataclasses.replace(first, name="last")
+    said = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate.run_curves(tasks, [first, broken, last], (40,), 1, said.append, tmp_path, ahead=2)
+    order = ["a first", "b first", "a broken", "b broken", "a last", "b last"]
+    assert [text.split(":")[0] for text in said] == order
+    kept = evaluate.run_curves(tasks, [first, broken, last], (40,), 1, None, tmp_path, False, True)
+    assert set(kept) == {(task, name, 40) for task in tasks for name in ("first", "last")}
 
 
 def test_seeds_share_a_problem_or_have_their_own():

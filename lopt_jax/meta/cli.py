@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,12 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
         "--curves", default=None,
-        help="folder that keeps the curves; what it holds already is not run again",
+        help="folder that keeps the curves; what it holds already is not run again, and several "
+        "processes may share it",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--ahead", type=int, default=min(8, os.cpu_count() or 1),
+        help="programs compiled while one runs; 1 for processes that share a folder",
     )  # fmt: skip
     evaluate.add_argument(
         "--kept-only", action="store_true",
@@ -279,6 +285,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
             Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
+            ahead=arguments.ahead,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
     if arguments.json:
