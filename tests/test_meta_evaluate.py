@@ -176,6 +176,18 @@ def test_seeds_share_a_problem_or_have_their_own():
             assert found == pytest.approx(wanted, rel=1e-5)
 
 
+def test_table_against_tuned_optimizers():
+    losses = {"adamw": (1.0, 3.0), "adam": (2.0, 4.0), "lion": (1.0, None), "ours": (1.0, 2.0),
+              "theirs": (2.0, 3.0)}  # fmt: skip
+    records = [
+        {"task": "bowl", "horizon": 40, "optimizer": name, "valid_loss": loss}
+        for name, pair in losses.items()
+        for loss in pair
+    ]
+    table = cli.format_against_tuned(records, ("adamw", "adam", "lion"))
+    assert table.splitlines()[-1] == "| bowl | 40 | 2 | 3 (adam, of 2) | **1.5** | 2.5 |"
+
+
 def test_wrong_arguments_are_named(capsys):
     assert cli.main(["meta-train", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err

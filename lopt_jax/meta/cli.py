@@ -293,6 +293,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         Path(arguments.json).write_text(f"[\n{lines}\n]\n")
     summaries = evaluate.summarise(records)
     print(format_table(summaries))
+    print(format_against_tuned(records, tuple(evaluate.baselines())))
     print(format_tasks(records))
     if arguments.plot:
         plot_speed_ups(summaries, Path(arguments.plot))
@@ -336,6 +337,38 @@ def format_tasks(records: Sequence[Any]) -> str:
             for o in optimizers
         )
         lines.append(f"| {task} | {horizon} | {text} |")
+    return "\n".join(lines)
+
+
+def format_against_tuned(records: Sequence[Any], tuned: Sequence[str]) -> str:
+    """Mean final validation losses as a Markdown table: tuned adamw's, the others' best, the rest.
+
+    Args:
+      records: of `evaluate.make_records`.
+      tuned: names of the optimizers with tuned rates; the rest has a column each, in bold where at
+        or below adamw.
+    """
+    losses: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for record in records:
+        row = losses.setdefault((record["horizon"], record["task"]), {})
+        loss = math.inf if record["valid_loss"] is None else record["valid_loss"]
+        row.setdefault(record["optimizer"], []).append(loss)
+    rest = [n for n in dict.fromkeys(r["optimizer"] for r in records) if n not in tuned]
+    lines = ["| task | steps | adamw | best of the other tuned ones | " + " | ".join(rest) + " |",
+             "| --- | --- | --- | --- |" + " --- |" * len(rest)]  # fmt: skip
+    for (horizon, task), row in sorted(losses.items()):
+        means = {name: sum(values) / len(values) for name, values in row.items()}
+        adamw = means.get("adamw", math.nan)
+        others = {name: means[name] for name in tuned if name in means and name != "adamw"}
+        best = "none"
+        if others:
+            name = min(others, key=lambda name: others[name])
+            best = f"{others[name]:.4g} ({name}, of {len(others)})"
+        cells = []
+        for name in rest:
+            text = f"{means[name]:.4g}" if name in means else "not run"
+            cells.append(f"**{text}**" if means.get(name, math.nan) <= adamw else text)
+        lines.append(f"| {task} | {horizon} | {adamw:.4g} | {best} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
