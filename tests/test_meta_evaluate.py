@@ -188,6 +188,25 @@ def test_table_against_tuned_optimizers():
     assert table.splitlines()[-1] == "| bowl | 40 | 2 | 3 (adam, of 2) | **1.5** | 2.5 |"
 
 
+def test_tables_of_tasks():
+    def row(task, horizon, optimizer, valid, train):
+        return {"task": task, "horizon": horizon, "optimizer": optimizer,
+                "valid_loss": valid, "train_loss": train}  # fmt: skip
+
+    records = [
+        row("b", 80, "adamw", 2.0, 1.0), row("b", 80, "adamw", 4.0, 2.0),
+        row("b", 80, "ours", 3.0, 1.0), row("b", 80, "ours", 2.0, 0.5),
+        row("a", 80, "adamw", 1.0, 0.1), row("b", 40, "adamw", 5.0, 6.0),
+        row("b", 40, "ours", None, None),
+    ]  # fmt: skip
+    short, long = cli.format_tasks(records).split("\n\n")
+    assert short.splitlines()[0] == "| 40 steps | a | b |"
+    assert short.splitlines()[2:] == ["| adamw | not run | 5 (6) |",
+                                      "| ours | not run | inf (inf) |"]  # fmt: skip
+    assert long.splitlines()[2:] == ["| adamw | 1 (0.1) | 3 (1.5) |",
+                                     "| ours | not run | **2.5** (0.75) |"]  # fmt: skip
+
+
 def test_wrong_arguments_are_named(capsys):
     assert cli.main(["meta-train", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err

@@ -292,11 +292,11 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         lines = ",\n".join(json.dumps(record) for record in records)
         Path(arguments.json).write_text(f"[\n{lines}\n]\n")
     summaries = evaluate.summarise(records)
-    print(format_table(summaries))
-    print(format_against_tuned(records, tuple(evaluate.baselines())))
-    print(format_tasks(records))
+    tuned = tuple(evaluate.baselines())
+    tables = format_table(summaries), format_against_tuned(records, tuned), format_tasks(records)
+    print(*tables, sep="\n\n")
     if arguments.plot:
-        plot_speed_ups(summaries, Path(arguments.plot))
+        plot_speed_ups(summaries, tuned, Path(arguments.plot))
     return 0
 
 
@@ -318,26 +318,38 @@ def format_table(summaries: Sequence[Any]) -> str:
 
 
 def format_tasks(records: Sequence[Any]) -> str:
-    """Mean final validation (and training) losses by task and optimizer as a Markdown table."""
+    """Mean final validation (and training) losses, a Markdown table a horizon.
+
+    Optimizers are rows and tasks are columns; validation losses are in bold where they are below
+    adamw's.
+    """
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    cells: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    tasks = sorted({record["task"] for record in records})
+    cells: dict[tuple[int, str, str], list[Any]] = {}
     for record in records:
-        row = cells.setdefault((record["task"], record["horizon"]), {})
-        row.setdefault(record["optimizer"], []).append(record)
+        key = record["horizon"], record["optimizer"], record["task"]
+        cells.setdefault(key, []).append(record)
 
     def mean(rows: Sequence[Any], field: str) -> float:
         values = [math.inf if row[field] is None else row[field] for row in rows]
         return sum(values) / len(values) if values else math.nan
 
-    lines = ["| task | steps | " + " | ".join(optimizers) + " |",
-             "| --- | --- |" + " --- |" * len(optimizers)]  # fmt: skip
-    for (task, horizon), row in sorted(cells.items()):
-        text = " | ".join(
-            f"{mean(row.get(o, []), 'valid_loss'):.4g} ({mean(row.get(o, []), 'train_loss'):.2g})"
-            for o in optimizers
-        )
-        lines.append(f"| {task} | {horizon} | {text} |")
-    return "\n".join(lines)
+    tables = []
+    for horizon in sorted({horizon for horizon, _, _ in cells}):
+        lines = [f"| {horizon} steps | " + " | ".join(tasks) + " |",
+                 "| --- |" + " ---: |" * len(tasks)]  # fmt: skip
+        for optimizer in optimizers:
+            texts = []
+            for task in tasks:
+                rows = cells.get((horizon, optimizer, task), [])
+                valid = mean(rows, "valid_loss")
+                text = f"{valid:.4g}"
+                if valid < mean(cells.get((horizon, "adamw", task), []), "valid_loss"):
+                    text = f"**{text}**"
+                texts.append(f"{text} ({mean(rows, 'train_loss'):.2g})" if rows else "not run")
+            lines.append(f"| {optimizer} | " + " | ".join(texts) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def format_against_tuned(records: Sequence[Any], tuned: Sequence[str]) -> str:
@@ -372,27 +384,45 @@ def format_against_tuned(records: Sequence[Any], tuned: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def plot_speed_ups(summaries: Sequence[Any], path: Path) -> None:
-    """A bar of each optimizer's speed-up, interval, and number of tasks, one panel a horizon."""
+def plot_speed_ups(summaries: Sequence[Any], tuned: Sequence[str], path: Path) -> None:
+    """Each optimizer's speed-up with its interval, and the one to stay; one panel a horizon.
+
+    Args:
+      summaries: of `evaluate.summarise`.
+      tuned: names of the optimizers with tuned rates; the rest has another colour.
+      path: of the PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     horizons = sorted({s.horizon for s in summaries})
+    most = max(s.tasks for s in summaries)
     figure, axes = plt.subplots(
-        1, len(horizons), figsize=(5 * len(horizons), 5), layout="constrained", squeeze=False
+        1, len(horizons), figsize=(4.6 * len(horizons), 5), layout="constrained", squeeze=False
     )
     for axis, horizon in zip(axes[0], horizons, strict=True):
         rows = sorted((s for s in summaries if s.horizon == horizon), key=lambda s: s.speed_up)
-        places = range(len(rows))
-        errors = [[s.speed_up - s.low for s in rows], [s.high - s.speed_up for s in rows]]
-        axis.barh(places, [s.speed_up for s in rows], xerr=errors, height=0.7)
-        axis.set_yticks(places, [f"{s.optimizer} ({s.tasks})" for s in rows])
+        for place, s in enumerate(rows):
+            color = "tab:blue" if s.optimizer in tuned else "tab:red"
+            axis.plot([s.low, s.high], [place, place], color=color, linewidth=2)
+            axis.plot(s.speed_up, place, "o", color=color)
+            axis.plot(s.lasting, place, "o", color=color, markerfacecolor="white", zorder=1)
+        # Means over fewer tasks are of other tasks, and say so.
+        labels = [s.optimizer if s.tasks == most else f"{s.optimizer} ({s.tasks})" for s in rows]
+        axis.set_yticks(range(len(rows)), labels)
+        for label, s in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_color("black" if s.optimizer in tuned else "tab:red")
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_title(f"{horizon} steps")
-        axis.set_xlabel("speed-up over tuned adamw")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(base=2))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{horizon:,} steps, {most} tasks")
+        axis.set_xlabel("speed-up over adamw (hollow: to stay)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
