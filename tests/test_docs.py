@@ -35,6 +35,14 @@ def test_links_between_pages(page):
             assert (path.parent / target).exists(), target
 
 
+def test_table_of_the_evaluation_is_that_of_its_records(capsys):
+    from lopt_jax.meta import cli
+
+    records = ROOT / "docs" / "benchmarks" / "meta_eval.json"
+    assert cli.main(["meta-eval", "--merge", str(records)]) == 0
+    assert (ROOT / "docs" / "meta_eval_table.md").read_text().endswith(capsys.readouterr().out)
+
+
 def test_benchmark_models_are_the_flax_models():
     """The lists that `lopt bench` times hold the shapes of the modules in benchmarks/models.py."""
     import importlib.util

@@ -1,5 +1,6 @@
 """The evaluation's arithmetic, Shampoo's roots, and records of a small run."""
 
+import dataclasses
 import json
 
 import jax
@@ -116,6 +117,50 @@ def test_kept_curves_are_not_run_again(tmp_path):
             evaluate.run_curves(tasks, [changed], (40,), seeds=2, folder=tmp_path)
 
 
+def test_processes_share_a_folder(tmp_path):
+    tasks = {"bowl": Quadratic(3)}
+    there = Contender("adamw", lambda rate, steps: optax.sgd(rate), (0.5, 1.0))
+    here = Contender("slow", lambda rate, steps: optax.sgd(rate), (0.1,))
+    elsewhere = evaluate.run_curves(tasks, [there], (40,), 2, folder=tmp_path / "there")
+    claim = evaluate._claim(tmp_path, "bowl", there, wait=False)
+    assert evaluate._claim(tmp_path, "bowl", there, wait=False) is None
+
+    def fail(rate, steps):
+        raise AssertionError("run again")
+
+    said = []
+
+    def other_process_ends(text):
+        said.append(text)
+        (tmp_path / "there" / "bowl.adamw.npz").rename(tmp_path / "bowl.adamw.npz")
+        evaluate._release(claim)
+
+    contenders = [dataclasses.replace(there, build=fail), here]
+    curves = evaluate.run_curves(tasks, contenders, (40,), 2, other_process_ends, tmp_path, ahead=1)
+    assert [text.split(":")[0] for text in said] == ["bowl slow"]
+    np.testing.assert_array_equal(
+        curves["bowl", "adamw", 40].train, elsewhere["bowl", "adamw", 40].train
+    )
+    assert ("bowl", "slow", 40) in curves
+
+
+def test_items_run_contender_by_contender_and_past_failures(tmp_path):
+    def fail(rate, steps):
+        raise RuntimeError("out of memory")
+
+    tasks = {"a": Quadratic(2), "b": Quadratic(3)}
+    first = Contender("first", lambda rate, steps: optax.sgd(rate), (0.1,))
+    broken = Contender("broken", fail, (0.1,))
+    last = dataclasses.replace(first, name="last")
+    said = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluate.run_curves(tasks, [first, broken, last], (40,), 1, said.append, tmp_path, ahead=2)
+    order = ["a first", "b first", "a broken", "b broken", "a last", "b last"]
+    assert [text.split(":")[0] for text in said] == order
+    kept = evaluate.run_curves(tasks, [first, broken, last], (40,), 1, None, tmp_path, False, True)
+    assert set(kept) == {(task, name, 40) for task in tasks for name in ("first", "last")}
+
+
 def test_seeds_share_a_problem_or_have_their_own():
     still = Contender("still", lambda rate, steps: optax.sgd(rate), (0.0,))
     for vary in (False, True):
@@ -129,6 +174,37 @@ def test_seeds_share_a_problem_or_have_their_own():
             wanted = float(Quadratic(3).loss(start, content[seed], ()))
             found = float(curves["b", "still", 40].valid[0, seed, -1])
             assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_table_against_tuned_optimizers():
+    losses = {"adamw": (1.0, 3.0), "adam": (2.0, 4.0), "lion": (1.0, None), "ours": (1.0, 2.0),
+              "theirs": (2.0, 3.0)}  # fmt: skip
+    records = [
+        {"task": "bowl", "horizon": 40, "optimizer": name, "valid_loss": loss}
+        for name, pair in losses.items()
+        for loss in pair
+    ]
+    table = cli.format_against_tuned(records, ("adamw", "adam", "lion"))
+    assert table.splitlines()[-1] == "| bowl | 40 | 2 | 3 (adam, of 2) | **1.5** | 2.5 |"
+
+
+def test_tables_of_tasks():
+    def row(task, horizon, optimizer, valid, train):
+        return {"task": task, "horizon": horizon, "optimizer": optimizer,
+                "valid_loss": valid, "train_loss": train}  # fmt: skip
+
+    records = [
+        row("b", 80, "adamw", 2.0, 1.0), row("b", 80, "adamw", 4.0, 2.0),
+        row("b", 80, "ours", 3.0, 1.0), row("b", 80, "ours", 2.0, 0.5),
+        row("a", 80, "adamw", 1.0, 0.1), row("b", 40, "adamw", 5.0, 6.0),
+        row("b", 40, "ours", None, None),
+    ]  # fmt: skip
+    short, long = cli.format_tasks(records).split("\n\n")
+    assert short.splitlines()[0] == "| 40 steps | a | b |"
+    assert short.splitlines()[2:] == ["| adamw | not run | 5 (6) |",
+                                      "| ours | not run | inf (inf) |"]  # fmt: skip
+    assert long.splitlines()[2:] == ["| adamw | 1 (0.1) | 3 (1.5) |",
+                                     "| ours | not run | **2.5** (0.75) |"]  # fmt: skip
 
 
 def test_wrong_arguments_are_named(capsys):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -43,7 +44,12 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
         "--curves", default=None,
-        help="folder that keeps the curves; what it holds already is not run again",
+        help="folder that keeps the curves; what it holds already is not run again, and several "
+        "processes may share it",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--ahead", type=int, default=min(8, os.cpu_count() or 1),
+        help="programs compiled while one runs; 1 for processes that share a folder",
     )  # fmt: skip
     evaluate.add_argument(
         "--kept-only", action="store_true",
@@ -279,16 +285,18 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
             {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
             lambda text: print(text, flush=True),
             Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
+            ahead=arguments.ahead,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
     if arguments.json:
         lines = ",\n".join(json.dumps(record) for record in records)
         Path(arguments.json).write_text(f"[\n{lines}\n]\n")
     summaries = evaluate.summarise(records)
-    print(format_table(summaries))
-    print(format_tasks(records))
+    tuned = tuple(evaluate.baselines())
+    tables = format_table(summaries), format_against_tuned(records, tuned), format_tasks(records)
+    print(*tables, sep="\n\n")
     if arguments.plot:
-        plot_speed_ups(summaries, Path(arguments.plot))
+        plot_speed_ups(summaries, tuned, Path(arguments.plot))
     return 0
 
 
@@ -310,49 +318,111 @@ def format_table(summaries: Sequence[Any]) -> str:
 
 
 def format_tasks(records: Sequence[Any]) -> str:
-    """Mean final validation (and training) losses by task and optimizer as a Markdown table."""
+    """Mean final validation (and training) losses, a Markdown table a horizon.
+
+    Optimizers are rows and tasks are columns; validation losses are in bold where they are below
+    adamw's.
+    """
     optimizers = list(dict.fromkeys(record["optimizer"] for record in records))
-    cells: dict[tuple[str, int], dict[str, list[Any]]] = {}
+    tasks = sorted({record["task"] for record in records})
+    cells: dict[tuple[int, str, str], list[Any]] = {}
     for record in records:
-        row = cells.setdefault((record["task"], record["horizon"]), {})
-        row.setdefault(record["optimizer"], []).append(record)
+        key = record["horizon"], record["optimizer"], record["task"]
+        cells.setdefault(key, []).append(record)
 
     def mean(rows: Sequence[Any], field: str) -> float:
         values = [math.inf if row[field] is None else row[field] for row in rows]
         return sum(values) / len(values) if values else math.nan
 
-    lines = ["| task | steps | " + " | ".join(optimizers) + " |",
-             "| --- | --- |" + " --- |" * len(optimizers)]  # fmt: skip
-    for (task, horizon), row in sorted(cells.items()):
-        text = " | ".join(
-            f"{mean(row.get(o, []), 'valid_loss'):.4g} ({mean(row.get(o, []), 'train_loss'):.2g})"
-            for o in optimizers
-        )
-        lines.append(f"| {task} | {horizon} | {text} |")
+    tables = []
+    for horizon in sorted({horizon for horizon, _, _ in cells}):
+        lines = [f"| {horizon} steps | " + " | ".join(tasks) + " |",
+                 "| --- |" + " ---: |" * len(tasks)]  # fmt: skip
+        for optimizer in optimizers:
+            texts = []
+            for task in tasks:
+                rows = cells.get((horizon, optimizer, task), [])
+                valid = mean(rows, "valid_loss")
+                text = f"{valid:.4g}"
+                if valid < mean(cells.get((horizon, "adamw", task), []), "valid_loss"):
+                    text = f"**{text}**"
+                texts.append(f"{text} ({mean(rows, 'train_loss'):.2g})" if rows else "not run")
+            lines.append(f"| {optimizer} | " + " | ".join(texts) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def format_against_tuned(records: Sequence[Any], tuned: Sequence[str]) -> str:
+    """Mean final validation losses as a Markdown table: tuned adamw's, the others' best, the rest.
+
+    Args:
+      records: of `evaluate.make_records`.
+      tuned: names of the optimizers with tuned rates; the rest has a column each, in bold where at
+        or below adamw.
+    """
+    losses: dict[tuple[int, str], dict[str, list[float]]] = {}
+    for record in records:
+        row = losses.setdefault((record["horizon"], record["task"]), {})
+        loss = math.inf if record["valid_loss"] is None else record["valid_loss"]
+        row.setdefault(record["optimizer"], []).append(loss)
+    rest = [n for n in dict.fromkeys(r["optimizer"] for r in records) if n not in tuned]
+    lines = ["| task | steps | adamw | best of the other tuned ones | " + " | ".join(rest) + " |",
+             "| --- | --- | --- | --- |" + " --- |" * len(rest)]  # fmt: skip
+    for (horizon, task), row in sorted(losses.items()):
+        means = {name: sum(values) / len(values) for name, values in row.items()}
+        adamw = means.get("adamw", math.nan)
+        others = {name: means[name] for name in tuned if name in means and name != "adamw"}
+        best = "none"
+        if others:
+            name = min(others, key=lambda name: others[name])
+            best = f"{others[name]:.4g} ({name}, of {len(others)})"
+        cells = []
+        for name in rest:
+            text = f"{means[name]:.4g}" if name in means else "not run"
+            cells.append(f"**{text}**" if means.get(name, math.nan) <= adamw else text)
+        lines.append(f"| {task} | {horizon} | {adamw:.4g} | {best} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot_speed_ups(summaries: Sequence[Any], path: Path) -> None:
-    """A bar of each optimizer's speed-up, interval, and number of tasks, one panel a horizon."""
+def plot_speed_ups(summaries: Sequence[Any], tuned: Sequence[str], path: Path) -> None:
+    """Each optimizer's speed-up with its interval, and the one to stay; one panel a horizon.
+
+    Args:
+      summaries: of `evaluate.summarise`.
+      tuned: names of the optimizers with tuned rates; the rest has another colour.
+      path: of the PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     horizons = sorted({s.horizon for s in summaries})
+    most = max(s.tasks for s in summaries)
     figure, axes = plt.subplots(
-        1, len(horizons), figsize=(5 * len(horizons), 5), layout="constrained", squeeze=False
+        1, len(horizons), figsize=(4.6 * len(horizons), 5), layout="constrained", squeeze=False
     )
     for axis, horizon in zip(axes[0], horizons, strict=True):
         rows = sorted((s for s in summaries if s.horizon == horizon), key=lambda s: s.speed_up)
-        places = range(len(rows))
-        errors = [[s.speed_up - s.low for s in rows], [s.high - s.speed_up for s in rows]]
-        axis.barh(places, [s.speed_up for s in rows], xerr=errors, height=0.7)
-        axis.set_yticks(places, [f"{s.optimizer} ({s.tasks})" for s in rows])
+        for place, s in enumerate(rows):
+            color = "tab:blue" if s.optimizer in tuned else "tab:red"
+            axis.plot([s.low, s.high], [place, place], color=color, linewidth=2)
+            axis.plot(s.speed_up, place, "o", color=color)
+            axis.plot(s.lasting, place, "o", color=color, markerfacecolor="white", zorder=1)
+        # Means over fewer tasks are of other tasks, and say so.
+        labels = [s.optimizer if s.tasks == most else f"{s.optimizer} ({s.tasks})" for s in rows]
+        axis.set_yticks(range(len(rows)), labels)
+        for label, s in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_color("black" if s.optimizer in tuned else "tab:red")
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_xscale("log")
-        axis.set_title(f"{horizon} steps")
-        axis.set_xlabel("speed-up over tuned adamw")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_locator(LogLocator(base=2))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.grid(alpha=0.3)
+        axis.set_title(f"{horizon:,} steps, {most} tasks")
+        axis.set_xlabel("speed-up over adamw (hollow: to stay)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -4,13 +4,17 @@ The tuned optimizers get the best of twelve learning rates by the mean over seed
 validation loss, the measure that all are compared by.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +155,14 @@ def _run_program(task: Task, contender: Contender, vary_content: bool) -> Callab
     return jax.vmap(over_seeds, (0, None, None))
 
 
+class _Prepared(NamedTuple):
+    """An item that this process has claimed: its curves so far, and what runs the missing ones."""
+
+    claim: IO[bytes] | None
+    kept: dict[int, Curves]
+    run: Callable[[int], Curves] | None  # from a horizon; None where nothing is missing
+
+
 def run_curves(
     tasks: Mapping[str, Task],
     contenders: Sequence[Contender],
@@ -160,8 +172,12 @@ def run_curves(
     folder: Path | None = None,
     vary_content: bool = False,
     kept_only: bool = False,
+    ahead: int = 8,
 ) -> dict[tuple[str, str, int], Curves]:
-    """Trains every contender on every task at every horizon.
+    """Trains every contender on every task at every horizon: the first contender on all, and so on.
+
+    Several processes may share a folder: whoever comes first runs an item (a task and a contender),
+    and all of them return all curves.
 
     Args:
       tasks: by name.
@@ -173,12 +189,14 @@ def run_curves(
         already is not run again.
       vary_content: every seed draws a task's content of its own; otherwise seeds share it.
       kept_only: run nothing; what the folder does not hold is left out.
+      ahead: items claimed and compiled while another runs.
 
     Returns:
       Curves by (task, contender, horizon).
 
     Raises:
       ValueError: for a horizon that is no multiple of POINTS.
+      Exception: the first of the errors that items ended with, when all the others are done.
     """
     bad = [horizon for horizon in horizons if horizon % POINTS or horizon <= 0]
     if bad:
@@ -189,44 +207,125 @@ def run_curves(
         for contender in contenders:
             kept = _load_curves(folder, name, contender, seeds) if folder is not None else {}
             found[name, contender.name] = kept
-    jobs = [
-        (name, contender)
-        for name in tasks
-        for contender in contenders
-        if any(h not in found[name, contender.name] for h in horizons) and not kept_only
-    ]
-    seed_array = jnp.arange(seeds, dtype=jnp.uint32)
+    failed: dict[tuple[str, str], Exception] = {}
 
-    def build(job: tuple[str, Contender]) -> Any:
-        name, contender = job
-        rates = jnp.array(contender.learning_rates, jnp.float32)
-        program = jax.jit(_run_program(tasks[name], contender, vary_content))
-        # num_steps is traced: one program serves all horizons.
-        return program.lower(rates, seed_array, jnp.int32(horizons[0])).compile()
+    def prepare(item: tuple[str, Contender], wait: bool) -> _Prepared | None:
+        """Claims and compiles an item; None where another process has it."""
+        name, contender = item
+        kept = found[name, contender.name]
+        claim = None
+        if folder is not None:
+            claim = _claim(folder, name, contender, wait)
+            if claim is None:
+                return None
+            kept = _load_curves(folder, name, contender, seeds)
+        run = None
+        if any(horizon not in kept for horizon in horizons):
+            try:
+                run = _compile(tasks[name], contender, seeds, vary_content)
+            except BaseException:
+                _release(claim)
+                raise
+        return _Prepared(claim, kept, run)
 
-    # Programs compile ahead in threads while earlier ones run.
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        programs = [pool.submit(build, job) for job in jobs]
-        for (name, contender), future in zip(jobs, programs, strict=True):
-            program = future.result()
-            rates = jnp.array(contender.learning_rates, jnp.float32)
-            by_horizon = found[name, contender.name]
-            for horizon in horizons:
-                if horizon in by_horizon:
-                    continue
-                losses = jax.device_get(program(rates, seed_array, jnp.int32(horizon)))
-                by_horizon[horizon] = Curves(*losses)
+    def run(name: str, contender: Contender, item: _Prepared) -> None:
+        by_horizon = found[name, contender.name] = item.kept
+        if item.run is None:
+            return
+        start = time.perf_counter()
+        for horizon in horizons:
+            if horizon not in by_horizon:
+                by_horizon[horizon] = item.run(horizon)
                 if folder is not None:
                     _save_curves(folder, name, contender, by_horizon)
-            final = by_horizon[horizons[-1]].valid[..., -1].mean(-1)
-            best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
-            say(f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps")
+        final = by_horizon[horizons[-1]].valid[..., -1].mean(-1)
+        best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
+        say(
+            f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps "
+            f"({time.perf_counter() - start:.1f} s)"
+        )
+
+    def missing() -> Iterator[tuple[str, Contender]]:
+        for contender in contenders:
+            for name in tasks:
+                item = (name, contender.name)
+                if item not in failed and any(h not in found[item] for h in horizons):
+                    yield name, contender
+
+    # First what nobody has, then what others began: they may have been stopped.
+    for wait in () if kept_only else (False, True):
+        begin = functools.partial(prepare, wait=wait)
+        # Who waits for others holds nothing that they may wait for.
+        for (name, contender), future in _in_advance(begin, missing(), 1 if wait else ahead):
+            prepared = None
+            try:
+                prepared = future.result()
+                if prepared is not None:
+                    run(name, contender, prepared)
+            except Exception as error:
+                failed[name, contender.name] = error
+                say(f"{name} {contender.name}: {type(error).__name__}: {str(error)[:500]}")
+            finally:
+                if prepared is not None:
+                    _release(prepared.claim)
+    if failed:
+        raise next(iter(failed.values()))
     return {
         (name, optimizer, horizon): curves[horizon]
         for (name, optimizer), curves in found.items()
         for horizon in horizons
         if horizon in curves
     }
+
+
+def _in_advance[Item, Result](
+    function: Callable[[Item], Result], items: Iterable[Item], count: int
+) -> Iterator[tuple[Item, concurrent.futures.Future[Result]]]:
+    """Items with their finished calls, while `count` more calls go on in threads."""
+    items = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        queue = collections.deque((x, pool.submit(function, x)) for x in islice(items, count))
+        while queue:
+            item, future = queue.popleft()
+            concurrent.futures.wait([future])
+            queue.extend((x, pool.submit(function, x)) for x in islice(items, 1))
+            yield item, future
+
+
+def _compile(
+    task: Task, contender: Contender, seeds: int, vary_content: bool
+) -> Callable[[int], Curves]:
+    rates = jnp.array(contender.learning_rates, jnp.float32)
+    seed_array = jnp.arange(seeds, dtype=jnp.uint32)
+    # GPUs would multiply with fewer bits by default: no numbers to compare with those of a CPU.
+    with jax.default_matmul_precision("highest"):
+        lowered = jax.jit(_run_program(task, contender, vary_content)).lower(
+            rates, seed_array, jnp.int32(0)
+        )
+    # num_steps is traced: one program serves all horizons.
+    program = lowered.compile()
+    return lambda horizon: Curves(*jax.device_get(program(rates, seed_array, jnp.int32(horizon))))
+
+
+def _claim(folder: Path, task: str, contender: Contender, wait: bool) -> IO[bytes] | None:
+    """A lock on an item, None where another process has it; its end, however it ends, frees it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f".{task}.{contender.name}.lock").open("ab")
+    try:
+        import fcntl
+    except ImportError:  # Windows: processes that share a folder may do things twice
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _release(claim: IO[bytes] | None) -> None:
+    if claim is not None:
+        claim.close()
 
 
 def _save_curves(
