@@ -54,6 +54,16 @@ class Partition:
         replace = lambda x, value: (*x[:dim], value, *x[dim + 1 :])  # noqa: E731
         return Partition(replace(self.shape, 1), replace(self.axes, ()))
 
+    def without(self, dim: int) -> "Partition":
+        """The partition of the tensor's reduction over a dimension."""
+        return Partition(
+            self.shape[:dim] + self.shape[dim + 1 :], self.axes[:dim] + self.axes[dim + 1 :]
+        )
+
+    def stacked(self, tensors: int) -> "Partition":
+        """The partition of so many tensors, along a leading axis that is not split."""
+        return Partition((tensors, *self.shape), ((), *self.axes))
+
     def clear_padding(self, x: jax.Array, dims: Sequence[int]) -> jax.Array:
         """A shard with zeros where it is padding, along these dimensions."""
         for dim in dims:
@@ -101,6 +111,19 @@ class Partition:
                 shard = jax.lax.all_gather(shard, names, axis=dim, tiled=True, to="invarying")
                 shard = jax.lax.slice_in_dim(shard, 0, self.shape[dim], axis=dim)
         return shard
+
+    def gather_small(self, shard: jax.Array) -> jax.Array:
+        """The same as a sum over devices: more bytes, but XLA makes one of it and other sums."""
+        whole, starts, names = [], [], self.names(range(len(self.axes)))
+        for size, of_dim in zip(shard.shape, self.axes, strict=True):
+            devices = jax.lax.axis_size(of_dim) if of_dim else 1
+            whole.append(size * devices)
+            starts.append(jax.lax.axis_index(of_dim) * size if of_dim else 0)
+        if not names:
+            return shard
+        zeros = jnp.zeros(whole, shard.dtype)
+        own = jax.lax.dynamic_update_slice(zeros, shard, starts)
+        return jax.lax.psum(own, names)[tuple(map(slice, self.shape))]
 
     def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """This device's part of the mean over devices of tensors that each holds whole.
@@ -221,8 +244,8 @@ def spread(
     operands: tuple,
     operand_dims: Any,
     result_dims: Callable[[Any], Any],
-    shape: Sequence[int],
-    partition: Partition | None,
+    shapes: Sequence[Sequence[int]],
+    partitions: "Partitions",
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
 ) -> Any:
@@ -233,8 +256,8 @@ def spread(
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
-      shape: of the whole tensors, without the axis of tensors: one for all parts.
-      partition: where the operands are shards already: how the tensors are spread.
+      shapes: for each part that of the whole tensors, without the axis of tensors.
+      partitions: where the operands are shards already: how the tensors of each part are spread.
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
       names: of the parts, for messages.
@@ -242,8 +265,8 @@ def spread(
     Returns:
       The function's result.
     """
-    if partition is not None:
-        return function([partition] * len(guides), *operands)
+    if None not in partitions:
+        return function(partitions, *operands)
     leaves, treedef = jax.tree.flatten(operands)
     leaves = [jnp.asarray(x) for x in leaves]
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
@@ -271,7 +294,7 @@ def spread(
     result = jax.eval_shape(whole, *map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, names))
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names))
 
 
 def is_local() -> bool:
@@ -325,8 +348,8 @@ def _axes(spec: PartitionSpec, dims: Dims) -> Axes:
     }
 
 
-def _partition(shape: tuple[int, ...], axes: Axes) -> Partition:
-    return Partition(shape, tuple(axes.get(dim, ()) for dim in range(len(shape))))
+def _partition(shape: Sequence[int], axes: Axes) -> Partition:
+    return Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
 
 
 def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
@@ -350,14 +373,14 @@ def _in_shard_map(
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
-    shape: tuple[int, ...],
+    shapes: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Axes]],
     names: Sequence[str],
 ) -> Sequence[jax.Array]:
     del names
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
-    partitions = [_partition(shape, part) for part in axes]
+    partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
     explicit = {
         n
         for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -381,7 +404,7 @@ def _partitioned(
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
-    shape: tuple[int, ...],
+    shapes: Sequence[Sequence[int]],
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
 ) -> Sequence[jax.Array]:
@@ -402,7 +425,10 @@ def _partitioned(
             for part, name in zip(guides, names, strict=True)
         ]
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
-        how = [_partition(shape, part) if any(part.values()) else None for part in axes]
+        how = [
+            _partition(shape, part) if any(part.values()) else None
+            for shape, part in zip(shapes, axes, strict=True)
+        ]
         return (
             mesh,
             lambda *xs: local(how, *xs[constants:]),

@@ -21,6 +21,7 @@ from lopt_jax.accumulators import Decays, update_average
 from lopt_jax.features import Feature, Operands
 from lopt_jax.rule import FactoredVectors, Folded, Rule
 from pallas_kernels import mosaic
+from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.matrix_units import Blocks, Matrices
 from pallas_kernels.table import Numbers, read, sequence
 from pallas_kernels.view import View
@@ -372,15 +373,40 @@ class Elements(NamedTuple):
     average: tuple  # the factored second moments where the tensor is not factored, one a decay
 
 
+class First(NamedTuple):
+    """Where what belongs to a tensor and those after it begins, (1,) int32 each."""
+
+    tensor: jax.Array  # among the tables
+    down: jax.Array | None  # along the arrays of lines
+    across: jax.Array | None
+
+
 class Inputs(NamedTuple):
     """What passes B and C read."""
 
     elements: Sequence[Elements]  # of each part
     table: jax.Array  # (all tensors or 1, rows, 256), of `table.pack`
-    down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
-    across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
-    first: jax.Array  # (1,) int32: position among all tensors of the first part's first
+    down: jax.Array | None  # (vectors, size), arrays of `lines`; None: not factored
+    across: jax.Array | None  # the same
+    first: Any  # `First` of the first part's first tensor
     matrices: Matrices | None = None  # the network for the matrix units; None: it is in the table
+
+
+def _tensor(plan: Plan, place: Place, refs: Inputs) -> jax.Array:
+    """The tensor of a program, among the tables."""
+    return refs.first.tensor[0] + jax.lax.div(_group(plan, place), plan.view.batch)
+
+
+def _line(plan: Plan, place: Place, first: Any, length: int) -> jax.Array:
+    """Where a program's line of this length starts in an array of lines."""
+    line = _group(plan, place) * plan.view.middle + place.middle
+    return first[0] + line * (pieces(length) * PIECE)
+
+
+def _columns(plan: Plan, place: Place, refs: Inputs) -> Any:
+    """Where the columns of a program's strip lie in an array of lines."""
+    start = _line(plan, place, refs.first.across, plan.view.across)
+    return pl.ds(start + place.strip * plan.view.width, plan.view.width)
 
 
 @dataclass(frozen=True)
@@ -403,7 +429,7 @@ class _Kernel:
         ]
         constants = [mosaic.shared(inputs.table.shape[1:], jnp.float32)]
         if inputs.down is not None and inputs.across is not None:
-            vectors = inputs.down.shape[2]
+            vectors = inputs.down.shape[0]
             out.append(mosaic.shared((plan.stages, vectors, plan.view.rows), jnp.float32))
             constants.append(mosaic.shared((vectors, plan.view.width), jnp.float32))
         blocks = []
@@ -448,16 +474,13 @@ class _Kernel:
         """
         plan = self.plan
         tables = refs.table.shape[0]
-        first = refs.first[0]
-        group = first * plan.view.batch + _group(plan, place)
 
         def start_constants() -> None:
-            tensor = first + jax.lax.div(_group(plan, place), plan.view.batch)
+            tensor = _tensor(plan, place, refs)
             mosaic.copy_in(refs.table.at[0 if tables == 1 else tensor], buffers.table, once)
             if refs.across is not None:
-                columns = pl.ds(place.strip * plan.view.width, plan.view.width)
-                source = refs.across.at[group, place.middle, :, columns]
-                mosaic.copy_in(source, buffers.across, once)
+                columns = _columns(plan, place, refs)
+                mosaic.copy_in(refs.across.at[:, columns], buffers.across, once)
             if refs.matrices is not None:
                 pairs = zip(refs.matrices.weights, buffers.matrices.weights, strict=True)
                 for source, target in pairs:
@@ -475,12 +498,12 @@ class _Kernel:
 
             of_part(lambda part: start_part(part[0]))
             if refs.down is not None:
-                rows = pl.ds(tile * plan.view.rows, plan.view.rows)
-                source = refs.down.at[group, place.middle, :, rows]
-                mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
-            if refs.matrices is not None:
-                source = refs.matrices.down.at[group, place.middle, rows]
-                mosaic.copy_in(source, buffers.matrices.down.at[slot], arrived.at[slot])
+                start = _line(plan, place, refs.first.down, plan.view.down)
+                rows = pl.ds(start + tile * plan.view.rows, plan.view.rows)
+                mosaic.copy_in(refs.down.at[:, rows], buffers.down.at[slot], arrived.at[slot])
+                if refs.matrices is not None:
+                    source = refs.matrices.down.at[rows]
+                    mosaic.copy_in(source, buffers.matrices.down.at[slot], arrived.at[slot])
 
         return start, start_constants
 
@@ -775,11 +798,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             rates = _rates(entries.decays, numbers)
             numbers, held = read(entries, numbers), None
             if matrices is not None:
-                group = sources.first[0] * view.batch + _group(plan, place)
-                tensor = jax.lax.div(group, view.batch)
-                columns = pl.ds(place.strip * view.width, view.width)
-                across = sources.matrices.across.at[group, place.middle, columns]
-                held = kernel.blocks.held(across, sources.matrices.vectors.at[tensor])
+                across = sources.matrices.across.at[_columns(plan, place, sources)]
+                vectors = sources.matrices.vectors.at[_tensor(plan, place, sources)]
+                held = kernel.blocks.held(across, vectors)
                 numbers = numbers._replace(  # read once
                     layers=sequence(numbers.layers),
                     scale={(): numbers.scale[()]},

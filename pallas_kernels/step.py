@@ -1,9 +1,9 @@
-"""The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
+"""The two calls of the engine: kernels, and the vectors between them.
 
-(Tensors with one axis may have different lengths, padded with zeros to that of the longest.)
-Tensors come in parts: arrays with a leading axis of tensors, that were never joined because that
-would copy them. The vectors between the passes are joined: they are small, and computing them for
-all tensors at once saves hundreds of launches.
+Tensors come in units of equal shape. (Tensors with one axis may have different lengths, padded with
+zeros to that of the longest.) A unit comes in parts: arrays with a leading axis of tensors, that
+were never joined because that would copy them. The vectors between the passes are joined, of all
+units: they are small, and computing them for all tensors at once saves hundreds of launches.
 """
 
 import functools
@@ -15,19 +15,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt_jax import rule as rules
-from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
-from lopt_jax.features import Operands
+from lopt_jax.accumulators import (
+    Accumulators,
+    Decays,
+    FactoredDims,
+    factored_dims,
+    row_factor,
+    safe_rsqrt,
+    update_average,
+)
+from lopt_jax.features import Feature, Operands, Varies
 from lopt_jax.partition import Partition
-from lopt_jax.rows import RowsTaker, rows_taker
-from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.rows import PartTaker, part_taker
+from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
-from pallas_kernels.passes import Elements, Inputs, Plan, Rates, Table
+from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals
+from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, StepOutputs, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
+LONG_SUM = 4096  # programs' numbers that are added up apart from those of other tensors
 LAUNCH_PARTS = 8  # arrays that one launch takes: each one more is code to compile
 
 
@@ -89,289 +100,470 @@ class Part(NamedTuple):
     accumulators: Accumulators
 
 
+class Unit(NamedTuple):
+    """Equally shaped tensors."""
+
+    parts: Sequence[Part]
+    partition: Partition | None = None  # where they are shards, without padding, of what
+    lengths: Sequence[int] | None = None  # of all tensors, where they are padded vectors
+
+
 class Updates(NamedTuple):
-    """What a step makes of the tensors of some parts."""
+    """What a step makes of the tensors of some units."""
 
-    parts: list[TensorUpdate]  # without statistics
-    statistics: Statistics | None  # of all parts, with a leading axis of tensors
+    parts: list[list[TensorUpdate]]  # of each unit, without statistics
+    statistics: Statistics | None  # of all tensors, with a leading axis
 
 
-def first_pass(
-    rule: Rule,
-    parts: Sequence[Part],
-    partition: Partition | None = None,
-    lengths: Sequence[int] | None = None,
-) -> Moments:
+@dataclass(frozen=True)
+class _Unit:
+    """A unit and how the kernels see it."""
+
+    parts: Sequence[Part]
+    shape: tuple[int, ...]
+    whole: Partition
+    lengths: Sequence[int] | None
+
+    @classmethod
+    def of(cls, unit: Unit) -> "_Unit":
+        shape = unit.parts[0].gradient.shape[1:]
+        whole = unit.partition or Partition(shape, ((),) * len(shape))
+        return cls(unit.parts, shape, whole, unit.lengths)
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        return factored_dims(self.whole.shape)
+
+    @property
+    def tensors(self) -> int:
+        return sum(part.gradient.shape[0] for part in self.parts)
+
+    @property
+    def elements(self) -> np.ndarray:
+        """Elements of every tensor, float32."""
+        if self.lengths is None:
+            return np.full((self.tensors,), math.prod(self.whole.shape), np.float32)
+        # a batch of those that have the lengths
+        return np.tile(np.float32(self.lengths), self.tensors // len(self.lengths))
+
+    def view(self, tuning: Tuning) -> View:
+        return view_for(self.shape, tuning, self.whole.shape)
+
+    @functools.cached_property
+    def launches(self) -> list[Sequence[Part]]:
+        return _launches(self.parts)
+
+    def block(self, is_row: bool) -> Block:
+        """Its lines, of the row or the column."""
+        assert self.dims is not None
+        view, (d1, d0) = self.view(SUMS), self.dims
+        length = view.down if view.down_is_row == is_row else view.across
+        reduced, axis = (d0, d1) if is_row else (d1, d0)
+        lines = view.batch * view.middle
+        return Block(self.tensors, lines, length, self.whole.reduced(reduced), axis)
+
+
+def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
       rule: the rule.
-      parts: the tensors.
-      partition: where they are shards, without padding, of what.
-      lengths: of all tensors, where they are padded vectors.
+      units: the tensors.
 
     Returns:
-      Moments of all parts, with a leading axis of tensors.
+      Moments of each unit, with a leading axis of tensors.
     """
-    run = batching.over_tensors(lambda parts: ([], _first_pass(rule, parts, partition, lengths)))
-    return run(tuple(parts))[1]
+
+    def passes(parts: Any, *_: Any) -> Any:
+        given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
+        return [[] for _ in parts], _first_pass(rule, list(map(_Unit.of, given))), ()
+
+    return batching.over_tensors(passes)([tuple(unit.parts) for unit in units], [], ())[1]
 
 
-def _first_pass(
-    rule: Rule,
-    parts: Sequence[Part],
-    partition: Partition | None,
-    lengths: Sequence[int] | None,
-) -> Moments:
-    shape = parts[0].gradient.shape[1:]
-    whole = partition or _unsplit(shape)
-    view = view_for(shape, FIRST, whole.shape)
+def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
-    if not view.is_factored:
-        if not needs_parameter:
-            return Moments(None, None, None)
-        by_part = [
-            jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))(
-                part.gradient, part.parameter
-            )
-            for part in parts
-        ]
-        moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
-        if lengths is None:
-            return moments
-        mean_square = moments.parameter_mean_square
-        padded = math.prod(shape) / _for_all(lengths, mean_square.shape[0])
-        return moments._replace(parameter_mean_square=padded * mean_square)
-    sums = []
+    factored = [unit for unit in units if unit.dims is not None]
+    sums = [_first_launches(rule, unit, needs_parameter) for unit in factored]
+    mean_squares: list[Any] = [None] * len(factored)
+    if needs_parameter and factored:
+        means = _means(_added([x.parameter for unit in sums for x in unit]), factored)[:, 0]
+        ends = itertools.accumulate((unit.tensors for unit in factored), initial=0)
+        mean_squares = [means[i:j] for i, j in itertools.pairwise(ends)]
+    of_factored = iter(map(_factored_moments, factored, sums, mean_squares))
+    return [
+        _parameter_moments(rule, unit, needs_parameter) if unit.dims is None else next(of_factored)
+        for unit in units
+    ]
+
+
+def _first_launches(rule: Rule, unit: _Unit, needs_parameter: bool) -> list[passes.FirstSums]:
+    view = unit.view(FIRST)
     arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
-    for chosen in _launches(parts):
+    out = []
+    for chosen in unit.launches:
         plan = _plan(view, chosen, FIRST)
         gradients = arranged(_as_laid_out(part.gradient) for part in chosen)
         parameters = arranged(part.parameter for part in chosen) if needs_parameter else None
-        sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
-    joined = passes.FirstSums(
-        *(None if x[0] is None else _join(x) for x in zip(*sums, strict=True))
-    )
+        out.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
+    return out
+
+
+def _factored_moments(
+    unit: _Unit, sums: Sequence[passes.FirstSums], mean_square: jax.Array | None
+) -> Moments:
+    view, whole = unit.view(FIRST), unit.whole
     down_axis, across_axis = view.order[view.down_axis], view.order[-1]
-    down = whole.total(jnp.sum(joined.down, axis=2)[..., : view.down], [across_axis])
-    across = whole.total(jnp.sum(joined.across, axis=2)[..., : view.across], [down_axis])
+    down, across = _join([x.down for x in sums]), _join([x.across for x in sums])
+    down = whole.total(jnp.sum(down, axis=2)[..., : view.down], [across_axis])
+    across = whole.total(jnp.sum(across, axis=2)[..., : view.across], [down_axis])
     down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
-    mean_square = None
-    if joined.parameter is not None:
-        mean_square = _mean(jnp.sum(joined.parameter, axis=2), whole)[:, 0]
     down, across = view.restore_down(down), view.restore_across(across)
     row, column = (down, across) if view.down_is_row else (across, down)
     return Moments(row, column, mean_square)
 
 
+def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moments:
+    """Moments of tensors that are not factored."""
+    if not needs_parameter:
+        return Moments(None, None, None)
+    partition = unit.whole if unit.whole.is_split() else None
+    function = jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))
+    by_part = [function(part.gradient, part.parameter) for part in unit.parts]
+    moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
+    if unit.lengths is None:
+        return moments
+    padded = math.prod(unit.shape) / unit.elements
+    return moments._replace(parameter_mean_square=padded * moments.parameter_mean_square)
+
+
 def second_pass(
     rule: Rule,
-    parts: Sequence[Part],
-    moments: Moments,
+    units: Sequence[Unit],
+    moments: Sequence[Moments],
     mlp: MLP,
     mlp_per_tensor: bool,
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    partition: Partition | None = None,
-    take: RowsTaker | None = None,
-    lengths: Sequence[int] | None = None,
+    take: PartTaker | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
     Args:
       rule: the rule.
-      parts: the tensors.
+      units: the tensors.
       moments: of `first_pass`.
-      mlp: the network, with a leading axis of tensors if `mlp_per_tensor`.
+      mlp: the network, with a leading axis of all tensors if `mlp_per_tensor`.
       mlp_per_tensor: whether it has that axis.
       decays: decay rates.
       scale: (tensors,).
       weight_decay: (tensors,).
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
-      partition: where the tensors are shards, without padding, of what.
-      take: takes rows out of an array, of `rows_taker`; None: made here.
-      lengths: of all tensors, where they are padded vectors.
+      take: takes parts of an array, of `part_taker`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
 
     def passes(
-        parts: Sequence[Part],
-        by_tensor: tuple[Moments, jax.Array, jax.Array, Statistics | None],
+        parts: Any,
+        moments: Sequence[Moments],
+        by_tensor: tuple[jax.Array, jax.Array, Statistics | None],
         networks: Shared,
         rates: Shared,
-    ) -> tuple[list[TensorUpdate], Statistics | None]:
-        moments, scale, weight_decay, statistics = by_tensor
-        return _second_pass(
-            rule,
-            parts,
-            moments,
-            networks,
-            rates,
-            scale,
-            weight_decay,
-            statistics,
-            partition,
-            take,
-            lengths,
-        )
+    ) -> Any:
+        given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
+        of = [_Unit.of(unit) for unit in given]
+        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
+        return made, [], kept
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
-    updates = batching.over_tensors(passes)(
-        tuple(parts),
-        (moments, scale, weight_decay, statistics),
+    parts, _, kept = batching.over_tensors(passes)(
+        [tuple(unit.parts) for unit in units],
+        list(moments),
+        (scale, weight_decay, statistics),
         Shared(mlp, mlp_per_tensor),
         Shared(rates, False),
     )
-    return Updates(*updates)
+    return Updates(parts, kept)
+
+
+class _Result(NamedTuple):
+    """What passes B and C make of some units."""
+
+    launches: list[list[StepOutputs]]  # of each unit
+    vectors: list[list[tuple[jax.Array, jax.Array]]]  # new row and column of each part, or empty
+    centres: Any
 
 
 def _second_pass(
     rule: Rule,
-    parts: Sequence[Part],
-    moments: Moments,
+    units: Sequence[_Unit],
+    moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    partition: Partition | None,
-    take: RowsTaker | None,
-    lengths: Sequence[int] | None,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+    take: PartTaker | None,
+) -> tuple[list[list[TensorUpdate]], Statistics | None]:
+    ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
+    # units whose vectors are computed together
+    factored = [i for i, unit in enumerate(units) if unit.dims is not None]
+    batches = [factored] if factored else []
+    batches += [[i] for i, unit in enumerate(units) if unit.dims is None]
+    order = [i for batch in batches for i in batch]
+    take = take or part_taker(units[0].parts[0].gradient)
+    of_batches = []
+    for batch in batches:
+        tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in batch])
+        of = functools.partial(_tensors, positions=tensors, count=ends[-1])
+        own = lambda shared, of=of: Shared(  # noqa: E731
+            of(shared.tree) if shared.per_tensor else shared.tree, shared.per_tensor
+        )
+        of_batches.append(
+            _passes(
+                rule,
+                [units[i] for i in batch],
+                [moments[i] for i in batch],
+                own(networks_of),
+                own(decays_of),
+                of(scale),
+                of(weight_decay),
+                of(statistics),
+                take,
+            )
+        )
+    kept = None
+    if rule.accumulator_statistics:
+        launches = [x for batch in of_batches for unit in batch.launches for x in unit]
+        means = _means(_added([x.sums for x in launches]), [units[i] for i in order])
+        kept = _statistics(means, _join([batch.centres for batch in of_batches]))
+        tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in order])
+        kept = _tensors(kept, np.argsort(tensors), ends[-1])
+    out: list[list[TensorUpdate]] = [[] for _ in units]
+    made = [
+        pair for batch in of_batches for pair in zip(batch.launches, batch.vectors, strict=True)
+    ]
+    for i, (launches, vectors) in zip(order, made, strict=True):
+        view = units[i].view(_tuning(rule, networks_of.tree, units[i].dims is not None))
+        elements = [x for launch in launches for x in launch.elements]
+        out[i] = [_update_of(view, *x) for x in zip(units[i].parts, elements, vectors, strict=True)]
+    return out, kept
+
+
+def _update_of(
+    view: View, part: Part, new: Elements, vectors: tuple[jax.Array, jax.Array] | None
+) -> TensorUpdate:
+    """The update of a part, its arrays arranged as the tensors are."""
+    old = part.accumulators
+    row, column = vectors or (
+        jnp.stack([view.restore(a) for a in new.average], axis=1),
+        old.column,
+    )
+    accumulators = Accumulators(
+        momentum=tuple(map(view.restore, new.momentum)),
+        second_moment=view.restore(new.second_moment),
+        row=row.astype(old.row.dtype),
+        column=column.astype(old.column.dtype),
+    )
+    return TensorUpdate(view.restore(new.gradient), accumulators, None)
+
+
+def _tensors(tree: Any, positions: np.ndarray, count: int) -> Any:
+    """What belongs to some of the tensors, from arrays for all of them."""
+    if np.array_equal(positions, np.arange(count)):
+        return tree
+    first, last = int(positions[0]), int(positions[-1]) + 1
+    if np.array_equal(positions, np.arange(first, last)):
+        return jax.tree.map(lambda x: x[first:last], tree)
+    return jax.tree.map(lambda x: x[positions], tree)
+
+
+class _Vectors:
+    """Row and column vectors of some units after this step, in lines."""
+
+    def __init__(
+        self,
+        units: Sequence[_Unit],
+        moments: Sequence[Moments],
+        decays: jax.Array,
+        per_tensor: bool,
+    ):
+        self.units = units
+        self.lines = {
+            "row": Lines(tuple(unit.block(True) for unit in units)),
+            "column": Lines(tuple(unit.block(False) for unit in units)),
+        }
+
+        def after(side: Varies) -> jax.Array:
+            """The new accumulators, (n, pieces, PIECE)."""
+            lines = self.lines[side]
+            old, new = [], []
+            for unit, of_unit in zip(units, moments, strict=True):
+                view = unit.view(SUMS)
+                arranged = view.row_lines if side == "row" else view.column_lines
+                new.append(arranged(getattr(of_unit, side)))
+                for part in unit.parts:
+                    x = getattr(part.accumulators, side).astype(jnp.float32)
+                    old.append(jax.vmap(arranged, in_axes=1)(x))
+            rates = lines.of_tensors(decays.T) if per_tensor else decays[:, None, None]
+            return update_average(lines.join(old), lines.join(new), rates)
+
+        self.row, self.column = after("row"), after("column")
+        mean = lambda x, *_, **__: self.lines["row"].line_means(x)  # noqa: E731
+        self.row_factor = row_factor(self.row, -1, mean)
+        self.column_factor = safe_rsqrt(self.column)
+        of_decays = tuple(map(tuple, (self.row, self.column, self.row_factor, self.column_factor)))
+        self.operands = Operands(None, None, (), None, *of_decays)
+
+    def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
+        """The new row and column accumulators of each part of each unit."""
+        rows, columns = jax.lax.optimization_barrier((self.row, self.column))
+        sides = (("row", rows), ("column", columns))
+        pairs = [self._parts(side, x.reshape((x.shape[0], -1)), take) for side, x in sides]
+        return [list(zip(*unit, strict=True)) for unit in zip(*pairs, strict=True)]
+
+    def _parts(self, side: Varies, x: jax.Array, take: PartTaker) -> list[list[jax.Array]]:
+        lines, out = self.lines[side], []
+        for unit, block, start in zip(self.units, lines.blocks, lines.starts, strict=True):
+            view, stride = unit.view(SUMS), pieces(block.length) * PIECE
+            is_down = view.down_is_row == (side == "row")
+            restore = view.restore_down if is_down else view.restore_across
+            made = []
+            for part in unit.parts:
+                count = part.gradient.shape[0] * block.count
+                size = block.length if count == 1 else count * stride
+                of_part = take(x, (0, start), (x.shape[0], size))
+                of_part = of_part.reshape((x.shape[0], count, -1))[..., : block.length]
+                made.append(jax.vmap(restore, out_axes=1)(of_part))
+                start += count * stride
+            out.append(made)
+        return out
+
+
+def _passes(
+    rule: Rule,
+    units: Sequence[_Unit],
+    moments: Sequence[Moments],
+    networks_of: Shared,
+    decays_of: Shared,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+    statistics: Statistics | None,
+    take: PartTaker,
+) -> _Result:
+    """Passes B and C over factored units, or over one that is not factored."""
     mlp, mlp_per_tensor = networks_of
     decays, decays_per_tensor = decays_of
-    shape = parts[0].gradient.shape[1:]
-    whole = partition or _unsplit(shape)
-    hidden = range(mlp.biases[0].shape[-1])
-    dims = factored_dims(whole.shape)
-    on_matrix_units = uses_matrix_units(rule, len(hidden), dims is not None)
-    tuning = UPDATE
-    if len(hidden) >= rules.WIDE_HIDDEN_SIZE:
-        tuning = MATRIX_UPDATE if on_matrix_units else WIDE_UPDATE
-    view = view_for(shape, SUMS, whole.shape)
-    update_view = view_for(shape, tuning, whole.shape)
-    tensors = sum(part.gradient.shape[0] for part in parts)
-    features = rule.features.for_tensor(view.is_factored)
-    counts = None if lengths is None else _for_all(lengths, tensors)
-
-    row = column = None
-    vectors = FactoredVectors((), (), (), ())
-    if dims is not None:
-        row, column, vectors = jax.vmap(
-            functools.partial(_factored_after, dims=dims, partition=partition),
-            in_axes=(0, 0, 0, 0, 0 if decays_per_tensor else None),
-        )(
-            moments.row,
-            moments.column,
-            _join([part.accumulators.row for part in parts]),
-            _join([part.accumulators.column for part in parts]),
-            decays.factored,
-        )
-    launches = _launches(parts)
-    elements = [[_elements(view, part) for part in chosen] for chosen in launches]
-    starts = _starts(launches)
+    tensors = sum(unit.tensors for unit in units)
+    is_factored = units[0].dims is not None
+    features = rule.features.for_tensor(is_factored)
+    lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
+    vectors = _Vectors(units, moments, decays.factored, decays_per_tensor) if is_factored else None
+    elements = [
+        [[_elements(unit.view(SUMS), part) for part in chosen] for chosen in unit.launches]
+        for unit in units
+    ]
+    starts = _starts(units, vectors)
 
     # pass B
-    tables = tensors if decays_per_tensor or counts is not None else 1
+    tables = tensors if decays_per_tensor or lengths is not None else 1
     repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
     own = decays if decays_per_tensor else repeated(tables)
-    rates, rate_entries = table.pack(Rates(own, counts), tables)
-    factors = _oriented(view, vectors.row_factor, vectors.column_factor)
+    rates, rate_entries = table.pack(Rates(own, lengths), tables)
+    views = [unit.view(SUMS) for unit in units]
+    of_views = _oriented(views, vectors, () if vectors is None else ((), ()))
     sums = [
         _square_sums(
             _plan(view, chosen, SUMS),
             rule,
             rate_entries,
             mosaic.is_interpreting(),
-            Inputs(x, rates, *factors, start),
+            Inputs(x, rates, down, across, start),
         )
-        for chosen, x, start in zip(launches, elements, starts, strict=True)
+        for view, unit, (down, across), of_unit, first in zip(
+            views, units, of_views, elements, starts, strict=True
+        )
+        for chosen, x, start in zip(unit.launches, of_unit, first, strict=True)
     ]
-    means = _mean(jnp.sum(_join(sums), axis=2), whole, counts)
+    means = _means(_added(sums), units)
 
     # the network
-    networks = jax.vmap(
-        functools.partial(_folded, rule, features, len(whole.shape), partition),
-        in_axes=(0 if mlp_per_tensor else None, 0, 0),
-    )(mlp, means[:, :-2], vectors)
+    last = lambda x: jnp.moveaxis(x, 0, -1) if mlp_per_tensor else x[..., None]  # noqa: E731
+    first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
+    networks = _folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
     if rule.parameter_scale:
-        scale = scale * rules.parameter_scale(moments.parameter_mean_square)
+        squares = _join([x.parameter_mean_square for x in moments])
+        scale = scale * rules.parameter_scale(squares)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     layers = _layers(mlp, mlp_per_tensor, tensors)
-    matrices = weights = None
-    if on_matrix_units:
-        matrices = matrix_units.pack(networks, layers, update_view)
-        layers = layers[-1][1]
+    weights: Any = jnp.stack(networks.weights)  # (features, H, tensors)
+    weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
+    biases: Any = ()
+    if vectors is None:
+        bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
+    elif uses_matrix_units(rule, weights.shape[2], is_factored):
+        matrices = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
+        weights, layers = None, layers[-1][1]
+        of_sides = [x.reshape((x.shape[0], -1)) for x in (networks.row_bias, networks.column_bias)]
+        row_bias, column_bias = map(matrix_units.pack_biases, of_sides)
+        biases = ((), ())
     else:
-        weights = jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1)
+        biases = (networks.row_bias, networks.column_bias)
     numbers, entries = table.pack(
         Table(
             decays=decays if decays_per_tensor else repeated(tensors),
             weights=weights,
-            bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
+            bias=bias,
             layers=layers,
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
-            length=counts,
+            length=lengths,
         ),
         tensors,
     )
-    if dims is not None and not on_matrix_units:
-        of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
-        factors = _oriented(
-            update_view,
-            (*vectors.row_factor, *of_unit(networks.row_bias)),
-            (*vectors.column_factor, *of_unit(networks.column_bias)),
-        )
-
-    elif dims is not None:
-        factors = _oriented(update_view, vectors.row_factor, vectors.column_factor)
 
     # pass C
-    view = update_view
-    results = [
-        _update(
-            _plan(view, chosen, tuning, backwards=True),
-            rule,
-            entries,
-            mosaic.is_interpreting(),
-            Inputs(x, numbers, *factors, start, matrices),
+    tuning = _tuning(rule, mlp, is_factored)
+    views = [unit.view(tuning) for unit in units]
+    of_views = _oriented(views, vectors, biases)
+    launches = []
+    for view, unit, (down, across), of_unit, first in zip(
+        views, units, of_views, elements, starts, strict=True
+    ):
+        own_matrices = None
+        if matrices is not None:
+            sides = (row_bias, column_bias) if view.down_is_row else (column_bias, row_bias)
+            own_matrices = matrix_units.Matrices(*matrices, *sides)
+        launches.append(
+            [
+                _update(
+                    _plan(view, chosen, tuning, backwards=True),
+                    rule,
+                    entries,
+                    mosaic.is_interpreting(),
+                    Inputs(x, numbers, down, across, start, own_matrices),
+                )
+                for chosen, x, start in zip(unit.launches, of_unit, first, strict=True)
+            ]
         )
-        for chosen, x, start in zip(launches, elements, starts, strict=True)
-    ]
-    kept = None
-    if rule.accumulator_statistics:
-        kept = _statistics(_join([x.sums for x in results]), centres, whole, counts)
-    out, first = [], 0
-    take = take or rows_taker(parts[0].gradient)
-    row, column = jax.lax.optimization_barrier((row, column))
-    made = [x for result in results for x in result.elements]
-    for new, part in zip(made, parts, strict=True):
-        old = part.accumulators
-        if dims is None:
-            new_row = jnp.stack([view.restore(a) for a in new.average], axis=1)
-            new_column = old.column
-        else:
-            last = first + part.gradient.shape[0]
-            rows = slice(first, last)
-            new_row, new_column = (
-                x if len(parts) == 1 else take(x, rows, x.shape[-1]) for x in (row, column)
-            )
-            first = last
-        accumulators = Accumulators(
-            momentum=tuple(map(view.restore, new.momentum)),
-            second_moment=view.restore(new.second_moment),
-            row=new_row.astype(old.row.dtype),
-            column=new_column.astype(old.column.dtype),
-        )
-        out.append(TensorUpdate(view.restore(new.gradient), accumulators, None))
-    return out, kept
+    new_vectors: Any = [[None] * len(unit.parts) for unit in units]
+    if vectors is not None:
+        new_vectors = vectors.parts(take)
+    return _Result(launches, new_vectors, centres)
+
+
+def _tuning(rule: Rule, mlp: MLP, is_factored: bool) -> Tuning:
+    """How pass C is cut."""
+    hidden = mlp.biases[0].shape[-1]
+    if hidden < rules.WIDE_HIDDEN_SIZE:
+        return UPDATE
+    return MATRIX_UPDATE if uses_matrix_units(rule, hidden, is_factored) else WIDE_UPDATE
 
 
 def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
@@ -453,22 +645,62 @@ def plan_for(
     )
 
 
-def _starts(launches: Sequence[Sequence[Part]]) -> list[jax.Array]:
-    """The position of each launch's first tensor among all, for the kernels to read."""
-    counts = [sum(part.gradient.shape[0] for part in chosen) for chosen in launches]
-    return [jnp.full((1,), sum(counts[:i]), jnp.int32) for i in range(len(counts))]
+def _starts(units: Sequence[_Unit], vectors: _Vectors | None) -> list[list[First]]:
+    """Where the first tensor of each launch of each unit is, for the kernels to read."""
+    number = lambda n: jnp.full((1,), n, jnp.int32)  # noqa: E731
+    out: list[list[First]] = []
+    tensor = 0
+    for i, unit in enumerate(units):
+        out.append([])
+        before = 0
+        for chosen in unit.launches:
+            if vectors is None:
+                out[-1].append(First(number(tensor), None, None))
+            else:
+                sides = (vectors.lines["row"], vectors.lines["column"])
+                if not unit.view(SUMS).down_is_row:
+                    sides = sides[::-1]
+                out[-1].append(First(number(tensor), *(number(x.start(i, before)) for x in sides)))
+            count = sum(part.gradient.shape[0] for part in chosen)
+            tensor += count
+            before += count
+    return out
 
 
 def _join(arrays: Sequence[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[Any, Any]:
-    """Vectors as the kernels read them: (down, across)."""
-    if not view.is_factored:
-        return None, None
-    down, across = (row, column) if view.down_is_row else (column, row)
-    return view.down_vectors(down), view.across_vectors(across)
+def _added(sums: Sequence[Any]) -> jax.Array:
+    """The sums of all programs, (tensors, sums, programs) each, added up: (all tensors, sums)."""
+    # where others have a few, those of large tensors are added up first
+    short = [x if x.shape[2] <= LONG_SUM else jnp.sum(x, axis=2, keepdims=True) for x in sums]
+    most = max(x.shape[2] for x in short)
+    return jnp.sum(_join([_padded_to(x, most) for x in short]), axis=2)
+
+
+def _padded_to(x: jax.Array, size: int) -> jax.Array:
+    short = size - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) if short else x
+
+
+def _oriented(
+    views: Sequence[View], vectors: _Vectors | None, biases: Any
+) -> list[tuple[Any, Any]]:
+    """Factors, and biases (hidden, pieces, PIECE), as the kernels of each view read them."""
+    if vectors is None:
+        return [(None, None)] * len(views)
+    unit = max(view.vector_unit for view in views)
+
+    def stacked(*arrays: jax.Array) -> jax.Array:
+        x = jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        x = x.reshape((x.shape[0], -1))
+        return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
+
+    given = [(x,) if len(x) else () for x in biases]
+    row = stacked(vectors.row_factor, *given[0])
+    column = stacked(vectors.column_factor, *given[1])
+    return [(row, column) if view.down_is_row else (column, row) for view in views]
 
 
 def _as_laid_out(x: jax.Array) -> jax.Array:
@@ -493,63 +725,30 @@ def _elements(view: View, part: Part) -> Elements:
     )
 
 
-def _factored_after(
-    row_mean: jax.Array,
-    column_mean: jax.Array,
-    row: jax.Array,
-    column: jax.Array,
-    decays: jax.Array,
-    dims: FactoredDims,
-    partition: Partition | None,
-) -> tuple[jax.Array, jax.Array, FactoredVectors]:
-    """One tensor's row and column accumulators after this step, and their vectors."""
-    row = update_factored(row.astype(jnp.float32), row_mean, decays)
-    column = update_factored(column.astype(jnp.float32), column_mean, decays)
-    return row, column, rules.factored_vectors(row, column, dims, partition)
-
-
 def _folded(
-    rule: Rule,
-    features: Any,
-    rank: int,
-    partition: Partition | None,
-    mlp: MLP,
-    means: jax.Array,
-    vectors: FactoredVectors,
+    rule: Rule, features: Sequence[Feature], mlp: MLP, means: jax.Array, vectors: _Vectors | None
 ) -> Folded:
-    """One tensor's folded network from the mean squares of its element features."""
-    operands = Operands(None, None, (), None, *vectors)
-    axes = rules.normalizer_axes(rule, rank)
-    kept = [x.reshape((1,) * rank) for x in means]
-    normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
+    """The folded networks of all tensors from the mean squares (tensors, element features).
+
+    The first layer's weights and biases have a last axis of tensors, or of size one.
+    """
+    operands, lines = None, {}
+    if vectors is not None:
+        operands, lines = vectors.operands, vectors.lines
+    mean_of = lambda varies, x: lines[varies].tensor_means(x)  # noqa: E731
+    normalizers = rules.normalizers(rule, features, list(means.T), operands, mean_of)
     # computed once, or XLA takes features of a row for softmaxes and makes a kernel of each
     normalizers = jax.lax.optimization_barrier(normalizers)
-    return rules.fold(mlp, features, normalizers, operands)
+    along = lambda varies, x: lines[varies].of_tensors(x) if lines else x  # noqa: E731
+    return rules.fold(mlp, features, normalizers, operands, along)
 
 
-def _unsplit(shape: tuple[int, ...]) -> Partition:
-    """The partition of tensors that are not split."""
-    return Partition(shape, ((),) * len(shape))
-
-
-def _for_all(lengths: Sequence[int], tensors: int) -> jax.Array:
-    """Lengths of all tensors, float32, where these are a batch of those that have the lengths."""
-    return jnp.tile(jnp.asarray(lengths, jnp.float32), tensors // len(lengths))
-
-
-def _mean(sums: jax.Array, whole: Partition, counts: jax.Array | None = None) -> jax.Array:
-    """Means over the whole tensors from sums over the shards, (tensors, sums).
-
-    Args:
-      sums: over the shards.
-      whole: of what.
-      counts: elements of every tensor, where they are not those of the whole.
-
-    Returns:
-      The means.
-    """
-    total = whole.total(sums, range(len(whole.shape)))
-    return total / (math.prod(whole.shape) if counts is None else counts[:, None])
+def _means(sums: jax.Array, units: Sequence[_Unit]) -> jax.Array:
+    """Means over the whole tensors of some units from sums over shards, (tensors, sums)."""
+    counts = [unit.tensors for unit in units]
+    names = [unit.whole.names(range(len(unit.shape))) for unit in units]
+    elements = np.concatenate([unit.elements for unit in units])
+    return totals(sums.T, counts, names).T / elements[:, None]
 
 
 def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
@@ -577,10 +776,9 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
     return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
 
 
-def _statistics(
-    sums: jax.Array, centres: jax.Array, whole: Partition, counts: jax.Array | None
-) -> Statistics:
-    first, second = jnp.split(_mean(jnp.sum(sums, axis=2), whole, counts), 2, axis=1)
+def _statistics(means: jax.Array, centres: jax.Array) -> Statistics:
+    """From means of distances to the centres and of their squares."""
+    first, second = jnp.split(means, 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 
