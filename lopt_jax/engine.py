@@ -8,6 +8,7 @@ stacked, so that hundreds of leaves do not become hundreds of copies of the code
 import contextlib
 import contextvars
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +29,12 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.partition import (
     BATCH,
+    REPLICATED_ELEMENTS,
     Dims,
     Partition,
     Partitions,
     is_local,
+    is_split,
     match_sharding,
     partitions_of,
     say_once,
@@ -458,6 +461,9 @@ class GroupDims(NamedTuple):
         rank = len(group.shape)
         without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731
         dims = group.dims
+        if group.lengths is not None:  # their positions are counted from the first on
+            whole = Dims((None,) * (rank + 1), part)
+            return cls(whole, Dims((None,) * (rank + 2), part), Dims((None, None), part), part)
         return cls(
             elementwise=Dims((BATCH, *range(rank)), part),
             row=without(dims.d0 if dims else None),
@@ -628,13 +634,17 @@ def _reasons(choices: Sequence[str | None]) -> str:
 
 
 def _alike_vectors(groups: Sequence[Group], inputs: Sequence[GroupInputs]) -> list[list[int]]:
-    """Groups of vectors that differ in length alone, and not much; the longest come first."""
-    if not is_local():
-        return []
+    """Groups of vectors that differ in length alone, and not much; the longest come first.
+
+    Where a partitioner may split tensors, only vectors that are best left whole: joined they are.
+    """
+    longest = STACKED_LEAF_ELEMENTS if is_local() else REPLICATED_ELEMENTS
     kinds: dict[Any, list[list[int]]] = {}
     for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
         shape = groups[i].shape
-        if len(shape) > 1 or shape[0] > STACKED_LEAF_ELEMENTS or groups[i].partition is not None:
+        if len(shape) > 1 or shape[0] > longest or groups[i].partition is not None:
+            continue
+        if any(map(is_split, jax.tree.leaves(inputs[i]))):
             continue
         alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
         if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:
@@ -672,13 +682,15 @@ def _make_calls(
     """Which groups are updated together.
 
     One call of the kernels takes all that it can. Where a partitioner may split tensors in
-    different ways, that is groups of one tensor: stacks may be split along their axis of tensors.
+    different ways, that is groups of one tensor, and vectors that it may not split: other stacks
+    may be split along their axis of tensors.
     """
     calls: list[Call] = []
     units: dict[Any, list[int]] = {}
     joins = is_local() or any(group.partition is not None for group in groups)
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
-        if not chosen or not (joins or len(group.tensors) == 1):
+        is_joined = joins or len(group.tensors) == 1 or group.lengths is not None
+        if not (chosen and is_joined):
             calls.append(Call([[i]], chosen))
             continue
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
@@ -738,18 +750,71 @@ def _rows(tree: Any, positions: Any) -> Any:
     return jax.tree.map(lambda x: x[np.asarray(positions)], tree)
 
 
-def _moved(
-    moments: Moments, partition: Partition | None, dims: FactoredDims | None, gathers: bool
-) -> Moments:
-    """Moments of whole tensors from those of their shards, or the other way round."""
-    if partition is None or not partition.is_split() or dims is None:
+def _moments_like(rule: Rule, group: Group, tensors: int) -> Moments:
+    """Shapes of the moments of so many whole tensors like a group's."""
+    shape = group.shape if group.partition is None else group.partition.shape
+    of = lambda *shape: jax.ShapeDtypeStruct((tensors, *shape), jnp.float32)  # noqa: E731
+    row = column = None
+    if group.dims is not None:
+        row, column = (of(*shape[:d], *shape[d + 1 :]) for d in (group.dims.d0, group.dims.d1))
+    needs_parameter = rule.parameter_scale or rule.accumulator_statistics
+    return Moments(row, column, of() if needs_parameter else None)
+
+
+def _whole_moments(
+    pieces: Sequence[Sequence[tuple[_Shards, list[int], Moments]]],
+    groups: Sequence[Group],
+) -> jax.Array:
+    """Moments of whole tensors in one array, by one sum over devices, from those of shards."""
+    split = [x.partition for unit in pieces for x, _, _ in unit if x.partition is not None]
+    of_all = [name for p in split for name in p.names(range(len(p.shape)))]
+    names = tuple(dict.fromkeys(of_all))
+
+    def own(x: _Shards, members: list[int], moments: Moments) -> Moments:
+        dims = groups[members[0]].dims
+        shape = groups[members[0]].shape
+        partition = x.partition or Partition(shape, ((),) * len(shape))
+
+        def part(array: Any, dim: int | None) -> Any:
+            if array is None:
+                return None
+            kept = Partition((), ()) if dim is None else partition.without(dim)
+            return kept.stacked(array.shape[0]).own_part(array, names)
+
+        return Moments(
+            part(moments.row, None if dims is None else dims.d0),
+            part(moments.column, None if dims is None else dims.d1),
+            part(moments.parameter_mean_square, None),
+        )
+
+    whole = [
+        _in_order([(members, own(x, members, m)) for x, members, m in unit]) for unit in pieces
+    ]
+    flat = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(whole)])
+    return jax.lax.psum(flat, names) if names else flat
+
+
+def _apart(flat: jax.Array, like: Any) -> Any:
+    """The inverse of joining a tree's arrays, flattened, in one."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = list(itertools.accumulate((x.size for x in leaves), initial=0))
+    return treedef.unflatten(
+        [
+            flat[i:j].reshape(x.shape)
+            for x, (i, j) in zip(leaves, itertools.pairwise(ends), strict=True)
+        ]
+    )
+
+
+def _of_shards(moments: Moments, partition: Partition | None, dims: FactoredDims | None) -> Moments:
+    """Moments of this device's shards from those of whole tensors."""
+    if partition is None or dims is None:
         return moments
 
-    def move(x: jax.Array, dim: int) -> jax.Array:
-        kept = partition.without(dim).stacked(x.shape[0])
-        return kept.gather_small(x) if gathers else kept.shard(x)
+    def part(x: jax.Array, dim: int) -> jax.Array:
+        return partition.without(dim).stacked(x.shape[0]).shard(x)
 
-    return moments._replace(row=move(moments.row, dims.d0), column=move(moments.column, dims.d1))
+    return moments._replace(row=part(moments.row, dims.d0), column=part(moments.column, dims.d1))
 
 
 def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
@@ -777,7 +842,7 @@ def _first_pass(
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     crosses = _crosses(call, groups)
 
-    def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> list[Moments]:
+    def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> Any:
         shards = _shards_of(call, groups, inputs, partitions)
         on_kernels = [x for x in shards if x.on_kernels]
         made: Iterator[Moments] = iter(())
@@ -785,26 +850,22 @@ def _first_pass(
             from pallas_kernels import step
 
             made = iter(step.first_pass(rule, _step_units(on_kernels, groups, inputs)))
-        pieces: list[list[tuple[list[int], Moments]]] = [[] for _ in call.units]
+        pieces: list[list[tuple[_Shards, list[int], Moments]]] = [[] for _ in call.units]
         for x in shards:
             function = functools.partial(rules.first_pass, rule, partition=x.partition)
-            of_each = (
-                [(x.members, next(made))]
+            pieces[x.unit] += (
+                [(x, x.members, next(made))]
                 if x.on_kernels
                 else [
-                    ([k], over_tensors(function, inputs[k].gradient, inputs[k].parameter))
+                    (x, [k], over_tensors(function, inputs[k].gradient, inputs[k].parameter))
                     for k in x.members
                 ]
             )
-            if crosses:
-                of_each = [
-                    (members, _moved(moments, x.partition, groups[members[0]].dims, True))
-                    for members, moments in of_each
-                ]
-            pieces[x.unit] += of_each
-        return [_in_order(unit) for unit in pieces]
+        if crosses:
+            return _whole_moments(pieces, groups)
+        return [_in_order([piece[1:] for piece in unit]) for unit in pieces]
 
-    return spread(
+    moments = spread(
         first,
         (list(inputs),),
         ([d.inputs(x) for d, x in zip(dims, inputs, strict=True)],),
@@ -814,6 +875,15 @@ def _first_pass(
         guides=_guides(inputs),
         names=[group.name for group in groups],
     )
+    if not crosses:
+        return moments
+    by_unit = iter(zip(groups, inputs, strict=True))
+    like = []
+    for unit in call.units:
+        members = list(itertools.islice(by_unit, len(unit)))
+        tensors = sum(x.gradient.shape[0] for _, x in members)
+        like.append(_moments_like(rule, members[0][0], tensors))
+    return _apart(moments, like)
 
 
 def _step_units(
@@ -913,7 +983,7 @@ def _second_pass(
             if list(members) != of_unit:
                 first = ends[of_unit[0]]
                 out = _rows(out, [i - first for i in tensors(members)])
-            return _moved(out, x.partition, groups[members[0]].dims, False) if crosses else out
+            return _of_shards(out, x.partition, groups[members[0]].dims) if crosses else out
 
         shards = _shards_of(call, groups, inputs, partitions)
         on_kernels = [x for x in shards if x.on_kernels]

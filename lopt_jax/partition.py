@@ -31,6 +31,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 logger = logging.getLogger("lopt_jax")
 
+REPLICATED_ELEMENTS = 1 << 12  # arrays up to this size are best held whole by every device
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -112,18 +114,30 @@ class Partition:
                 shard = jax.lax.slice_in_dim(shard, 0, self.shape[dim], axis=dim)
         return shard
 
-    def gather_small(self, shard: jax.Array) -> jax.Array:
-        """The same as a sum over devices: more bytes, but XLA makes one of it and other sums."""
-        whole, starts, names = [], [], self.names(range(len(self.axes)))
-        for size, of_dim in zip(shard.shape, self.axes, strict=True):
-            devices = jax.lax.axis_size(of_dim) if of_dim else 1
-            whole.append(size * devices)
-            starts.append(jax.lax.axis_index(of_dim) * size if of_dim else 0)
-        if not names:
+    def own_part(self, shard: jax.Array, names: Sequence[str]) -> jax.Array:
+        """The whole tensor, with zeros where other devices hold it: what is to be summed over them.
+
+        Args:
+          shard: of the tensor.
+          names: the mesh axes to sum over: all that split it, and perhaps others.
+
+        Returns:
+          The tensor.
+        """
+        own = self.names(range(len(self.axes)))
+        others = tuple(name for name in names if name not in own)
+        if others:
+            shard = jnp.where(jax.lax.axis_index(others) == 0, shard, 0)
+        if not own:
             return shard
-        zeros = jnp.zeros(whole, shard.dtype)
-        own = jax.lax.dynamic_update_slice(zeros, shard, starts)
-        return jax.lax.psum(own, names)[tuple(map(slice, self.shape))]
+        devices = [jax.lax.axis_size(of_dim) if of_dim else 1 for of_dim in self.axes]
+        padded = [n * size for n, size in zip(devices, shard.shape, strict=True)]
+        starts = [
+            jax.lax.axis_index(of_dim) * size if of_dim else 0
+            for of_dim, size in zip(self.axes, shard.shape, strict=True)
+        ]
+        out = jax.lax.dynamic_update_slice(jnp.zeros(padded, shard.dtype), shard, starts)
+        return out[tuple(map(slice, self.shape))]
 
     def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """This device's part of the mean over devices of tensors that each holds whole.
@@ -552,6 +566,12 @@ def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSp
     """The spec of an array whose dimensions are some of those of an array with this spec."""
     entries = (*spec, *[None] * len(dims), *[None] * len(spec))
     return PartitionSpec(*(None if d is None else entries[d] for d in dims))
+
+
+def is_split(x: jax.Array) -> bool:
+    """Whether the type of an array says that it is split over devices."""
+    sharding = _explicit_sharding(x)
+    return sharding is not None and any(map(split_names, sharding.spec))
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:

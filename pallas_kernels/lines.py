@@ -8,6 +8,7 @@ copies what it needs of a line out of it.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,6 +160,18 @@ def totals(x: jax.Array, counts: Sequence[int], names: Sequence[tuple[str, ...]]
         is_split = np.repeat([n == axes for n in names], counts)
         x = summed if is_split.all() else jnp.where(is_split, summed, x)
     return x
+
+
+def totals_of(arrays: Sequence[tuple[jax.Array, tuple[str, ...]]]) -> list[jax.Array]:
+    """Sums over devices of arrays, each over its own mesh axes; one for all of the same axes."""
+    out = [x for x, _ in arrays]
+    for axes in dict.fromkeys(filter(None, (names for _, names in arrays))):
+        members = [i for i, (_, names) in enumerate(arrays) if names == axes]
+        joined = jax.lax.psum(jnp.concatenate([out[i].reshape(-1) for i in members]), axes)
+        ends = list(itertools.accumulate(out[i].size for i in members))
+        for i, part in zip(members, jnp.split(joined, ends[:-1]), strict=True):
+            out[i] = part.reshape(out[i].shape)
+    return out
 
 
 def _take(x: jax.Array, positions: np.ndarray) -> jax.Array:

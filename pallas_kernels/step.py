@@ -33,7 +33,7 @@ from lopt_jax.rows import PartTaker, part_taker
 from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
-from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals
+from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals, totals_of
 from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, StepOutputs, Table
 from pallas_kernels.view import View, view_of
 
@@ -185,12 +185,16 @@ def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
     sums = [_first_launches(rule, unit, needs_parameter) for unit in factored]
+    vectors = _vector_means(factored, sums)
     mean_squares: list[Any] = [None] * len(factored)
     if needs_parameter and factored:
         means = _means(_added([x.parameter for unit in sums for x in unit]), factored)[:, 0]
         ends = itertools.accumulate((unit.tensors for unit in factored), initial=0)
         mean_squares = [means[i:j] for i, j in itertools.pairwise(ends)]
-    of_factored = iter(map(_factored_moments, factored, sums, mean_squares))
+    of_factored = iter(
+        Moments(row, column, mean_square)
+        for (row, column), mean_square in zip(vectors, mean_squares, strict=True)
+    )
     return [
         _parameter_moments(rule, unit, needs_parameter) if unit.dims is None else next(of_factored)
         for unit in units
@@ -209,18 +213,28 @@ def _first_launches(rule: Rule, unit: _Unit, needs_parameter: bool) -> list[pass
     return out
 
 
-def _factored_moments(
-    unit: _Unit, sums: Sequence[passes.FirstSums], mean_square: jax.Array | None
-) -> Moments:
-    view, whole = unit.view(FIRST), unit.whole
-    down_axis, across_axis = view.order[view.down_axis], view.order[-1]
-    down, across = _join([x.down for x in sums]), _join([x.across for x in sums])
-    down = whole.total(jnp.sum(down, axis=2)[..., : view.down], [across_axis])
-    across = whole.total(jnp.sum(across, axis=2)[..., : view.across], [down_axis])
-    down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
-    down, across = view.restore_down(down), view.restore_across(across)
-    row, column = (down, across) if view.down_is_row else (across, down)
-    return Moments(row, column, mean_square)
+def _vector_means(
+    units: Sequence[_Unit], sums: Sequence[Sequence[passes.FirstSums]]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Means of g² of the rows and columns of each unit."""
+    partial: list[tuple[jax.Array, tuple[str, ...]]] = []
+    for unit, of_unit in zip(units, sums, strict=True):
+        view = unit.view(FIRST)
+        down_axis, across_axis = view.order[view.down_axis], view.order[-1]
+        down, across = _join([x.down for x in of_unit]), _join([x.across for x in of_unit])
+        down = jnp.sum(down, axis=2)[..., : view.down]
+        across = jnp.sum(across, axis=2)[..., : view.across]
+        partial += [(down, unit.whole.names([across_axis]))]
+        partial += [(across, unit.whole.names([down_axis]))]
+    totalled = iter(totals_of(partial))
+    out = []
+    for unit in units:
+        view = unit.view(FIRST)
+        down_axis, across_axis = view.order[view.down_axis], view.order[-1]
+        down = view.restore_down(next(totalled) / unit.whole.shape[across_axis])
+        across = view.restore_across(next(totalled) / unit.whole.shape[down_axis])
+        out.append((down, across) if view.down_is_row else (across, down))
+    return out
 
 
 def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moments:
