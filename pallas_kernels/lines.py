@@ -45,6 +45,11 @@ class Block:
     whole: Partition
     axis: int
 
+    @property
+    def size(self) -> int:
+        """What the lines of a tensor take."""
+        return self.count * pieces(self.length) * PIECE
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -52,16 +57,15 @@ class Lines:
 
     blocks: tuple[Block, ...]
 
-    @functools.cached_property
-    def starts(self) -> tuple[int, ...]:
-        """Where each block starts."""
-        sizes = [b.tensors * b.count * pieces(b.length) * PIECE for b in self.blocks]
-        return tuple(int(x) for x in np.cumsum([0, *sizes[:-1]]))
+    @property
+    def size(self) -> int:
+        """Where they end."""
+        return sum(b.tensors * b.size for b in self.blocks)
 
     def start(self, block: int, tensor: int) -> int:
         """Where the lines of a tensor of a block start."""
-        b = self.blocks[block]
-        return self.starts[block] + tensor * b.count * pieces(b.length) * PIECE
+        before = sum(b.tensors * b.size for b in self.blocks[:block])
+        return before + tensor * self.blocks[block].size
 
     def join(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """(..., lines, length) each, one after another -> (..., pieces, PIECE), zeros between."""

@@ -27,8 +27,7 @@ class Matrices(NamedTuple):
 
     weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
     vectors: Any  # (tensors, hidden layers + 1, H): the biases but the first; the last weights
-    down: Any  # (size, H), lines as in `passes.Inputs`: the first bias, where it varies down
-    across: Any  # (size, H): the rest of it
+    biases: Any  # (size, H), lines as in `passes.Inputs`: the parts of the first bias
 
 
 class Held(NamedTuple):

@@ -9,7 +9,7 @@ units: they are small, and computing them for all tensors at once saves hundreds
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals, totals_of
-from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, StepOutputs, Table
+from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
@@ -136,7 +136,7 @@ class _Unit:
 
     @property
     def tensors(self) -> int:
-        return sum(part.gradient.shape[0] for part in self.parts)
+        return sum(self.counts)
 
     @property
     def elements(self) -> np.ndarray:
@@ -149,9 +149,17 @@ class _Unit:
     def view(self, tuning: Tuning) -> View:
         return view_for(self.shape, tuning, self.whole.shape)
 
-    @functools.cached_property
-    def launches(self) -> list[Sequence[Part]]:
-        return _launches(self.parts)
+    @property
+    def counts(self) -> list[int]:
+        """Tensors of each part."""
+        return [part.gradient.shape[0] for part in self.parts]
+
+    @property
+    def vector_axes(self) -> tuple[int, int]:
+        """The dimensions that lie down and across."""
+        view = self.view(FIRST)
+        assert view.down_axis is not None
+        return view.order[view.down_axis], view.order[-1]
 
     def block(self, is_row: bool) -> Block:
         """Its lines, of the row or the column."""
@@ -184,57 +192,69 @@ def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
 def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
-    sums = [_first_launches(rule, unit, needs_parameter) for unit in factored]
-    vectors = _vector_means(factored, sums)
-    mean_squares: list[Any] = [None] * len(factored)
+    launches = _launches(factored)
+    sums = []
+    for launch in launches:
+        gradients = tuple(
+            part.view.arrange(_as_laid_out(part.part.gradient)) for part in launch.of(FIRST)
+        )
+        parameters = None
+        if needs_parameter:
+            parameters = tuple(x.view.arrange(x.part.parameter) for x in launch.of(FIRST))
+        interpreted = mosaic.is_interpreting()
+        sums.append(_first_sums(launch.plan(FIRST), rule, interpreted, gradients, parameters))
+    vectors = iter(_vector_means(factored, launches, sums))
+    mean_squares: Iterator[Any] = itertools.repeat(None)
     if needs_parameter and factored:
-        means = _means(_added([x.parameter for unit in sums for x in unit]), factored)[:, 0]
+        added = _added(launches, FIRST, [x.parameter for x in sums])
+        means = _means(added, factored)[:, 0]
         ends = itertools.accumulate((unit.tensors for unit in factored), initial=0)
-        mean_squares = [means[i:j] for i, j in itertools.pairwise(ends)]
-    of_factored = iter(
-        Moments(row, column, mean_square)
-        for (row, column), mean_square in zip(vectors, mean_squares, strict=True)
-    )
+        mean_squares = iter([means[i:j] for i, j in itertools.pairwise(ends)])
     return [
-        _parameter_moments(rule, unit, needs_parameter) if unit.dims is None else next(of_factored)
+        _parameter_moments(rule, unit, needs_parameter)
+        if unit.dims is None
+        else Moments(*next(vectors), next(mean_squares))
         for unit in units
     ]
 
 
-def _first_launches(rule: Rule, unit: _Unit, needs_parameter: bool) -> list[passes.FirstSums]:
-    view = unit.view(FIRST)
-    arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
-    out = []
-    for chosen in unit.launches:
-        plan = _plan(view, chosen, FIRST)
-        gradients = arranged(_as_laid_out(part.gradient) for part in chosen)
-        parameters = arranged(part.parameter for part in chosen) if needs_parameter else None
-        out.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
-    return out
-
-
 def _vector_means(
-    units: Sequence[_Unit], sums: Sequence[Sequence[passes.FirstSums]]
+    units: Sequence[_Unit], launches: Sequence["_Launch"], sums: Sequence[passes.FirstSums]
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Means of g² of the rows and columns of each unit."""
+    pieces: list[list[tuple[int, jax.Array, jax.Array]]] = [[] for _ in units]
+    for launch, of_launch in zip(launches, sums, strict=True):
+        plan = launch.plan(FIRST)
+        # neighbours at once
+        keys = [(i, k - place) for place, (i, k) in enumerate(launch.members)]
+        for (i, shift), run in itertools.groupby(range(plan.parts), keys.__getitem__):
+            places = list(run)
+            first, view = places[0], units[i].view(FIRST)
+            rows = slice(first * plan.groups, (first + len(places)) * plan.groups)
+            down = of_launch.down[rows, :, : plan.strips[first], : view.down]
+            across = of_launch.across[rows, :, : plan.chunks[first], : view.across]
+            pieces[i].append((first + shift, down, across))
     partial: list[tuple[jax.Array, tuple[str, ...]]] = []
-    for unit, of_unit in zip(units, sums, strict=True):
-        view = unit.view(FIRST)
-        down_axis, across_axis = view.order[view.down_axis], view.order[-1]
-        down, across = _join([x.down for x in of_unit]), _join([x.across for x in of_unit])
-        down = jnp.sum(down, axis=2)[..., : view.down]
-        across = jnp.sum(across, axis=2)[..., : view.across]
+    for unit, of_unit in zip(units, pieces, strict=True):
+        _, *sides = zip(*sorted(of_unit, key=lambda x: x[0]), strict=True)
+        down, across = map(_summed, sides)
+        down_axis, across_axis = unit.vector_axes
         partial += [(down, unit.whole.names([across_axis]))]
         partial += [(across, unit.whole.names([down_axis]))]
     totalled = iter(totals_of(partial))
     out = []
     for unit in units:
-        view = unit.view(FIRST)
-        down_axis, across_axis = view.order[view.down_axis], view.order[-1]
+        view, (down_axis, across_axis) = unit.view(FIRST), unit.vector_axes
         down = view.restore_down(next(totalled) / unit.whole.shape[across_axis])
         across = view.restore_across(next(totalled) / unit.whole.shape[down_axis])
         out.append((down, across) if view.down_is_row else (across, down))
     return out
+
+
+def _summed(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays summed over their third axis, and joined: first those for which it is as long."""
+    alike = itertools.groupby(arrays, lambda x: x.shape[2])
+    return _join([jnp.sum(_join(list(run)), axis=2) for _, run in alike])
 
 
 def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moments:
@@ -308,7 +328,8 @@ def second_pass(
 class _Result(NamedTuple):
     """What passes B and C make of some units."""
 
-    launches: list[list[StepOutputs]]  # of each unit
+    elements: list[list[Elements]]  # of each part of each unit
+    sums: Any  # of the accumulators' distances to the centres, (tensors, sums)
     vectors: list[list[tuple[jax.Array, jax.Array]]]  # new row and column of each part, or empty
     centres: Any
 
@@ -353,18 +374,17 @@ def _second_pass(
         )
     kept = None
     if rule.accumulator_statistics:
-        launches = [x for batch in of_batches for unit in batch.launches for x in unit]
-        means = _means(_added([x.sums for x in launches]), [units[i] for i in order])
+        sums = _join([batch.sums for batch in of_batches])
+        means = _means(sums, [units[i] for i in order])
         kept = _statistics(means, _join([batch.centres for batch in of_batches]))
         tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in order])
         kept = _tensors(kept, np.argsort(tensors), ends[-1])
     out: list[list[TensorUpdate]] = [[] for _ in units]
     made = [
-        pair for batch in of_batches for pair in zip(batch.launches, batch.vectors, strict=True)
+        pair for batch in of_batches for pair in zip(batch.elements, batch.vectors, strict=True)
     ]
-    for i, (launches, vectors) in zip(order, made, strict=True):
+    for i, (elements, vectors) in zip(order, made, strict=True):
         view = units[i].view(_tuning(rule, networks_of.tree, units[i].dims is not None))
-        elements = [x for launch in launches for x in launch.elements]
         out[i] = [_update_of(view, *x) for x in zip(units[i].parts, elements, vectors, strict=True)]
     return out, kept
 
@@ -434,6 +454,21 @@ class _Vectors:
         of_decays = tuple(map(tuple, (self.row, self.column, self.row_factor, self.column_factor)))
         self.operands = Operands(None, None, (), None, *of_decays)
 
+    def starts(self, unit: int, tensor: int) -> tuple[int, int]:
+        """Where the row and the column of a tensor of a unit start in `stacked`."""
+        row, column = (self.lines[side].start(unit, tensor) for side in ("row", "column"))
+        return row, self.lines["row"].size + column
+
+    def stacked(self, tuning: Tuning, biases: Sequence[jax.Array] = ()) -> jax.Array:
+        """Factors and then biases, (vectors, size): those of rows, then those of columns."""
+        rows, columns = ([x] for x in (self.row_factor, self.column_factor))
+        if biases:
+            rows, columns = [*rows, biases[0]], [*columns, biases[1]]
+        x = jnp.concatenate([_join(rows), _join(columns)], axis=1)
+        x = x.reshape((x.shape[0], -1))
+        unit = max(unit.view(tuning).vector_unit for unit in self.units)
+        return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
+
     def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
         """The new row and column accumulators of each part of each unit."""
         rows, columns = jax.lax.optimization_barrier((self.row, self.column))
@@ -443,7 +478,8 @@ class _Vectors:
 
     def _parts(self, side: Varies, x: jax.Array, take: PartTaker) -> list[list[jax.Array]]:
         lines, out = self.lines[side], []
-        for unit, block, start in zip(self.units, lines.blocks, lines.starts, strict=True):
+        for i, (unit, block) in enumerate(zip(self.units, lines.blocks, strict=True)):
+            start = lines.start(i, 0)
             view, stride = unit.view(SUMS), pieces(block.length) * PIECE
             is_down = view.down_is_row == (side == "row")
             restore = view.restore_down if is_down else view.restore_across
@@ -478,38 +514,32 @@ def _passes(
     features = rule.features.for_tensor(is_factored)
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
     vectors = _Vectors(units, moments, decays.factored, decays_per_tensor) if is_factored else None
-    elements = [
-        [[_elements(unit.view(SUMS), part) for part in chosen] for chosen in unit.launches]
-        for unit in units
-    ]
-    starts = _starts(units, vectors)
+    launches = _launches(units)
+    elements = [[_elements(*x) for x in launch.of(SUMS)] for launch in launches]
+    starts = [_first(units, launch, vectors) for launch in launches]
 
     # pass B
     tables = tensors if decays_per_tensor or lengths is not None else 1
     repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
     own = decays if decays_per_tensor else repeated(tables)
     rates, rate_entries = table.pack(Rates(own, lengths), tables)
-    views = [unit.view(SUMS) for unit in units]
-    of_views = _oriented(views, vectors, () if vectors is None else ((), ()))
+    factors: Any = None if vectors is None else vectors.stacked(SUMS)
     sums = [
         _square_sums(
-            _plan(view, chosen, SUMS),
+            launch.plan(SUMS),
             rule,
             rate_entries,
             mosaic.is_interpreting(),
-            Inputs(x, rates, down, across, start),
+            Inputs(x, rates, factors, first),
         )
-        for view, unit, (down, across), of_unit, first in zip(
-            views, units, of_views, elements, starts, strict=True
-        )
-        for chosen, x, start in zip(unit.launches, of_unit, first, strict=True)
+        for launch, x, first in zip(launches, elements, starts, strict=True)
     ]
-    means = _means(_added(sums), units)
+    means = _means(_added(launches, SUMS, sums), units)
 
     # the network
     last = lambda x: jnp.moveaxis(x, 0, -1) if mlp_per_tensor else x[..., None]  # noqa: E731
     first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
-    networks = _folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
+    networks: Any = _folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
     if rule.parameter_scale:
         squares = _join([x.parameter_mean_square for x in moments])
         scale = scale * rules.parameter_scale(squares)
@@ -517,17 +547,14 @@ def _passes(
     layers = _layers(mlp, mlp_per_tensor, tensors)
     weights: Any = jnp.stack(networks.weights)  # (features, H, tensors)
     weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
-    biases: Any = ()
     if vectors is None:
         bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
     elif uses_matrix_units(rule, weights.shape[2], is_factored):
-        matrices = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
+        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
         weights, layers = None, layers[-1][1]
-        of_sides = [x.reshape((x.shape[0], -1)) for x in (networks.row_bias, networks.column_bias)]
-        row_bias, column_bias = map(matrix_units.pack_biases, of_sides)
-        biases = ((), ())
-    else:
-        biases = (networks.row_bias, networks.column_bias)
+        biases = jnp.concatenate([networks.row_bias, networks.column_bias], axis=1)
+        biases = matrix_units.pack_biases(biases.reshape((biases.shape[0], -1)))
+        matrices = matrix_units.Matrices(*packed, biases)
     numbers, entries = table.pack(
         Table(
             decays=decays if decays_per_tensor else repeated(tensors),
@@ -544,32 +571,30 @@ def _passes(
 
     # pass C
     tuning = _tuning(rule, mlp, is_factored)
-    views = [unit.view(tuning) for unit in units]
-    of_views = _oriented(views, vectors, biases)
-    launches = []
-    for view, unit, (down, across), of_unit, first in zip(
-        views, units, of_views, elements, starts, strict=True
-    ):
-        own_matrices = None
-        if matrices is not None:
-            sides = (row_bias, column_bias) if view.down_is_row else (column_bias, row_bias)
-            own_matrices = matrix_units.Matrices(*matrices, *sides)
-        launches.append(
-            [
-                _update(
-                    _plan(view, chosen, tuning, backwards=True),
-                    rule,
-                    entries,
-                    mosaic.is_interpreting(),
-                    Inputs(x, numbers, down, across, start, own_matrices),
-                )
-                for chosen, x, start in zip(unit.launches, of_unit, first, strict=True)
-            ]
+    if vectors is not None:
+        biases_of = (networks.row_bias, networks.column_bias)
+        factors = vectors.stacked(tuning, () if matrices else biases_of)
+    results = [
+        _update(
+            launch.plan(tuning, backwards=True),
+            rule,
+            entries,
+            mosaic.is_interpreting(),
+            Inputs(x, numbers, factors, first, matrices),
         )
+        for launch, x, first in zip(launches, elements, starts, strict=True)
+    ]
+    made: list[list[Any]] = [[None] * len(unit.parts) for unit in units]
+    for launch, result in zip(launches, results, strict=True):
+        for (i, k), x in zip(launch.members, result.elements, strict=True):
+            made[i][k] = x
+    kept = None
+    if rule.accumulator_statistics:
+        kept = _added(launches, tuning, [x.sums for x in results])
     new_vectors: Any = [[None] * len(unit.parts) for unit in units]
     if vectors is not None:
         new_vectors = vectors.parts(take)
-    return _Result(launches, new_vectors, centres)
+    return _Result(made, kept, new_vectors, centres)
 
 
 def _tuning(rule: Rule, mlp: MLP, is_factored: bool) -> Tuning:
@@ -598,123 +623,178 @@ def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | No
     )
 
 
-def _launches(parts: Sequence[Part]) -> list[Sequence[Part]]:
-    """Parts that one launch takes: neighbours with equally many tensors.
+class _InLaunch(NamedTuple):
+    """A part, and how a pass sees its tensors."""
 
-    As many as allowed, but where that leaves none over, a few less: launches of as many parts share
-    a compiled kernel.
+    view: View
+    part: Part
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Parts that one launch of a pass takes."""
+
+    units: Sequence[_Unit]  # of the batch
+    members: Sequence[tuple[int, int]]  # positions: of the unit, of the part in it
+
+    def of(self, tuning: Tuning) -> list[_InLaunch]:
+        return [
+            _InLaunch(self.units[i].view(tuning), self.units[i].parts[k]) for i, k in self.members
+        ]
+
+    def plan(self, tuning: Tuning, backwards: bool = False) -> Plan:
+        views = tuple(x.view for x in self.of(tuning))
+        return plan_for(views, self.of(tuning)[0].part.gradient.shape[0], tuning, backwards)
+
+    @property
+    def tensors(self) -> list[np.ndarray]:
+        """Positions of each part's tensors among those of the batch."""
+        ends = np.cumsum([0, *(unit.tensors for unit in self.units)])
+        out = []
+        for i, k in self.members:
+            counts = self.units[i].counts
+            first = ends[i] + sum(counts[:k])
+            out.append(np.arange(first, first + counts[k]))
+        return out
+
+
+def _launches(units: Sequence[_Unit]) -> list[_Launch]:
+    """Which parts one launch takes: of equal numbers of tensors, up to `LAUNCH_PARTS`.
+
+    Launches of parts of the same shapes share a compiled kernel, so each takes as many of every
+    shape, as far as possible. Tensors that have a batch or a middle are not mixed with others.
     """
-    out: list[Sequence[Part]] = []
-    for _, group in itertools.groupby(parts, lambda part: part.gradient.shape[0]):
-        run = list(group)
-        even = (n for n in range(LAUNCH_PARTS, LAUNCH_PARTS // 2, -1) if len(run) % n == 0)
-        size = next(even, LAUNCH_PARTS)
-        out += [run[i : i + size] for i in range(0, len(run), size)]
-    return out
+    alike: dict[Any, dict[int, list[tuple[int, int]]]] = {}
+    for i, unit in enumerate(units):
+        for k, part in enumerate(unit.parts):
+            views = [unit.view(tuning) for tuning in (FIRST, SUMS, UPDATE, WIDE_UPDATE)]
+            dtypes = tuple(x.dtype for x in jax.tree.leaves(part))
+            tiles = tuple((view.rows, view.width) for view in views)
+            is_matrix = unit.dims is not None and views[0].batch * views[0].middle == 1
+            mixed = tiles if is_matrix else i
+            key = part.gradient.shape[0], dtypes, mixed
+            alike.setdefault(key, {}).setdefault(i, []).append((i, k))
+    return [_Launch(units, x) for by_unit in alike.values() for x in _shares(by_unit)]
 
 
-def _plan(view: View, parts: Sequence[Part], tuning: Tuning, backwards: bool = False) -> Plan:
-    """The plan of a launch."""
-    return plan_for(view, parts[0].gradient.shape[0], tuning, backwards, len(parts))
+def _shares(by_unit: dict[int, list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Deals parts out to few launches, most of which have as many parts of every unit."""
+    total = sum(map(len, by_unit.values()))
+
+    def cost(launches: int) -> tuple[int, int]:
+        dealt = launches * sum(len(parts) // launches for parts in by_unit.values())
+        rest = total - dealt
+        return launches + -(-rest // LAUNCH_PARTS), rest
+
+    def fits(launches: int) -> bool:
+        return 0 < sum(len(parts) // launches for parts in by_unit.values()) <= LAUNCH_PARTS
+
+    count = min(filter(fits, range(1, total + 1)), key=cost)
+    out: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    rest = []
+    for parts in by_unit.values():
+        each = len(parts) // count
+        for i, launch in enumerate(out):
+            launch += parts[i * each : (i + 1) * each]
+        rest += parts[count * each :]
+    return out + [rest[i : i + LAUNCH_PARTS] for i in range(0, len(rest), LAUNCH_PARTS)]
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_for(
-    view: View, tensors: int, tuning: Tuning, backwards: bool = False, parts: int = 1
+    views: tuple[View, ...], tensors: int, tuning: Tuning, backwards: bool = False
 ) -> Plan:
     """A plan whose programs fill the GPU once, or for large tensors a few times.
 
     Never a bit more than that: a wave of few programs takes as long as a full one.
 
     Args:
-      view: how the pass sees a tensor.
-      tensors: number of tensors in an array.
+      views: how the pass sees the tensors of each part.
+      tensors: number of tensors in a part.
       tuning: how the pass is cut.
       backwards: as in `Plan`.
-      parts: number of such arrays.
 
     Returns:
       The plan.
     """
-    strips = parts * tensors * view.batch * view.middle * view.strips
+    view = views[0]
+    matrices = tensors * view.batch * view.middle
     at_once = tuning.programs * MULTIPROCESSORS
-    elements = strips * view.tiles_down * view.rows * view.width
+    tile = view.rows * view.width
+    elements = matrices * tile * sum(v.strips * v.tiles_down for v in views)
     waves = -(-elements // (at_once * tuning.program_elements))
-    chunks = max(1, at_once * waves // strips)
-    tiles = -(-view.tiles_down // chunks)
+
+    def programs(tiles: int) -> int:
+        return matrices * sum(v.strips * -(-v.tiles_down // tiles) for v in views)
+
+    most = max(v.tiles_down for v in views)
+    fits = (n for n in range(1, most) if programs(n) <= at_once * waves)
+    tiles = next(fits, most)
     rows = min(tuning.block_rows or view.rows, view.rows)
     step = mosaic.tile_layout(view.width, view.vector)[1]
-    rows = max(rows, step)
-    stages = min(tuning.stages, tiles + 1)
     return Plan(
-        view,
+        views,
         tensors,
-        tiles,
-        stages,
-        rows,
+        # as equal as they can be
+        tuple(-(-v.tiles_down // -(-v.tiles_down // tiles)) for v in views),
+        min(tuning.stages, tiles + 1),
+        max(rows, step),
         tuning.loops,
         backwards,
-        parts,
         tuning.together,
         tuning.in_flight,
     )
 
 
-def _starts(units: Sequence[_Unit], vectors: _Vectors | None) -> list[list[First]]:
-    """Where the first tensor of each launch of each unit is, for the kernels to read."""
-    number = lambda n: jnp.full((1,), n, jnp.int32)  # noqa: E731
-    out: list[list[First]] = []
-    tensor = 0
-    for i, unit in enumerate(units):
-        out.append([])
-        before = 0
-        for chosen in unit.launches:
-            if vectors is None:
-                out[-1].append(First(number(tensor), None, None))
-            else:
-                sides = (vectors.lines["row"], vectors.lines["column"])
-                if not unit.view(SUMS).down_is_row:
-                    sides = sides[::-1]
-                out[-1].append(First(number(tensor), *(number(x.start(i, before)) for x in sides)))
-            count = sum(part.gradient.shape[0] for part in chosen)
-            tensor += count
-            before += count
-    return out
+def _first(units: Sequence[_Unit], launch: _Launch, vectors: _Vectors | None) -> First:
+    """Where the tensors of each part of a launch begin, for the kernels to read."""
+    numbers = lambda x: jnp.asarray(np.asarray(x, np.int32))  # noqa: E731
+    tensors = numbers([of_part[0] for of_part in launch.tensors])
+    if vectors is None:
+        return First(tensors, None, None)
+    sides = []
+    for i, k in launch.members:
+        row, column = vectors.starts(i, sum(units[i].counts[:k]))
+        sides.append((row, column) if units[i].view(SUMS).down_is_row else (column, row))
+    down, across = zip(*sides, strict=True)
+    return First(tensors, numbers(down), numbers(across))
 
 
 def _join(arrays: Sequence[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-def _added(sums: Sequence[Any]) -> jax.Array:
-    """The sums of all programs, (tensors, sums, programs) each, added up: (all tensors, sums)."""
-    # where others have a few, those of large tensors are added up first
-    short = [x if x.shape[2] <= LONG_SUM else jnp.sum(x, axis=2, keepdims=True) for x in sums]
+def _added(launches: Sequence[_Launch], tuning: Tuning, sums: Sequence[jax.Array]) -> jax.Array:
+    """The sums of all programs added up, for the tensors in their order.
+
+    Args:
+      launches: of a pass.
+      tuning: of the pass.
+      sums: (tensors, sums, programs) of each launch.
+
+    Returns:
+      (tensors, sums).
+    """
+    short = []
+    for launch, x in zip(launches, sums, strict=True):
+        plan = launch.plan(tuning)
+        each = plan.programs_of_tensor
+        if len(set(each)) > 1:
+            written = np.asarray(each, np.int32) * (x.shape[2] // max(each))
+            written = np.repeat(written, plan.tensors)[:, None, None]
+            position = jax.lax.broadcasted_iota(jnp.int32, (1, 1, x.shape[2]), 2)
+            x = jnp.where(position < written, x, 0)
+        # where others have a few, those of large tensors are added up first
+        short.append(x if x.shape[2] <= LONG_SUM else jnp.sum(x, axis=2, keepdims=True))
     most = max(x.shape[2] for x in short)
-    return jnp.sum(_join([_padded_to(x, most) for x in short]), axis=2)
+    added = jnp.sum(_join([_padded_to(x, most) for x in short]), axis=2)
+    order = np.argsort(np.concatenate([x for launch in launches for x in launch.tensors]))
+    return _tensors(added, order, len(order))
 
 
 def _padded_to(x: jax.Array, size: int) -> jax.Array:
     short = size - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) if short else x
-
-
-def _oriented(
-    views: Sequence[View], vectors: _Vectors | None, biases: Any
-) -> list[tuple[Any, Any]]:
-    """Factors, and biases (hidden, pieces, PIECE), as the kernels of each view read them."""
-    if vectors is None:
-        return [(None, None)] * len(views)
-    unit = max(view.vector_unit for view in views)
-
-    def stacked(*arrays: jax.Array) -> jax.Array:
-        x = jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-        x = x.reshape((x.shape[0], -1))
-        return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
-
-    given = [(x,) if len(x) else () for x in biases]
-    row = stacked(vectors.row_factor, *given[0])
-    column = stacked(vectors.column_factor, *given[1])
-    return [(row, column) if view.down_is_row else (column, row) for view in views]
 
 
 def _as_laid_out(x: jax.Array) -> jax.Array:

@@ -119,6 +119,57 @@ def check(rule, shape, tolerance=1e-5, **options):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
 
+MIXED = [(20, 100), (33, 72), (130, 65), (9, 1, 80)]  # that tiles of one shape cover
+
+
+def on_mixed_shapes(rule, arguments):
+    """Moments and updates of each shape, from launches that take all shapes."""
+    units = [step.Unit(parts) for parts, *_ in arguments]
+    _, *others = zip(*arguments, strict=True)
+    of_all = [jax.tree.map(lambda *xs: jnp.concatenate(xs), *x) for x in others]
+    moments = step.first_pass(rule, units)
+    out = step.second_pass(rule, units, moments, of_all[0], True, DECAYS, *of_all[1:], None)
+    join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
+    return moments, [jax.tree.map(join, *parts) for parts in out.parts], out.statistics
+
+
+def random_mixed(rule, hidden):
+    return [
+        random_arguments(rule, shape, parts=2 + (i == 1), hidden=hidden, seed=10 * i)
+        for i, shape in enumerate(MIXED)
+    ]
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (SPLIT, 32)])
+@pytest.mark.usefixtures("one_device")
+def test_launches_of_several_shapes(rule, hidden):
+    arguments = random_mixed(rule, hidden)
+    units = [step._Unit.of(step.Unit(parts)) for parts, *_ in arguments]
+    assert len(step._launches(units)) == 3
+    with kernels.running():
+        got = jax.block_until_ready(jax.jit(functools.partial(on_mixed_shapes, rule))(arguments))
+    expected = [jax.jit(functools.partial(on_xla, rule))(*x) for x in arguments]
+    moments, updates = zip(*expected, strict=True)
+    statistics = None
+    if rule.accumulator_statistics:
+        statistics = jax.tree.map(
+            lambda *xs: jnp.concatenate(xs), *(update.statistics for update in updates)
+        )
+    want = list(moments), [update._replace(statistics=None) for update in updates], statistics
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-5 * float(jnp.max(jnp.abs(b)))),
+        got,
+        want,
+    )
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (SPLIT, 32)])
+def test_launches_of_several_shapes_lower_for_cuda(rule, hidden):
+    traced = jax.jit(functools.partial(on_mixed_shapes, rule)).trace(random_mixed(rule, hidden))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 6  # of most parts, and of the one that is left over
+
+
 @pytest.mark.parametrize(
     ("rule", "shapes", "options", "per_tensor"),
     [
