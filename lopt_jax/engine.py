@@ -8,6 +8,7 @@ stacked, so that hundreds of leaves do not become hundreds of copies of the code
 import contextlib
 import contextvars
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +29,19 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.partition import (
     BATCH,
+    REPLICATED_ELEMENTS,
     Dims,
     Partition,
     Partitions,
     is_local,
+    is_split,
     match_sharding,
     partitions_of,
     say_once,
     spread,
     zeros,
 )
-from lopt_jax.rows import RowsTaker, rows_taker
+from lopt_jax.rows import PartTaker, part_taker
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 BACKENDS = ("auto", "xla", "pallas")
@@ -382,7 +385,7 @@ def scatter(
     tensors: Sequence[Tensors],
     update: jax.Array,
     accumulators: Accumulators,
-    take: RowsTaker | None,
+    take: PartTaker | None,
     out: "Leaves",
 ) -> None:
     """Writes a group's results back into lists of leaves, the inverse of `gather`.
@@ -392,7 +395,7 @@ def scatter(
       tensors: of `tensors_of`.
       update: (B, *shape).
       accumulators: with a leading axis of tensors.
-      take: takes rows out of an array; None: there is one leaf.
+      take: takes parts of arrays; None: there is one leaf.
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
     if len(group.leaves) > 1:
@@ -401,15 +404,22 @@ def scatter(
         update, accumulators = jax.lax.optimization_barrier((update, accumulators))
     start = 0
     for i in group.leaves:
-        rows = slice(start, start + tensors[i].count)
-        start += tensors[i].count
+        first, count = start, tensors[i].count
+        start += count
         whole = len(group.leaves) == 1
         length = None if group.lengths is None else tensors[i].shape[-1]
 
         def part(
-            x: jax.Array, rows: slice = rows, whole: bool = whole, length: int | None = length
+            x: jax.Array,
+            first: int = first,
+            count: int = count,
+            whole: bool = whole,
+            length: int | None = length,
         ) -> jax.Array:
-            return x if whole or take is None else take(x, rows, length or x.shape[-1])
+            if whole or take is None:
+                return x
+            starts = (first, *(0 for _ in x.shape[1:]))
+            return take(x, starts, (count, *x.shape[1:-1], length or x.shape[-1]))
 
         def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
             x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
@@ -451,6 +461,9 @@ class GroupDims(NamedTuple):
         rank = len(group.shape)
         without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731
         dims = group.dims
+        if group.lengths is not None:  # their positions are counted from the first on
+            whole = Dims((None,) * (rank + 1), part)
+            return cls(whole, Dims((None,) * (rank + 2), part), Dims((None, None), part), part)
         return cls(
             elementwise=Dims((BATCH, *range(rank)), part),
             row=without(dims.d0 if dims else None),
@@ -500,15 +513,26 @@ class GroupDims(NamedTuple):
         )
 
 
+class Call(NamedTuple):
+    """Groups that one call of a backend updates, by their positions."""
+
+    units: list[list[int]]  # those of a unit have tensors that are equal in shape and dtypes
+    on_kernels: bool  # whether it is the fused kernels that update them
+
+    @property
+    def members(self) -> list[int]:
+        """All of them."""
+        return [i for unit in self.units for i in unit]
+
+
 class Prepared(NamedTuple):
     """A step after its first pass: what the second needs."""
 
     groups: list[Group]
     tensors: list[Tensors]
     inputs: list[GroupInputs]
-    units: list[list[int]]  # groups that are updated together
-    on_kernels: list[bool]  # of each unit: whether the fused kernels update it
-    moments: list[list[Moments]]  # of each unit: in one or more pieces along the axis of tensors
+    calls: list[Call]  # groups that are updated together
+    moments: list[list[Moments]]  # of each unit of each call
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
@@ -610,13 +634,17 @@ def _reasons(choices: Sequence[str | None]) -> str:
 
 
 def _alike_vectors(groups: Sequence[Group], inputs: Sequence[GroupInputs]) -> list[list[int]]:
-    """Groups of vectors that differ in length alone, and not much; the longest come first."""
-    if not is_local():
-        return []
+    """Groups of vectors that differ in length alone, and not much; the longest come first.
+
+    Where a partitioner may split tensors, only vectors that are best left whole: joined they are.
+    """
+    longest = STACKED_LEAF_ELEMENTS if is_local() else REPLICATED_ELEMENTS
     kinds: dict[Any, list[list[int]]] = {}
     for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
         shape = groups[i].shape
-        if len(shape) > 1 or shape[0] > STACKED_LEAF_ELEMENTS or groups[i].partition is not None:
+        if len(shape) > 1 or shape[0] > longest or groups[i].partition is not None:
+            continue
+        if any(map(is_split, jax.tree.leaves(inputs[i]))):
             continue
         alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
         if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:
@@ -648,22 +676,31 @@ def _join_vectors(
     return group, joined._replace(accumulators=joined.accumulators._replace(column=column))
 
 
-def _make_units(
+def _make_calls(
     on_kernels: Sequence[bool], groups: Sequence[Group], inputs: Sequence[GroupInputs]
-) -> tuple[list[list[int]], list[bool]]:
-    """Groups that are updated together, and whether by the kernels.
+) -> list[Call]:
+    """Which groups are updated together.
 
-    The kernels take together the groups whose tensors are equal in shape and dtypes. Where a
-    partitioner may split them in different ways, only those of one tensor: stacks may be split
-    along their axis of tensors.
+    One call of the kernels takes all that it can. Where a partitioner may split tensors in
+    different ways, that is groups of one tensor, and vectors that it may not split: other stacks
+    may be split along their axis of tensors.
     """
+    calls: list[Call] = []
     units: dict[Any, list[int]] = {}
-    joins = is_local()
+    joins = is_local() or any(group.partition is not None for group in groups)
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
+        is_joined = joins or len(group.tensors) == 1 or group.lengths is not None
+        if not (chosen and is_joined):
+            calls.append(Call([[i]], chosen))
+            continue
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
         key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
-        units.setdefault(key if chosen and (joins or len(group.tensors) == 1) else i, []).append(i)
-    return list(units.values()), [on_kernels[unit[0]] for unit in units.values()]
+        units.setdefault(key, []).append(i)
+    if units:
+        # what has vectors first: then what is by tensor lies as the kernels take it
+        in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
+        calls.insert(0, Call(in_order, True))
+    return calls
 
 
 # The first accumulator and the parameter decide how a group is split, in a draw the accumulator: it
@@ -682,23 +719,102 @@ def _kernels_split(group: Group, partition: Partition | None, x: GroupInputs) ->
     return False
 
 
-def _all_split(groups: Sequence[Group], partition: Partition | None, parts: Sequence[Any]) -> bool:
-    """Whether the kernels can update the shards of all parts; says of each that they cannot."""
-    able = [_kernels_split(group, partition, x) for group, x in zip(groups, parts, strict=True)]
-    return all(able)
+class _Shards(NamedTuple):
+    """Parts of a call that are equal in shape and split alike."""
+
+    unit: int
+    members: list[int]  # positions among all parts of the call
+    partition: Partition | None
+    on_kernels: bool
 
 
-def _alike(partitions: Partitions) -> dict[Partition | None, list[int]]:
-    """The positions of parts that are split in the same way."""
-    out: dict[Partition | None, list[int]] = {}
-    for i, partition in enumerate(partitions):
-        out.setdefault(partition, []).append(i)
+def _shards_of(
+    call: Call, groups: Sequence[Group], inputs: Sequence[GroupInputs], partitions: Partitions
+) -> list[_Shards]:
+    """The parts of a call, by unit and by how they are split."""
+    out, first = [], 0
+    for i, unit in enumerate(call.units):
+        alike: dict[Partition | None, list[int]] = {}
+        for k in range(first, first + len(unit)):
+            alike.setdefault(partitions[k], []).append(k)
+        first += len(unit)
+        for partition, members in alike.items():
+            # of each it is said if they cannot
+            able = [_kernels_split(groups[k], partition, inputs[k]) for k in members]
+            out.append(_Shards(i, members, partition, call.on_kernels and all(able)))
     return out
 
 
-def _rows(tree: Any, start: int, stop: int) -> Any:
+def _rows(tree: Any, positions: Any) -> Any:
     """Some tensors of arrays with a leading axis of tensors."""
-    return jax.tree.map(lambda x: x[start:stop], tree)
+    return jax.tree.map(lambda x: x[np.asarray(positions)], tree)
+
+
+def _moments_like(rule: Rule, group: Group, tensors: int) -> Moments:
+    """Shapes of the moments of so many whole tensors like a group's."""
+    shape = group.shape if group.partition is None else group.partition.shape
+    of = lambda *shape: jax.ShapeDtypeStruct((tensors, *shape), jnp.float32)  # noqa: E731
+    row = column = None
+    if group.dims is not None:
+        row, column = (of(*shape[:d], *shape[d + 1 :]) for d in (group.dims.d0, group.dims.d1))
+    needs_parameter = rule.parameter_scale or rule.accumulator_statistics
+    return Moments(row, column, of() if needs_parameter else None)
+
+
+def _whole_moments(
+    pieces: Sequence[Sequence[tuple[_Shards, list[int], Moments]]],
+    groups: Sequence[Group],
+) -> jax.Array:
+    """Moments of whole tensors in one array, by one sum over devices, from those of shards."""
+    split = [x.partition for unit in pieces for x, _, _ in unit if x.partition is not None]
+    of_all = [name for p in split for name in p.names(range(len(p.shape)))]
+    names = tuple(dict.fromkeys(of_all))
+
+    def own(x: _Shards, members: list[int], moments: Moments) -> Moments:
+        dims = groups[members[0]].dims
+        shape = groups[members[0]].shape
+        partition = x.partition or Partition(shape, ((),) * len(shape))
+
+        def part(array: Any, dim: int | None) -> Any:
+            if array is None:
+                return None
+            kept = Partition((), ()) if dim is None else partition.without(dim)
+            return kept.stacked(array.shape[0]).own_part(array, names)
+
+        return Moments(
+            part(moments.row, None if dims is None else dims.d0),
+            part(moments.column, None if dims is None else dims.d1),
+            part(moments.parameter_mean_square, None),
+        )
+
+    whole = [
+        _in_order([(members, own(x, members, m)) for x, members, m in unit]) for unit in pieces
+    ]
+    flat = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(whole)])
+    return jax.lax.psum(flat, names) if names else flat
+
+
+def _apart(flat: jax.Array, like: Any) -> Any:
+    """The inverse of joining a tree's arrays, flattened, in one."""
+    leaves, treedef = jax.tree.flatten(like)
+    ends = list(itertools.accumulate((x.size for x in leaves), initial=0))
+    return treedef.unflatten(
+        [
+            flat[i:j].reshape(x.shape)
+            for x, (i, j) in zip(leaves, itertools.pairwise(ends), strict=True)
+        ]
+    )
+
+
+def _of_shards(moments: Moments, partition: Partition | None, dims: FactoredDims | None) -> Moments:
+    """Moments of this device's shards from those of whole tensors."""
+    if partition is None or dims is None:
+        return moments
+
+    def part(x: jax.Array, dim: int) -> jax.Array:
+        return partition.without(dim).stacked(x.shape[0]).shard(x)
+
+    return moments._replace(row=part(moments.row, dims.d0), column=part(moments.column, dims.d1))
 
 
 def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
@@ -707,46 +823,90 @@ def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
     return [[int(start) + i for i in _GUIDES] for start in starts[:-1]]
 
 
+def _crosses(call: Call, groups: Sequence[Group]) -> bool:
+    """Whether moments leave the code of a shard: they are those of whole tensors then.
+
+    What one call makes of tensors that are split in different ways is no array of shards.
+    """
+    return len(groups) > 1 and not is_local() and groups[0].partition is None
+
+
 def _first_pass(
-    rule: Rule, on_kernels: bool, groups: Sequence[Group], inputs: Sequence[GroupInputs]
+    rule: Rule, call: Call, groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[Moments]:
-    """Pass A over the groups of a unit, on the shards of their tensors.
+    """Pass A over the groups of a call, on the shards of their tensors.
 
     Returns:
-      Moments with a leading axis of tensors, in one or more pieces.
+      Moments of each unit, with a leading axis of tensors.
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    in_one_piece = is_local()
+    crosses = _crosses(call, groups)
 
-    def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> list[Moments]:
-        out: list[Any] = [None] * len(inputs)
-        for partition, members in _alike(partitions).items():
-            parts: list[Any] = [inputs[i] for i in members]
-            if on_kernels and _all_split([groups[i] for i in members], partition, parts):
-                from pallas_kernels import step
+    def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> Any:
+        shards = _shards_of(call, groups, inputs, partitions)
+        on_kernels = [x for x in shards if x.on_kernels]
+        made: Iterator[Moments] = iter(())
+        if on_kernels:
+            from pallas_kernels import step
 
-                lengths = groups[members[0]].lengths
-                moments = step.first_pass(rule, parts, partition, lengths)
-                if len(inputs) == 1 or in_one_piece:
-                    return [moments]
-                for row, i in enumerate(members):
-                    out[i] = _rows(moments, row, row + 1)
-            else:
-                function = functools.partial(rules.first_pass, rule, partition=partition)
-                for i in members:
-                    out[i] = over_tensors(function, inputs[i].gradient, inputs[i].parameter)
-        return out
+            made = iter(step.first_pass(rule, _step_units(on_kernels, groups, inputs)))
+        pieces: list[list[tuple[_Shards, list[int], Moments]]] = [[] for _ in call.units]
+        for x in shards:
+            function = functools.partial(rules.first_pass, rule, partition=x.partition)
+            pieces[x.unit] += (
+                [(x, x.members, next(made))]
+                if x.on_kernels
+                else [
+                    (x, [k], over_tensors(function, inputs[k].gradient, inputs[k].parameter))
+                    for k in x.members
+                ]
+            )
+        if crosses:
+            return _whole_moments(pieces, groups)
+        return [_in_order([piece[1:] for piece in unit]) for unit in pieces]
 
-    return spread(
+    moments = spread(
         first,
         (list(inputs),),
         ([d.inputs(x) for d, x in zip(dims, inputs, strict=True)],),
-        lambda result: [d.moments(x) for d, x in zip(dims, result, strict=True)],
-        groups[0].shape,
-        groups[0].partition,
+        lambda result: dims[0].shared(result) if crosses else [dims[0].moments(result[0])],
+        [group.shape for group in groups],
+        [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
     )
+    if not crosses:
+        return moments
+    by_unit = iter(zip(groups, inputs, strict=True))
+    like = []
+    for unit in call.units:
+        members = list(itertools.islice(by_unit, len(unit)))
+        tensors = sum(x.gradient.shape[0] for _, x in members)
+        like.append(_moments_like(rule, members[0][0], tensors))
+    return _apart(moments, like)
+
+
+def _step_units(
+    shards: Sequence[_Shards], groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[Any]:
+    """The parts of a call as the kernels take them."""
+    from pallas_kernels import step
+
+    return [
+        step.Unit(
+            [step.Part(*inputs[k]) for k in x.members], x.partition, groups[x.members[0]].lengths
+        )
+        for x in shards
+    ]
+
+
+def _in_order(pieces: Sequence[tuple[Sequence[int], Any]]) -> Any:
+    """Joins trees of arrays with a leading axis of tensors, given the positions of these."""
+    joined = jax.tree.map(lambda *xs: _concatenate(xs), *(tree for _, tree in pieces))
+    positions = [k for members, _ in pieces for k in members]
+    if positions == sorted(positions):
+        return joined
+    return _rows(joined, np.argsort(positions))
 
 
 def _on_xla(
@@ -769,7 +929,7 @@ def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
 
 
 class Factors(NamedTuple):
-    """What the tensors of a unit have beside their arrays."""
+    """What the tensors of a call have beside their arrays."""
 
     mlp: MLP  # one for all, or with a leading axis of tensors
     scale: jax.Array  # (tensors,)
@@ -778,23 +938,24 @@ class Factors(NamedTuple):
 
     def rows(self, members: Sequence[int], mlp_per_tensor: bool) -> "Factors":
         """Those of some of the tensors."""
-        of = lambda tree: jax.tree.map(lambda x: x[np.asarray(members)], tree)  # noqa: E731
-        mlp = of(self.mlp) if mlp_per_tensor else self.mlp
-        return Factors(mlp, *of((self.scale, self.weight_decay, self.statistics)))
+        if list(members) == list(range(self.scale.shape[0])):
+            return self
+        mlp = _rows(self.mlp, members) if mlp_per_tensor else self.mlp
+        return Factors(mlp, *_rows((self.scale, self.weight_decay, self.statistics), members))
 
 
 def _second_pass(
     rule: Rule,
-    on_kernels: bool,
+    call: Call,
     groups: Sequence[Group],
     inputs: Sequence[GroupInputs],
     moments: Sequence[Moments],
     mlp_per_tensor: bool,
     decays: Decays,
     factors: Factors,
-    take: RowsTaker | None,
+    take: PartTaker | None,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
-    """Passes B and C over the groups of a unit, on the shards of their tensors.
+    """Passes B and C over the groups of a call, on the shards of their tensors.
 
     Returns:
       The updates of each group, and where the kernels made them and the rule keeps statistics,
@@ -802,6 +963,7 @@ def _second_pass(
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     take = take if is_local() else None  # else it belongs to another program
+    crosses = _crosses(call, groups)
 
     def passes(
         partitions: Partitions,
@@ -811,52 +973,58 @@ def _second_pass(
         factors: Factors,
     ) -> tuple[list[TensorUpdate], Statistics | None]:
         updates: list[Any] = [None] * len(inputs)
-        kept: list[Any] = []
-        order: list[int] = []
-        for partition, members in _alike(partitions).items():
-            parts: list[Any] = [inputs[i] for i in members]
-            is_all = len(members) == len(inputs)
-            if on_kernels and _all_split([groups[i] for i in members], partition, parts):
-                from pallas_kernels import step
+        kept: list[tuple[list[int], Any]] = []
+        ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
+        tensors = lambda members: [i for k in members for i in range(ends[k], ends[k + 1])]  # noqa: E731
 
-                pieces = moments if is_all else [moments[i] for i in members]
-                of = factors if is_all else factors.rows(members, mlp_per_tensor)
-                made, statistics = step.second_pass(
-                    rule,
-                    parts,
-                    jax.tree.map(lambda *xs: _concatenate(xs), *pieces),
-                    of.mlp,
-                    mlp_per_tensor,
-                    decays,
-                    of.scale,
-                    of.weight_decay,
-                    of.statistics,
-                    partition,
-                    take,
-                    groups[members[0]].lengths,
-                )
-                for i, update in zip(members, made, strict=True):
-                    updates[i] = update
-                kept.append(statistics)
-            else:
-                run = (
-                    _passes(rule, mlp_per_tensor)
-                    if partition is None
-                    else _on_xla(rule, mlp_per_tensor, partition)
-                )
-                for i in members:
-                    of = factors if len(inputs) == 1 else factors.rows([i], mlp_per_tensor)
-                    arguments = (of.mlp, moments[i], *inputs[i], decays)
-                    update = run(*arguments, of.scale, of.weight_decay)
-                    updates[i] = update._replace(statistics=None)
-                    kept.append(update.statistics)
-            order += members
-        if None in kept or not jax.tree.leaves(kept):
+        def moments_of(x: _Shards, members: Sequence[int]) -> Moments:
+            of_unit = [k for k, group in enumerate(call.members) if group in call.units[x.unit]]
+            out = moments[x.unit]
+            if list(members) != of_unit:
+                first = ends[of_unit[0]]
+                out = _rows(out, [i - first for i in tensors(members)])
+            return _of_shards(out, x.partition, groups[members[0]].dims) if crosses else out
+
+        shards = _shards_of(call, groups, inputs, partitions)
+        on_kernels = [x for x in shards if x.on_kernels]
+        if on_kernels:
+            from pallas_kernels import step
+
+            positions = tensors([k for x in on_kernels for k in x.members])
+            of = factors.rows(positions, mlp_per_tensor)
+            made, statistics = step.second_pass(
+                rule,
+                _step_units(on_kernels, groups, inputs),
+                [moments_of(x, x.members) for x in on_kernels],
+                of.mlp,
+                mlp_per_tensor,
+                decays,
+                of.scale,
+                of.weight_decay,
+                of.statistics,
+                take,
+            )
+            for x, of_unit in zip(on_kernels, made, strict=True):
+                for k, update in zip(x.members, of_unit, strict=True):
+                    updates[k] = update
+            kept.append((positions, statistics))
+        for x in shards:
+            if x.on_kernels:
+                continue
+            run = (
+                _passes(rule, mlp_per_tensor)
+                if x.partition is None
+                else _on_xla(rule, mlp_per_tensor, x.partition)
+            )
+            for k in x.members:
+                of = factors.rows(tensors([k]), mlp_per_tensor)
+                arguments = (of.mlp, moments_of(x, [k]), *inputs[k], decays)
+                update = run(*arguments, of.scale, of.weight_decay)
+                updates[k] = update._replace(statistics=None)
+                kept.append((tensors([k]), update.statistics))
+        if any(statistics is None for _, statistics in kept):
             return updates, None
-        joined = jax.tree.map(lambda *xs: _concatenate(xs), *kept)
-        if order != sorted(order):
-            joined = jax.tree.map(lambda x: x[np.argsort(order)], joined)
-        return updates, joined
+        return updates, _in_order(kept)
 
     shared, of_all = dims[0].shared, dims[0].by_tensor if len(dims) == 1 else dims[0].shared
     return spread(
@@ -864,7 +1032,7 @@ def _second_pass(
         (list(inputs), list(moments), decays, factors),
         (
             [d.inputs(x) for d, x in zip(dims, inputs, strict=True)],
-            [d.moments(x) for d, x in zip(dims, moments, strict=False)],
+            shared(list(moments)) if crosses else [dims[0].moments(moments[0])],
             shared(decays),
             Factors(
                 of_all(factors.mlp) if mlp_per_tensor else shared(factors.mlp),
@@ -875,8 +1043,8 @@ def _second_pass(
             [d.result(x) for d, x in zip(dims, result[0], strict=True)],
             of_all(result[1]),
         ),
-        groups[0].shape,
-        groups[0].partition,
+        [group.shape for group in groups],
+        [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
     )
@@ -927,17 +1095,16 @@ def first_pass(
     kept = [i for i in range(len(groups)) if i not in gone]
     groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
     chosen = [chosen[i] for i in kept]
-    units, on_kernels = _make_units(chosen, groups, inputs)
+    calls = _make_calls(chosen, groups, inputs)
     moments = [
-        _first_pass(rule, on, [groups[i] for i in unit], [inputs[i] for i in unit])
-        for unit, on in zip(units, on_kernels, strict=True)
+        _first_pass(rule, call, [groups[i] for i in of], [inputs[i] for i in of])
+        for call, of in zip(calls, [call.members for call in calls], strict=True)
     ]
     return Prepared(
         groups=groups,
         tensors=tensors,
         inputs=inputs,
-        units=units,
-        on_kernels=on_kernels,
+        calls=calls,
         moments=moments,
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
@@ -960,7 +1127,7 @@ def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
 
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
-    pieces = [piece.parameter_mean_square for unit in prepared.moments for piece in unit]
+    pieces = [unit.parameter_mean_square for call in prepared.moments for unit in call]
     return _by_tensor(prepared, pieces)
 
 
@@ -969,8 +1136,8 @@ def _tensor_count(tensors: Sequence[Tensors]) -> int:
 
 
 def _by_tensor(prepared: Prepared, arrays: Sequence[jax.Array], default: Any = None) -> jax.Array:
-    """Puts arrays with one row a tensor of each unit into the order of all tensors."""
-    order = [k for unit in prepared.units for i in unit for k in prepared.groups[i].tensors]
+    """Puts arrays with one row a tensor of each call into the order of all tensors."""
+    order = [k for call in prepared.calls for i in call.members for k in prepared.groups[i].tensors]
     count = _tensor_count(prepared.tensors)
     if not arrays:
         return jnp.zeros((count,), jnp.float32) if default is None else default
@@ -1015,24 +1182,20 @@ def second_pass(
     )
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
-    take = rows_taker(min(gradients, key=lambda x: x.size)) if gradients else None
+    take = part_taker(min(gradients, key=lambda x: x.size)) if gradients else None
     new_statistics = []
-    for unit, chosen, moments in zip(
-        prepared.units, prepared.on_kernels, prepared.moments, strict=True
-    ):
-        rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
-        by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
-        network = by_row(mlp) if mlp_per_tensor else mlp
-        groups = [prepared.groups[i] for i in unit]
+    for call, moments in zip(prepared.calls, prepared.moments, strict=True):
+        groups = [prepared.groups[i] for i in call.members]
+        of_all = Factors(mlp, scale, weight_decay, statistics if call.on_kernels else None)
         results, kept = _second_pass(
             _write_out(rule, groups[0], prepared.groups),
-            chosen,
+            call,
             groups,
-            [prepared.inputs[i] for i in unit],
+            [prepared.inputs[i] for i in call.members],
             moments,
             mlp_per_tensor,
             decays,
-            Factors(network, *by_row((scale, weight_decay, statistics if chosen else None))),
+            of_all.rows([k for group in groups for k in group.tensors], mlp_per_tensor),
             take,
         )
         for group, result in zip(groups, results, strict=True):

@@ -28,7 +28,9 @@ class Operands(NamedTuple):
     """What the formulas read; every array broadcasts against the tensor.
 
     Momentum and second moments are those after this step's update. Where the tensor is not
-    factored, `row` holds the (unfactored) second moments and the other three are empty.
+    factored, `row` holds the (unfactored) second moments and the other three are empty. Formulas of
+    features that vary with the element read of the factors their product alone: the kernels do not
+    know which of the two is the row's.
     """
 
     gradient: jax.Array

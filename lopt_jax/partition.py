@@ -31,6 +31,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 logger = logging.getLogger("lopt_jax")
 
+REPLICATED_ELEMENTS = 1 << 12  # arrays up to this size are best held whole by every device
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -53,6 +55,16 @@ class Partition:
         """The partition of the tensor's reduction over a dimension, kept with size 1."""
         replace = lambda x, value: (*x[:dim], value, *x[dim + 1 :])  # noqa: E731
         return Partition(replace(self.shape, 1), replace(self.axes, ()))
+
+    def without(self, dim: int) -> "Partition":
+        """The partition of the tensor's reduction over a dimension."""
+        return Partition(
+            self.shape[:dim] + self.shape[dim + 1 :], self.axes[:dim] + self.axes[dim + 1 :]
+        )
+
+    def stacked(self, tensors: int) -> "Partition":
+        """The partition of so many tensors, along a leading axis that is not split."""
+        return Partition((tensors, *self.shape), ((), *self.axes))
 
     def clear_padding(self, x: jax.Array, dims: Sequence[int]) -> jax.Array:
         """A shard with zeros where it is padding, along these dimensions."""
@@ -101,6 +113,31 @@ class Partition:
                 shard = jax.lax.all_gather(shard, names, axis=dim, tiled=True, to="invarying")
                 shard = jax.lax.slice_in_dim(shard, 0, self.shape[dim], axis=dim)
         return shard
+
+    def own_part(self, shard: jax.Array, names: Sequence[str]) -> jax.Array:
+        """The whole tensor, with zeros where other devices hold it: what is to be summed over them.
+
+        Args:
+          shard: of the tensor.
+          names: the mesh axes to sum over: all that split it, and perhaps others.
+
+        Returns:
+          The tensor.
+        """
+        own = self.names(range(len(self.axes)))
+        others = tuple(name for name in names if name not in own)
+        if others:
+            shard = jnp.where(jax.lax.axis_index(others) == 0, shard, 0)
+        if not own:
+            return shard
+        devices = [jax.lax.axis_size(of_dim) if of_dim else 1 for of_dim in self.axes]
+        padded = [n * size for n, size in zip(devices, shard.shape, strict=True)]
+        starts = [
+            jax.lax.axis_index(of_dim) * size if of_dim else 0
+            for of_dim, size in zip(self.axes, shard.shape, strict=True)
+        ]
+        out = jax.lax.dynamic_update_slice(jnp.zeros(padded, shard.dtype), shard, starts)
+        return out[tuple(map(slice, self.shape))]
 
     def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """This device's part of the mean over devices of tensors that each holds whole.
@@ -221,8 +258,8 @@ def spread(
     operands: tuple,
     operand_dims: Any,
     result_dims: Callable[[Any], Any],
-    shape: Sequence[int],
-    partition: Partition | None,
+    shapes: Sequence[Sequence[int]],
+    partitions: "Partitions",
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
 ) -> Any:
@@ -233,8 +270,8 @@ def spread(
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
-      shape: of the whole tensors, without the axis of tensors: one for all parts.
-      partition: where the operands are shards already: how the tensors are spread.
+      shapes: for each part that of the whole tensors, without the axis of tensors.
+      partitions: where the operands are shards already: how the tensors of each part are spread.
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
       names: of the parts, for messages.
@@ -242,8 +279,8 @@ def spread(
     Returns:
       The function's result.
     """
-    if partition is not None:
-        return function([partition] * len(guides), *operands)
+    if None not in partitions:
+        return function(partitions, *operands)
     leaves, treedef = jax.tree.flatten(operands)
     leaves = [jnp.asarray(x) for x in leaves]
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
@@ -271,7 +308,7 @@ def spread(
     result = jax.eval_shape(whole, *map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, tuple(shape), given, names))
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names))
 
 
 def is_local() -> bool:
@@ -325,8 +362,8 @@ def _axes(spec: PartitionSpec, dims: Dims) -> Axes:
     }
 
 
-def _partition(shape: tuple[int, ...], axes: Axes) -> Partition:
-    return Partition(shape, tuple(axes.get(dim, ()) for dim in range(len(shape))))
+def _partition(shape: Sequence[int], axes: Axes) -> Partition:
+    return Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
 
 
 def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
@@ -350,14 +387,14 @@ def _in_shard_map(
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
-    shape: tuple[int, ...],
+    shapes: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Axes]],
     names: Sequence[str],
 ) -> Sequence[jax.Array]:
     del names
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
-    partitions = [_partition(shape, part) for part in axes]
+    partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
     explicit = {
         n
         for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
@@ -381,7 +418,7 @@ def _partitioned(
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
-    shape: tuple[int, ...],
+    shapes: Sequence[Sequence[int]],
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
 ) -> Sequence[jax.Array]:
@@ -402,7 +439,10 @@ def _partitioned(
             for part, name in zip(guides, names, strict=True)
         ]
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
-        how = [_partition(shape, part) if any(part.values()) else None for part in axes]
+        how = [
+            _partition(shape, part) if any(part.values()) else None
+            for shape, part in zip(shapes, axes, strict=True)
+        ]
         return (
             mesh,
             lambda *xs: local(how, *xs[constants:]),
@@ -526,6 +566,12 @@ def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSp
     """The spec of an array whose dimensions are some of those of an array with this spec."""
     entries = (*spec, *[None] * len(dims), *[None] * len(spec))
     return PartitionSpec(*(None if d is None else entries[d] for d in dims))
+
+
+def is_split(x: jax.Array) -> bool:
+    """Whether the type of an array says that it is split over devices."""
+    sharding = _explicit_sharding(x)
+    return sharding is not None and any(map(split_names, sharding.spec))
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,17 +1,17 @@
-"""Rows of arrays, many of them taken by few kernels."""
+"""Parts of arrays, many of them taken by few kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from lopt_jax.partition import is_explicit
 
-RowsTaker = Callable[[jax.Array, slice, int], jax.Array]
+PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
 
 
-def rows_taker(array: jax.Array) -> RowsTaker:
-    """A function that takes rows out of an array in few launches: x[rows, ..., :length].
+def part_taker(array: jax.Array) -> PartTaker:
+    """A function (x, starts, sizes) that takes parts out of arrays in few launches.
 
     On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
     slices do not overlap. Where places are known at run time only, it makes one kernel of all
@@ -25,13 +25,15 @@ def rows_taker(array: jax.Array) -> RowsTaker:
       The function.
     """
     if is_explicit(array):  # there an index may not be taken of an axis that is split
-        return lambda x, rows, length: x[rows, ..., :length]
+        return lambda x, starts, sizes: x[
+            tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
+        ]
     # zero, but XLA does not know
     zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
 
-    def take(x: jax.Array, rows: slice, length: int) -> jax.Array:
-        starts = (rows.start + zero, *(0 for _ in x.shape[1:]))
-        sizes = (rows.stop - rows.start, *x.shape[1:-1], length)
-        return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+    def take(x: jax.Array, starts: Sequence[int], sizes: Sequence[int]) -> jax.Array:
+        whole = [n == size for n, size in zip(sizes, x.shape, strict=True)]
+        places = [i if all_ else i + zero for i, all_ in zip(starts, whole, strict=True)]
+        return jax.lax.dynamic_slice(x, places, sizes, allow_negative_indices=False)
 
     return take

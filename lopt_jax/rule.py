@@ -13,7 +13,7 @@ the column alone become two vectors of biases. No (elements x features) array ex
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -410,7 +410,16 @@ def normalize(
         if feature.varies == "element"
     ]
     mean_squares = means(squares, axes, partition)
-    return normalizers(rule, features, mean_squares, operands, axes, partition)
+    along: dict[Varies, Partition | None] = {"row": None, "column": None}
+    dims = None if partition is None else factored_dims(partition.shape)
+    if partition is not None and dims is not None:
+        along = {"row": partition.reduced(dims.d0), "column": partition.reduced(dims.d1)}
+
+    def mean_of(varies: Varies, x: jax.Array) -> jax.Array:
+        average = functools.partial(mean, axes=axes, partition=along[varies], keepdims=True)
+        return jax.vmap(average)(x)
+
+    return normalizers(rule, features, mean_squares, operands, mean_of)
 
 
 def normalizers(
@@ -418,34 +427,28 @@ def normalizers(
     features: Sequence[Feature],
     element_mean_squares: Sequence[jax.Array],
     operands: Operands,
-    axes: Sequence[int],
-    partition: Partition | None = None,
+    mean_of: Callable[[Varies, jax.Array], jax.Array],
 ) -> jax.Array:
     """The normalisers from the mean squares of the features that vary with the element.
 
     Args:
       rule: the rule.
       features: the features of this tensor.
-      element_mean_squares: one array an element feature, reduced axes kept with size 1.
+      element_mean_squares: one array K an element feature.
       operands: the operands; only their row and column vectors are read.
-      axes: the axes that are reduced over.
-      partition: where the operands are shards of a tensor, how it is spread.
+      mean_of: takes the means of arrays, stacked, that vary with the row or the column: of a
+        vector it is the tensor's. Returns them with shapes K.
 
     Returns:
-      1 / sqrt(mean of squares + epsilon), (features, *K): reduced axes kept with size 1.
+      1 / sqrt(mean of squares + epsilon), (features, *K).
     """
-    along: dict[str, Partition | None] = {"row": None, "column": None}
-    dims = None if partition is None else factored_dims(partition.shape)
-    if partition is not None and dims is not None:
-        along = {"row": partition.reduced(dims.d0), "column": partition.reduced(dims.d1)}
 
     def of_vectors(varies: Varies) -> Iterator[jax.Array]:
-        """Mean squares of the features of a kind, at once; that of a vector is the tensor's."""
+        """Mean squares of the features of a kind, at once."""
         squares = [jnp.square(f.formula(operands)) for f in features if f.varies == varies]
         if not squares:
             return iter(())
-        average = functools.partial(mean, axes=axes, partition=along[varies], keepdims=True)
-        return iter(jax.vmap(average)(jnp.stack(squares)))
+        return iter(mean_of(varies, jnp.stack(squares)))
 
     known = {
         "element": iter(element_mean_squares),
@@ -458,29 +461,33 @@ def normalizers(
 
 
 def fold(
-    mlp: MLP, features: Sequence[Feature], normalizers: jax.Array, operands: Operands
+    mlp: MLP,
+    features: Sequence[Feature],
+    normalizers: jax.Array,
+    operands: Operands,
+    along: Callable[[Varies, jax.Array], jax.Array] = lambda _, x: x,
 ) -> Folded:
     """Folds normalisers into the first layer, and row and column features into biases.
 
     Args:
       mlp: the tensor's network.
       features: the features of this tensor.
-      normalizers: of `normalize`.
+      normalizers: of `normalize`, (features, *K).
       operands: the operands; only their row and column vectors are read.
+      along: brings arrays (n, *K) to where they broadcast against row or column vectors.
 
     Returns:
       The folded network.
     """
     first, bias = mlp.weights[0], mlp.biases[0]
-    ones = (1,) * (normalizers.ndim - 1)
     # all rows at once: on a GPU, each of them apart would be a kernel of its own
-    rows = first.reshape((*first.shape, *ones)) * normalizers[:, None]
+    rows = _expand(first, normalizers.ndim + 1) * normalizers[:, None]
 
-    def vector_bias(varies: str) -> jax.Array:
+    def vector_bias(varies: Varies) -> jax.Array:
         """Contribution of the features of this kind: (H, *vector's shape)."""
         # written out: a product of matrices would be a kernel of its own
         parts = (
-            rows[k] * feature.formula(operands)
+            along(varies, rows[k]) * feature.formula(operands)
             for k, feature in enumerate(features)
             if feature.varies == varies
         )
@@ -489,10 +496,16 @@ def fold(
     is_factored = any(feature.varies != "element" for feature in features)
     return Folded(
         weights=tuple(rows[k] for k, feature in enumerate(features) if feature.varies == "element"),
-        row_bias=bias.reshape((-1, *ones)) + (vector_bias("row") if is_factored else 0),
+        row_bias=along("row", _expand(bias, normalizers.ndim))
+        + (vector_bias("row") if is_factored else 0),
         column_bias=vector_bias("column") if is_factored else None,
         layers=tuple(zip(mlp.weights[1:], mlp.biases[1:], strict=True)),
     )
+
+
+def _expand(x: jax.Array, rank: int) -> jax.Array:
+    """The array with axes of size one at its end."""
+    return x.reshape(x.shape + (1,) * (rank - x.ndim))
 
 
 def network_step(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lopt_jax import engine
+from lopt_jax import engine, partition
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
@@ -34,7 +34,7 @@ from lopt_jax.partition import (
 AxisName = str | tuple[str, ...]
 
 # `distributed` keeps leaves up to this size whole: their shards would be too small to be worth it.
-REPLICATED_ELEMENTS = 1 << 12
+REPLICATED_ELEMENTS = partition.REPLICATED_ELEMENTS
 # A leaf that no device count divides is padded by at most this share, or else kept whole.
 LARGEST_PADDING = 1 / 8
 

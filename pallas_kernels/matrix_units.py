@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax.rule import Folded
 from pallas_kernels import mosaic
-from pallas_kernels.view import View
 
 WIDTH = mosaic.MATRIX_ROWS  # of a tile: a row of it is what one instruction takes
 UNITS = 16  # hidden layers are padded to a multiple
@@ -29,8 +27,7 @@ class Matrices(NamedTuple):
 
     weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
     vectors: Any  # (tensors, hidden layers + 1, H): the biases but the first; the last weights
-    down: Any  # (all groups, middle, down rounded up, H): the first bias, where it varies down
-    across: Any  # (all groups, middle, across rounded up, H): the rest of it
+    biases: Any  # (size, H), lines as in `passes.Inputs`: the parts of the first bias
 
 
 class Held(NamedTuple):
@@ -40,21 +37,26 @@ class Held(NamedTuple):
     vectors: Sequence[jax.Array]  # (H,) each, as in `Matrices`
 
 
-def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: View) -> Matrices:
+class Layers(NamedTuple):
+    """The weights of a network as the matrix units read them, without those that vary."""
+
+    weights: Any
+    vectors: Any
+
+
+def pack(first: jax.Array, layers: Sequence[tuple[jax.Array, jax.Array]]) -> Layers:
     """A network's matrices.
 
     Args:
-      networks: folded networks of factored tensors, with a leading axis of tensors.
+      first: (tensors, outputs, inputs), folded first layers.
       layers: (tensors, outputs, inputs) and (tensors, outputs) of each layer but the first.
-      view: of the tensors.
 
     Returns:
       The matrices.
     """
-    tensors, hidden = networks.row_bias.shape[:2]
-    units = -(-hidden // UNITS) * UNITS
-    first = jnp.stack([w.reshape((tensors, hidden)) for w in networks.weights], axis=2)
-    columns = -(-first.shape[2] // mosaic.OPERAND_COLUMNS) * mosaic.OPERAND_COLUMNS
+    tensors, hidden, inputs = first.shape
+    units = _units(hidden)
+    columns = -(-inputs // mosaic.OPERAND_COLUMNS) * mosaic.OPERAND_COLUMNS
     last_weight, _ = layers[-1]
 
     def parts(weight: jax.Array, columns: int, is_first: bool) -> jax.Array:
@@ -63,25 +65,24 @@ def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: 
 
     vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
     hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
-    of_unit = lambda x: [x[:, j] for j in range(hidden)]  # noqa: E731
-    down, across = of_unit(networks.row_bias), of_unit(networks.column_bias)
-    if not view.down_is_row:
-        down, across = across, down
-    return Matrices(
+    return Layers(
         weights=(parts(first, columns, is_first=True), *hidden_layers),
         vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, len(layers) + 1, units)),
-        down=_units_last(view.down_vectors(down), units),
-        across=_units_last(view.across_vectors(across), units),
     )
+
+
+def pack_biases(biases: jax.Array) -> jax.Array:
+    """(hidden, size) -> (size, hidden rounded up)."""
+    hidden, size = biases.shape
+    return _padded(biases.T, (size, _units(hidden)))
+
+
+def _units(hidden: int) -> int:
+    return -(-hidden // UNITS) * UNITS
 
 
 def _padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
-
-
-def _units_last(x: jax.Array, units: int) -> jax.Array:
-    x = jnp.swapaxes(x, 2, 3)[..., :units]
-    return _padded(x, (*x.shape[:3], units))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lopt_jax.accumulators import Decays, update_average
 from lopt_jax.features import Feature, Operands
 from lopt_jax.rule import FactoredVectors, Folded, Rule
 from pallas_kernels import mosaic
+from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.matrix_units import Blocks, Matrices
 from pallas_kernels.table import Numbers, read, sequence
 from pallas_kernels.view import View
@@ -28,13 +29,13 @@ from pallas_kernels.view import View
 
 @dataclass(frozen=True)
 class Plan:
-    """How a pass goes over an array of tensors.
+    """How a pass goes over arrays of tensors.
 
     Attributes:
-      view: of each tensor.
+      views: of the tensors of each array, its part: they lie in different places, but one launch
+        takes them all. Shapes may differ, but not what a tile is, nor batch and middle.
       tensors: their number in an array.
-      parts: number of arrays: they lie in different places, but one launch takes them all.
-      tiles: tiles that a program takes, down a strip.
+      tiles: for each part, tiles that a program takes, down a strip.
       stages: tiles in shared memory at once.
       block_rows: rows of a tile that are in registers at once.
       loops: take the blocks of a tile in a loop, not one after another in straight code.
@@ -42,26 +43,51 @@ class Plan:
       together, in_flight: as in `matrix_units.Blocks`.
     """
 
-    view: View
+    views: tuple[View, ...]
     tensors: int
-    tiles: int
+    tiles: tuple[int, ...]
     stages: int
     block_rows: int
     loops: bool = False
     backwards: bool = False
-    parts: int = 1
     together: int = 1
     in_flight: int = 1
 
     @property
-    def chunks(self) -> int:
-        """Programs down a strip."""
-        return -(-self.view.tiles_down // self.tiles)
+    def view(self) -> View:
+        """For what does not differ between parts."""
+        return self.views[0]
+
+    @property
+    def parts(self) -> int:
+        """Number of arrays."""
+        return len(self.views)
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """For each part, programs down a strip."""
+        return tuple(-(-v.tiles_down // n) for v, n in zip(self.views, self.tiles, strict=True))
+
+    @property
+    def strips(self) -> tuple[int, ...]:
+        """For each part, strips of a matrix."""
+        return tuple(view.strips for view in self.views)
+
+    @property
+    def programs_of_tensor(self) -> tuple[int, ...]:
+        """For each part, programs that one tensor takes."""
+        of_matrix = (n * m for n, m in zip(self.chunks, self.strips, strict=True))
+        return tuple(self.view.batch * self.view.middle * n for n in of_matrix)
+
+    @property
+    def programs_of_part(self) -> tuple[int, ...]:
+        """For each part, programs."""
+        return tuple(self.tensors * n for n in self.programs_of_tensor)
 
     @property
     def programs(self) -> int:
         """Number of programs."""
-        return self.parts * self.groups * self.view.middle * self.chunks * self.view.strips
+        return sum(self.programs_of_part)
 
     @property
     def groups(self) -> int:
@@ -89,17 +115,32 @@ class Place(NamedTuple):
     strip: Any
 
 
+def _of_part(part: Any, numbers: Sequence[int]) -> Any:
+    """The number of a program's part; known at once where all parts have the same."""
+    out: Any = numbers[0]
+    for i, n in enumerate(numbers):
+        if n != numbers[0]:
+            out = jnp.where(part == i, jnp.int32(n), out)
+    return out
+
+
 def _place(plan: Plan, program: jax.Array) -> Place:
     if plan.backwards:
         program = plan.programs - 1 - program
-    strip = jax.lax.rem(program, plan.view.strips)
-    program = jax.lax.div(program, plan.view.strips)
-    chunk = jax.lax.rem(program, plan.chunks)
-    program = jax.lax.div(program, plan.chunks)
+    each = plan.programs_of_part
+    if len(set(each)) == 1:
+        part, program = jax.lax.div(program, each[0]), jax.lax.rem(program, each[0])
+    else:
+        firsts = [sum(each[:i]) for i in range(plan.parts)]
+        part = sum(jnp.where(program >= first, 1, 0) for first in firsts[1:])
+        program = program - _of_part(part, firsts)
+    strips, chunks = _of_part(part, plan.strips), _of_part(part, plan.chunks)
+    strip = jax.lax.rem(program, strips)
+    program = jax.lax.div(program, strips)
+    chunk = jax.lax.rem(program, chunks)
+    program = jax.lax.div(program, chunks)
     middle = jax.lax.rem(program, plan.view.middle)
-    program = jax.lax.div(program, plan.view.middle)
-    group = jax.lax.rem(program, plan.groups)
-    return Place(jax.lax.div(program, plan.groups), group, middle, chunk, strip)
+    return Place(part, jax.lax.div(program, plan.view.middle), middle, chunk, strip)
 
 
 def _group(plan: Plan, place: Place) -> jax.Array:
@@ -108,9 +149,12 @@ def _group(plan: Plan, place: Place) -> jax.Array:
 
 
 def _sums_of_programs(plan: Plan, sums: int, step: int) -> jax.ShapeDtypeStruct:
-    """What `_store_sums` stores into; its last axis is left to be added up."""
-    tensors = plan.parts * plan.tensors
-    return jax.ShapeDtypeStruct((tensors, sums, plan.programs // tensors * step), jnp.float32)
+    """What `_store_sums` stores into; its last axis is left to be added up.
+
+    Of a part whose tensors take fewer programs than others, the end of that axis is never written.
+    """
+    shape = (plan.parts * plan.tensors, sums, max(plan.programs_of_tensor) * step)
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _store_sums(plan: Plan, place: Place, ref: Any, sums: Sequence[jax.Array]) -> None:
@@ -121,7 +165,8 @@ def _store_sums(plan: Plan, place: Place, ref: Any, sums: Sequence[jax.Array]) -
     group = _group(plan, place)
     tensor = jax.lax.div(group, plan.view.batch)
     program = jax.lax.rem(group, plan.view.batch) * plan.view.middle + place.middle
-    program = (program * plan.chunks + place.chunk) * plan.view.strips + place.strip
+    program = program * _of_part(place.part, plan.chunks) + place.chunk
+    program = program * _of_part(place.part, plan.strips) + place.strip
     for k, x in enumerate(sums):
         numbers = pl.ds(program * x.shape[0], x.shape[0])
         mosaic.store(ref.at[tensor, k, numbers], jnp.sum(x, axis=1), optimized=False)
@@ -157,8 +202,10 @@ def _walk(
     Returns:
       The last carry.
     """
-    first = place.chunk * plan.tiles
-    count = jnp.minimum(plan.tiles, plan.view.tiles_down - first)
+    tiles = _of_part(place.part, plan.tiles)
+    first = place.chunk * tiles
+    tiles_down = _of_part(place.part, [view.tiles_down for view in plan.views])
+    count = jnp.minimum(tiles, tiles_down - first)
     tile_at = lambda i: first + (count - 1 - i if plan.backwards else i)  # noqa: E731
     ahead = plan.stages - 1
 
@@ -249,10 +296,12 @@ class _Registers:
             full, rest = divmod(elements, view.width)
             return (lines < full) | ((lines == full) & (position(1) < rest))
         inside = None
-        if view.down % view.rows:
-            inside = position(0) + down < view.down
-        if view.across % view.width:
-            columns = position(1) + place.strip * view.width < view.across
+        views, part = self.plan.views, place.part
+        if any(v.down % v.rows for v in views):
+            inside = position(0) + down < _of_part(part, [v.down for v in views])
+        if any(v.across % v.width for v in views):
+            size = _of_part(part, [v.across for v in views])
+            columns = position(1) + place.strip * view.width < size
             inside = columns if inside is None else inside & columns
         return inside
 
@@ -266,7 +315,10 @@ def _masked(inside: jax.Array | None, x: jax.Array) -> jax.Array:
 
 
 class FirstSums(NamedTuple):
-    """Sums of pass A, every program's."""
+    """Sums of pass A, every program's. Of parts of several shapes sizes are the largest.
+
+    What lies beyond a part's own is never written.
+    """
 
     down: jax.Array | None  # (all groups, middle, strips, down rounded up): of g² across a strip
     across: jax.Array | None  # (all groups, middle, chunks, across rounded up): of g² down a chunk
@@ -294,12 +346,13 @@ def first_sums(
     parts = [(g,) for g in gradients]
     if parameters is not None:
         parts = [(g, p) for g, p in zip(gradients, parameters, strict=True)]
-    down_size, across_size = view.tiles_down * view.rows, view.strips * view.width
+    down_size = max(v.tiles_down for v in plan.views) * view.rows
+    strips, chunks = max(plan.strips), max(plan.chunks)
     registers = _Registers(plan)
     groups = plan.parts * plan.groups
     outputs = [
-        jax.ShapeDtypeStruct((groups, view.middle, view.strips, down_size), jnp.float32),
-        jax.ShapeDtypeStruct((groups, view.middle, plan.chunks, across_size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, view.middle, strips, down_size), jnp.float32),
+        jax.ShapeDtypeStruct((groups, view.middle, chunks, strips * view.width), jnp.float32),
         _sums_of_programs(plan, 1, registers.step),
     ]
 
@@ -372,15 +425,51 @@ class Elements(NamedTuple):
     average: tuple  # the factored second moments where the tensor is not factored, one a decay
 
 
+class First(NamedTuple):
+    """Where what belongs to the tensors of each part begins, (parts,) int32."""
+
+    tensor: jax.Array  # among the tables
+    down: jax.Array | None  # along the lines, those down the tensor
+    across: jax.Array | None  # those across
+
+
 class Inputs(NamedTuple):
     """What passes B and C read."""
 
     elements: Sequence[Elements]  # of each part
     table: jax.Array  # (all tensors or 1, rows, 256), of `table.pack`
-    down: jax.Array | None  # (all groups, middle, vectors, down rounded up); None: not factored
-    across: jax.Array | None  # (all groups, middle, vectors, across rounded up)
-    first: jax.Array  # (1,) int32: position among all tensors of the first part's first
+    lines: jax.Array | None  # (vectors, size), as `lines.Lines` has them; None: not factored
+    first: Any  # `First`
     matrices: Matrices | None = None  # the network for the matrix units; None: it is in the table
+
+
+def _tensor(plan: Plan, place: Place, refs: Inputs) -> jax.Array:
+    """The tensor of a program, among the tables."""
+    return refs.first.tensor[place.part] + jax.lax.div(place.group, plan.view.batch)
+
+
+def _line(plan: Plan, place: Place, first: Any, lengths: Sequence[int]) -> jax.Array:
+    """Where a program's line starts among the lines, which have a length for each part."""
+    line = place.group * plan.view.middle + place.middle
+    size = _of_part(place.part, [pieces(length) * PIECE for length in lengths])
+    return first[place.part] + line * size
+
+
+def _columns(plan: Plan, place: Place, refs: Inputs) -> Any:
+    """Where what belongs to the columns of a program's strip lies among the lines."""
+    start = _line(plan, place, refs.first.across, [view.across for view in plan.views])
+    return pl.ds(start + place.strip * plan.view.width, plan.view.width)
+
+
+class _Buffers(NamedTuple):
+    """Shared memory of a program."""
+
+    elements: Elements  # of one part
+    table: Any
+    down: Any = None
+    across: Any = None
+    weights: Any = None  # of the matrix units
+    biases: Any = None
 
 
 @dataclass(frozen=True)
@@ -402,14 +491,14 @@ class _Kernel:
             for x in jax.tree.leaves(inputs.elements[0])
         ]
         constants = [mosaic.shared(inputs.table.shape[1:], jnp.float32)]
-        if inputs.down is not None and inputs.across is not None:
-            vectors = inputs.down.shape[2]
+        if inputs.lines is not None:
+            vectors = inputs.lines.shape[0]
             out.append(mosaic.shared((plan.stages, vectors, plan.view.rows), jnp.float32))
             constants.append(mosaic.shared((vectors, plan.view.width), jnp.float32))
         blocks = []
         if inputs.matrices is not None:
             matrices = inputs.matrices
-            units = matrices.down.shape[-1]
+            units = matrices.biases.shape[-1]
             out.append(mosaic.shared((plan.stages, plan.view.rows, units), jnp.float32))
             constants += [mosaic.operand(w.shape[1:]) for w in matrices.weights]
             blocks = self.blocks.scratch(matrices)
@@ -448,18 +537,15 @@ class _Kernel:
         """
         plan = self.plan
         tables = refs.table.shape[0]
-        first = refs.first[0]
-        group = first * plan.view.batch + _group(plan, place)
 
         def start_constants() -> None:
-            tensor = first + jax.lax.div(_group(plan, place), plan.view.batch)
+            tensor = _tensor(plan, place, refs)
             mosaic.copy_in(refs.table.at[0 if tables == 1 else tensor], buffers.table, once)
-            if refs.across is not None:
-                columns = pl.ds(place.strip * plan.view.width, plan.view.width)
-                source = refs.across.at[group, place.middle, :, columns]
-                mosaic.copy_in(source, buffers.across, once)
+            if refs.lines is not None:
+                columns = _columns(plan, place, refs)
+                mosaic.copy_in(refs.lines.at[:, columns], buffers.across, once)
             if refs.matrices is not None:
-                pairs = zip(refs.matrices.weights, buffers.matrices.weights, strict=True)
+                pairs = zip(refs.matrices.weights, buffers.weights, strict=True)
                 for source, target in pairs:
                     mosaic.copy_in(source.at[tensor], target, once)
 
@@ -474,13 +560,13 @@ class _Kernel:
                     )
 
             of_part(lambda part: start_part(part[0]))
-            if refs.down is not None:
-                rows = pl.ds(tile * plan.view.rows, plan.view.rows)
-                source = refs.down.at[group, place.middle, :, rows]
-                mosaic.copy_in(source, buffers.down.at[slot], arrived.at[slot])
-            if refs.matrices is not None:
-                source = refs.matrices.down.at[group, place.middle, rows]
-                mosaic.copy_in(source, buffers.matrices.down.at[slot], arrived.at[slot])
+            if refs.lines is not None:
+                start = _line(plan, place, refs.first.down, [v.down for v in plan.views])
+                rows = pl.ds(start + tile * plan.view.rows, plan.view.rows)
+                mosaic.copy_in(refs.lines.at[:, rows], buffers.down.at[slot], arrived.at[slot])
+                if refs.matrices is not None:
+                    source = refs.matrices.biases.at[rows]
+                    mosaic.copy_in(source, buffers.biases.at[slot], arrived.at[slot])
 
         return start, start_constants
 
@@ -495,10 +581,8 @@ class _Kernel:
             factors = range(len(decays.factored))
             down = tuple(self.registers.down(buffers.down, slot, row, k) for k in factors)
             across = tuple(self.registers.across(buffers.across, k) for k in factors)
-            is_row = self.plan.view.down_is_row
-            vectors = FactoredVectors(
-                (), (), down if is_row else across, across if is_row else down
-            )
+            # whichever of them is the row: to features of elements that is the same
+            vectors = FactoredVectors((), (), down, across)
         else:
             squared = jnp.square(gradient)
             averages = tuple(
@@ -528,23 +612,21 @@ def _split(refs: Sequence[Any], tree: Any) -> tuple[Any, Sequence[Any]]:
     return treedef.unflatten(refs[:count]), refs[count:]
 
 
-def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[Any, Any, Any, Sequence[Any]]:
+def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[_Buffers, Any, Any, Sequence[Any]]:
     """Buffers of one part, barriers, and what the matrix units use."""
     elements, refs = _split(refs, inputs.elements[0])
-    down = across = matrices = bias = None
-    if inputs.down is not None:
+    down = across = weights = biases = None
+    if inputs.lines is not None:
         (down, *refs) = refs
     if inputs.matrices is not None:
-        (bias, *refs) = refs
+        (biases, *refs) = refs
     (table, *refs) = refs
-    if inputs.across is not None:
+    if inputs.lines is not None:
         (across, *refs) = refs
     if inputs.matrices is not None:
         weights, refs = _split(refs, inputs.matrices.weights)
-        matrices = Matrices(weights, None, bias, None)
     (arrived, once, *blocks) = refs
-    buffers = Inputs(elements, table, down, across, None, matrices)  # type: ignore[arg-type]
-    return buffers, arrived, once, blocks
+    return _Buffers(elements, table, down, across, weights, biases), arrived, once, blocks
 
 
 class Rates(NamedTuple):
@@ -719,9 +801,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         ) -> tuple[jax.Array, jax.Array]:
             if matrices is None:
                 return rules.network_outputs(values, folded(numbers, rates, slot, row))
-            of_network = buffers.matrices
-            down = of_network.down.at[slot, pl.ds(row, plan.block_rows)]
-            outputs = kernel.blocks.outputs(values, of_network.weights, down, held, blocks)
+            down = buffers.biases.at[slot, pl.ds(row, plan.block_rows)]
+            outputs = kernel.blocks.outputs(values, buffers.weights, down, held, blocks)
             return outputs[0] + numbers.layers[0], outputs[1] + numbers.layers[1]
 
         def consume(
@@ -775,11 +856,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             rates = _rates(entries.decays, numbers)
             numbers, held = read(entries, numbers), None
             if matrices is not None:
-                group = sources.first[0] * view.batch + _group(plan, place)
-                tensor = jax.lax.div(group, view.batch)
-                columns = pl.ds(place.strip * view.width, view.width)
-                across = sources.matrices.across.at[group, place.middle, columns]
-                held = kernel.blocks.held(across, sources.matrices.vectors.at[tensor])
+                across = sources.matrices.biases.at[_columns(plan, place, sources)]
+                vectors = sources.matrices.vectors.at[_tensor(plan, place, sources)]
+                held = kernel.blocks.held(across, vectors)
                 numbers = numbers._replace(  # read once
                     layers=sequence(numbers.layers),
                     scale={(): numbers.scale[()]},

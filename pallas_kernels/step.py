@@ -1,33 +1,44 @@
-"""The two calls of the engine, on equally shaped tensors: kernels, and the vectors between them.
+"""The two calls of the engine: kernels, and the vectors between them.
 
-(Tensors with one axis may have different lengths, padded with zeros to that of the longest.)
-Tensors come in parts: arrays with a leading axis of tensors, that were never joined because that
-would copy them. The vectors between the passes are joined: they are small, and computing them for
-all tensors at once saves hundreds of launches.
+Tensors come in units of equal shape. (Tensors with one axis may have different lengths, padded with
+zeros to that of the longest.) A unit comes in parts: arrays with a leading axis of tensors, that
+were never joined because that would copy them. The vectors between the passes are joined, of all
+units: they are small, and computing them for all tensors at once saves hundreds of launches.
 """
 
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt_jax import rule as rules
-from lopt_jax.accumulators import Accumulators, Decays, FactoredDims, factored_dims, update_factored
-from lopt_jax.features import Operands
+from lopt_jax.accumulators import (
+    Accumulators,
+    Decays,
+    FactoredDims,
+    factored_dims,
+    row_factor,
+    safe_rsqrt,
+    update_average,
+)
+from lopt_jax.features import Feature, Operands, Varies
 from lopt_jax.partition import Partition
-from lopt_jax.rows import RowsTaker, rows_taker
-from lopt_jax.rule import MLP, FactoredVectors, Folded, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.rows import PartTaker, part_taker
+from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
-from pallas_kernels.passes import Elements, Inputs, Plan, Rates, Table
+from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals, totals_of
+from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, Table
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
+LONG_SUM = 4096  # programs' numbers that are added up apart from those of other tensors
 LAUNCH_PARTS = 8  # arrays that one launch takes: each one more is code to compile
 
 
@@ -89,289 +100,509 @@ class Part(NamedTuple):
     accumulators: Accumulators
 
 
+class Unit(NamedTuple):
+    """Equally shaped tensors."""
+
+    parts: Sequence[Part]
+    partition: Partition | None = None  # where they are shards, without padding, of what
+    lengths: Sequence[int] | None = None  # of all tensors, where they are padded vectors
+
+
 class Updates(NamedTuple):
-    """What a step makes of the tensors of some parts."""
+    """What a step makes of the tensors of some units."""
 
-    parts: list[TensorUpdate]  # without statistics
-    statistics: Statistics | None  # of all parts, with a leading axis of tensors
+    parts: list[list[TensorUpdate]]  # of each unit, without statistics
+    statistics: Statistics | None  # of all tensors, with a leading axis
 
 
-def first_pass(
-    rule: Rule,
-    parts: Sequence[Part],
-    partition: Partition | None = None,
-    lengths: Sequence[int] | None = None,
-) -> Moments:
+@dataclass(frozen=True)
+class _Unit:
+    """A unit and how the kernels see it."""
+
+    parts: Sequence[Part]
+    shape: tuple[int, ...]
+    whole: Partition
+    lengths: Sequence[int] | None
+
+    @classmethod
+    def of(cls, unit: Unit) -> "_Unit":
+        shape = unit.parts[0].gradient.shape[1:]
+        whole = unit.partition or Partition(shape, ((),) * len(shape))
+        return cls(unit.parts, shape, whole, unit.lengths)
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        return factored_dims(self.whole.shape)
+
+    @property
+    def tensors(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def elements(self) -> np.ndarray:
+        """Elements of every tensor, float32."""
+        if self.lengths is None:
+            return np.full((self.tensors,), math.prod(self.whole.shape), np.float32)
+        # a batch of those that have the lengths
+        return np.tile(np.float32(self.lengths), self.tensors // len(self.lengths))
+
+    def view(self, tuning: Tuning) -> View:
+        return view_for(self.shape, tuning, self.whole.shape)
+
+    @property
+    def counts(self) -> list[int]:
+        """Tensors of each part."""
+        return [part.gradient.shape[0] for part in self.parts]
+
+    @property
+    def vector_axes(self) -> tuple[int, int]:
+        """The dimensions that lie down and across."""
+        view = self.view(FIRST)
+        assert view.down_axis is not None
+        return view.order[view.down_axis], view.order[-1]
+
+    def block(self, is_row: bool) -> Block:
+        """Its lines, of the row or the column."""
+        assert self.dims is not None
+        view, (d1, d0) = self.view(SUMS), self.dims
+        length = view.down if view.down_is_row == is_row else view.across
+        reduced, axis = (d0, d1) if is_row else (d1, d0)
+        lines = view.batch * view.middle
+        return Block(self.tensors, lines, length, self.whole.reduced(reduced), axis)
+
+
+def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
       rule: the rule.
-      parts: the tensors.
-      partition: where they are shards, without padding, of what.
-      lengths: of all tensors, where they are padded vectors.
+      units: the tensors.
 
     Returns:
-      Moments of all parts, with a leading axis of tensors.
+      Moments of each unit, with a leading axis of tensors.
     """
-    run = batching.over_tensors(lambda parts: ([], _first_pass(rule, parts, partition, lengths)))
-    return run(tuple(parts))[1]
+
+    def passes(parts: Any, *_: Any) -> Any:
+        given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
+        return [[] for _ in parts], _first_pass(rule, list(map(_Unit.of, given))), ()
+
+    return batching.over_tensors(passes)([tuple(unit.parts) for unit in units], [], ())[1]
 
 
-def _first_pass(
-    rule: Rule,
-    parts: Sequence[Part],
-    partition: Partition | None,
-    lengths: Sequence[int] | None,
-) -> Moments:
-    shape = parts[0].gradient.shape[1:]
-    whole = partition or _unsplit(shape)
-    view = view_for(shape, FIRST, whole.shape)
+def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
-    if not view.is_factored:
-        if not needs_parameter:
-            return Moments(None, None, None)
-        by_part = [
-            jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))(
-                part.gradient, part.parameter
-            )
-            for part in parts
-        ]
-        moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
-        if lengths is None:
-            return moments
-        mean_square = moments.parameter_mean_square
-        padded = math.prod(shape) / _for_all(lengths, mean_square.shape[0])
-        return moments._replace(parameter_mean_square=padded * mean_square)
+    factored = [unit for unit in units if unit.dims is not None]
+    launches = _launches(factored)
     sums = []
-    arranged = lambda arrays: tuple(map(view.arrange, arrays))  # noqa: E731
-    for chosen in _launches(parts):
-        plan = _plan(view, chosen, FIRST)
-        gradients = arranged(_as_laid_out(part.gradient) for part in chosen)
-        parameters = arranged(part.parameter for part in chosen) if needs_parameter else None
-        sums.append(_first_sums(plan, rule, mosaic.is_interpreting(), gradients, parameters))
-    joined = passes.FirstSums(
-        *(None if x[0] is None else _join(x) for x in zip(*sums, strict=True))
-    )
-    down_axis, across_axis = view.order[view.down_axis], view.order[-1]
-    down = whole.total(jnp.sum(joined.down, axis=2)[..., : view.down], [across_axis])
-    across = whole.total(jnp.sum(joined.across, axis=2)[..., : view.across], [down_axis])
-    down, across = down / whole.shape[across_axis], across / whole.shape[down_axis]
-    mean_square = None
-    if joined.parameter is not None:
-        mean_square = _mean(jnp.sum(joined.parameter, axis=2), whole)[:, 0]
-    down, across = view.restore_down(down), view.restore_across(across)
-    row, column = (down, across) if view.down_is_row else (across, down)
-    return Moments(row, column, mean_square)
+    for launch in launches:
+        gradients = tuple(
+            part.view.arrange(_as_laid_out(part.part.gradient)) for part in launch.of(FIRST)
+        )
+        parameters = None
+        if needs_parameter:
+            parameters = tuple(x.view.arrange(x.part.parameter) for x in launch.of(FIRST))
+        interpreted = mosaic.is_interpreting()
+        sums.append(_first_sums(launch.plan(FIRST), rule, interpreted, gradients, parameters))
+    vectors = iter(_vector_means(factored, launches, sums))
+    mean_squares: Iterator[Any] = itertools.repeat(None)
+    if needs_parameter and factored:
+        added = _added(launches, FIRST, [x.parameter for x in sums])
+        means = _means(added, factored)[:, 0]
+        ends = itertools.accumulate((unit.tensors for unit in factored), initial=0)
+        mean_squares = iter([means[i:j] for i, j in itertools.pairwise(ends)])
+    return [
+        _parameter_moments(rule, unit, needs_parameter)
+        if unit.dims is None
+        else Moments(*next(vectors), next(mean_squares))
+        for unit in units
+    ]
+
+
+def _vector_means(
+    units: Sequence[_Unit], launches: Sequence["_Launch"], sums: Sequence[passes.FirstSums]
+) -> list[tuple[jax.Array, jax.Array]]:
+    """Means of g² of the rows and columns of each unit."""
+    pieces: list[list[tuple[int, jax.Array, jax.Array]]] = [[] for _ in units]
+    for launch, of_launch in zip(launches, sums, strict=True):
+        plan = launch.plan(FIRST)
+        # neighbours at once
+        keys = [(i, k - place) for place, (i, k) in enumerate(launch.members)]
+        for (i, shift), run in itertools.groupby(range(plan.parts), keys.__getitem__):
+            places = list(run)
+            first, view = places[0], units[i].view(FIRST)
+            rows = slice(first * plan.groups, (first + len(places)) * plan.groups)
+            down = of_launch.down[rows, :, : plan.strips[first], : view.down]
+            across = of_launch.across[rows, :, : plan.chunks[first], : view.across]
+            pieces[i].append((first + shift, down, across))
+    partial: list[tuple[jax.Array, tuple[str, ...]]] = []
+    for unit, of_unit in zip(units, pieces, strict=True):
+        _, *sides = zip(*sorted(of_unit, key=lambda x: x[0]), strict=True)
+        down, across = map(_summed, sides)
+        down_axis, across_axis = unit.vector_axes
+        partial += [(down, unit.whole.names([across_axis]))]
+        partial += [(across, unit.whole.names([down_axis]))]
+    totalled = iter(totals_of(partial))
+    out = []
+    for unit in units:
+        view, (down_axis, across_axis) = unit.view(FIRST), unit.vector_axes
+        down = view.restore_down(next(totalled) / unit.whole.shape[across_axis])
+        across = view.restore_across(next(totalled) / unit.whole.shape[down_axis])
+        out.append((down, across) if view.down_is_row else (across, down))
+    return out
+
+
+def _summed(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays summed over their third axis, and joined: first those for which it is as long."""
+    alike = itertools.groupby(arrays, lambda x: x.shape[2])
+    return _join([jnp.sum(_join(list(run)), axis=2) for _, run in alike])
+
+
+def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moments:
+    """Moments of tensors that are not factored."""
+    if not needs_parameter:
+        return Moments(None, None, None)
+    partition = unit.whole if unit.whole.is_split() else None
+    function = jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))
+    by_part = [function(part.gradient, part.parameter) for part in unit.parts]
+    moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
+    if unit.lengths is None:
+        return moments
+    padded = math.prod(unit.shape) / unit.elements
+    return moments._replace(parameter_mean_square=padded * moments.parameter_mean_square)
 
 
 def second_pass(
     rule: Rule,
-    parts: Sequence[Part],
-    moments: Moments,
+    units: Sequence[Unit],
+    moments: Sequence[Moments],
     mlp: MLP,
     mlp_per_tensor: bool,
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    partition: Partition | None = None,
-    take: RowsTaker | None = None,
-    lengths: Sequence[int] | None = None,
+    take: PartTaker | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
     Args:
       rule: the rule.
-      parts: the tensors.
+      units: the tensors.
       moments: of `first_pass`.
-      mlp: the network, with a leading axis of tensors if `mlp_per_tensor`.
+      mlp: the network, with a leading axis of all tensors if `mlp_per_tensor`.
       mlp_per_tensor: whether it has that axis.
       decays: decay rates.
       scale: (tensors,).
       weight_decay: (tensors,).
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
-      partition: where the tensors are shards, without padding, of what.
-      take: takes rows out of an array, of `rows_taker`; None: made here.
-      lengths: of all tensors, where they are padded vectors.
+      take: takes parts of an array, of `part_taker`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
 
     def passes(
-        parts: Sequence[Part],
-        by_tensor: tuple[Moments, jax.Array, jax.Array, Statistics | None],
+        parts: Any,
+        moments: Sequence[Moments],
+        by_tensor: tuple[jax.Array, jax.Array, Statistics | None],
         networks: Shared,
         rates: Shared,
-    ) -> tuple[list[TensorUpdate], Statistics | None]:
-        moments, scale, weight_decay, statistics = by_tensor
-        return _second_pass(
-            rule,
-            parts,
-            moments,
-            networks,
-            rates,
-            scale,
-            weight_decay,
-            statistics,
-            partition,
-            take,
-            lengths,
-        )
+    ) -> Any:
+        given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
+        of = [_Unit.of(unit) for unit in given]
+        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
+        return made, [], kept
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
-    updates = batching.over_tensors(passes)(
-        tuple(parts),
-        (moments, scale, weight_decay, statistics),
+    parts, _, kept = batching.over_tensors(passes)(
+        [tuple(unit.parts) for unit in units],
+        list(moments),
+        (scale, weight_decay, statistics),
         Shared(mlp, mlp_per_tensor),
         Shared(rates, False),
     )
-    return Updates(*updates)
+    return Updates(parts, kept)
+
+
+class _Result(NamedTuple):
+    """What passes B and C make of some units."""
+
+    elements: list[list[Elements]]  # of each part of each unit
+    sums: Any  # of the accumulators' distances to the centres, (tensors, sums)
+    vectors: list[list[tuple[jax.Array, jax.Array]]]  # new row and column of each part, or empty
+    centres: Any
 
 
 def _second_pass(
     rule: Rule,
-    parts: Sequence[Part],
-    moments: Moments,
+    units: Sequence[_Unit],
+    moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    partition: Partition | None,
-    take: RowsTaker | None,
-    lengths: Sequence[int] | None,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+    take: PartTaker | None,
+) -> tuple[list[list[TensorUpdate]], Statistics | None]:
+    ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
+    # units whose vectors are computed together
+    factored = [i for i, unit in enumerate(units) if unit.dims is not None]
+    batches = [factored] if factored else []
+    batches += [[i] for i, unit in enumerate(units) if unit.dims is None]
+    order = [i for batch in batches for i in batch]
+    take = take or part_taker(units[0].parts[0].gradient)
+    of_batches = []
+    for batch in batches:
+        tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in batch])
+        of = functools.partial(_tensors, positions=tensors, count=ends[-1])
+        own = lambda shared, of=of: Shared(  # noqa: E731
+            of(shared.tree) if shared.per_tensor else shared.tree, shared.per_tensor
+        )
+        of_batches.append(
+            _passes(
+                rule,
+                [units[i] for i in batch],
+                [moments[i] for i in batch],
+                own(networks_of),
+                own(decays_of),
+                of(scale),
+                of(weight_decay),
+                of(statistics),
+                take,
+            )
+        )
+    kept = None
+    if rule.accumulator_statistics:
+        sums = _join([batch.sums for batch in of_batches])
+        means = _means(sums, [units[i] for i in order])
+        kept = _statistics(means, _join([batch.centres for batch in of_batches]))
+        tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in order])
+        kept = _tensors(kept, np.argsort(tensors), ends[-1])
+    out: list[list[TensorUpdate]] = [[] for _ in units]
+    made = [
+        pair for batch in of_batches for pair in zip(batch.elements, batch.vectors, strict=True)
+    ]
+    for i, (elements, vectors) in zip(order, made, strict=True):
+        view = units[i].view(_tuning(rule, networks_of.tree, units[i].dims is not None))
+        out[i] = [_update_of(view, *x) for x in zip(units[i].parts, elements, vectors, strict=True)]
+    return out, kept
+
+
+def _update_of(
+    view: View, part: Part, new: Elements, vectors: tuple[jax.Array, jax.Array] | None
+) -> TensorUpdate:
+    """The update of a part, its arrays arranged as the tensors are."""
+    old = part.accumulators
+    row, column = vectors or (
+        jnp.stack([view.restore(a) for a in new.average], axis=1),
+        old.column,
+    )
+    accumulators = Accumulators(
+        momentum=tuple(map(view.restore, new.momentum)),
+        second_moment=view.restore(new.second_moment),
+        row=row.astype(old.row.dtype),
+        column=column.astype(old.column.dtype),
+    )
+    return TensorUpdate(view.restore(new.gradient), accumulators, None)
+
+
+def _tensors(tree: Any, positions: np.ndarray, count: int) -> Any:
+    """What belongs to some of the tensors, from arrays for all of them."""
+    if np.array_equal(positions, np.arange(count)):
+        return tree
+    first, last = int(positions[0]), int(positions[-1]) + 1
+    if np.array_equal(positions, np.arange(first, last)):
+        return jax.tree.map(lambda x: x[first:last], tree)
+    return jax.tree.map(lambda x: x[positions], tree)
+
+
+class _Vectors:
+    """Row and column vectors of some units after this step, in lines."""
+
+    def __init__(
+        self,
+        units: Sequence[_Unit],
+        moments: Sequence[Moments],
+        decays: jax.Array,
+        per_tensor: bool,
+    ):
+        self.units = units
+        self.lines = {
+            "row": Lines(tuple(unit.block(True) for unit in units)),
+            "column": Lines(tuple(unit.block(False) for unit in units)),
+        }
+
+        def after(side: Varies) -> jax.Array:
+            """The new accumulators, (n, pieces, PIECE)."""
+            lines = self.lines[side]
+            old, new = [], []
+            for unit, of_unit in zip(units, moments, strict=True):
+                view = unit.view(SUMS)
+                arranged = view.row_lines if side == "row" else view.column_lines
+                new.append(arranged(getattr(of_unit, side)))
+                for part in unit.parts:
+                    x = getattr(part.accumulators, side).astype(jnp.float32)
+                    old.append(jax.vmap(arranged, in_axes=1)(x))
+            rates = lines.of_tensors(decays.T) if per_tensor else decays[:, None, None]
+            return update_average(lines.join(old), lines.join(new), rates)
+
+        self.row, self.column = after("row"), after("column")
+        mean = lambda x, *_, **__: self.lines["row"].line_means(x)  # noqa: E731
+        self.row_factor = row_factor(self.row, -1, mean)
+        self.column_factor = safe_rsqrt(self.column)
+        of_decays = tuple(map(tuple, (self.row, self.column, self.row_factor, self.column_factor)))
+        self.operands = Operands(None, None, (), None, *of_decays)
+
+    def starts(self, unit: int, tensor: int) -> tuple[int, int]:
+        """Where the row and the column of a tensor of a unit start in `stacked`."""
+        row, column = (self.lines[side].start(unit, tensor) for side in ("row", "column"))
+        return row, self.lines["row"].size + column
+
+    def stacked(self, tuning: Tuning, biases: Sequence[jax.Array] = ()) -> jax.Array:
+        """Factors and then biases, (vectors, size): those of rows, then those of columns."""
+        rows, columns = ([x] for x in (self.row_factor, self.column_factor))
+        if biases:
+            rows, columns = [*rows, biases[0]], [*columns, biases[1]]
+        x = jnp.concatenate([_join(rows), _join(columns)], axis=1)
+        x = x.reshape((x.shape[0], -1))
+        unit = max(unit.view(tuning).vector_unit for unit in self.units)
+        return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
+
+    def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
+        """The new row and column accumulators of each part of each unit."""
+        rows, columns = jax.lax.optimization_barrier((self.row, self.column))
+        sides = (("row", rows), ("column", columns))
+        pairs = [self._parts(side, x.reshape((x.shape[0], -1)), take) for side, x in sides]
+        return [list(zip(*unit, strict=True)) for unit in zip(*pairs, strict=True)]
+
+    def _parts(self, side: Varies, x: jax.Array, take: PartTaker) -> list[list[jax.Array]]:
+        lines, out = self.lines[side], []
+        for i, (unit, block) in enumerate(zip(self.units, lines.blocks, strict=True)):
+            start = lines.start(i, 0)
+            view, stride = unit.view(SUMS), pieces(block.length) * PIECE
+            is_down = view.down_is_row == (side == "row")
+            restore = view.restore_down if is_down else view.restore_across
+            made = []
+            for part in unit.parts:
+                count = part.gradient.shape[0] * block.count
+                size = block.length if count == 1 else count * stride
+                of_part = take(x, (0, start), (x.shape[0], size))
+                of_part = of_part.reshape((x.shape[0], count, -1))[..., : block.length]
+                made.append(jax.vmap(restore, out_axes=1)(of_part))
+                start += count * stride
+            out.append(made)
+        return out
+
+
+def _passes(
+    rule: Rule,
+    units: Sequence[_Unit],
+    moments: Sequence[Moments],
+    networks_of: Shared,
+    decays_of: Shared,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+    statistics: Statistics | None,
+    take: PartTaker,
+) -> _Result:
+    """Passes B and C over factored units, or over one that is not factored."""
     mlp, mlp_per_tensor = networks_of
     decays, decays_per_tensor = decays_of
-    shape = parts[0].gradient.shape[1:]
-    whole = partition or _unsplit(shape)
-    hidden = range(mlp.biases[0].shape[-1])
-    dims = factored_dims(whole.shape)
-    on_matrix_units = uses_matrix_units(rule, len(hidden), dims is not None)
-    tuning = UPDATE
-    if len(hidden) >= rules.WIDE_HIDDEN_SIZE:
-        tuning = MATRIX_UPDATE if on_matrix_units else WIDE_UPDATE
-    view = view_for(shape, SUMS, whole.shape)
-    update_view = view_for(shape, tuning, whole.shape)
-    tensors = sum(part.gradient.shape[0] for part in parts)
-    features = rule.features.for_tensor(view.is_factored)
-    counts = None if lengths is None else _for_all(lengths, tensors)
-
-    row = column = None
-    vectors = FactoredVectors((), (), (), ())
-    if dims is not None:
-        row, column, vectors = jax.vmap(
-            functools.partial(_factored_after, dims=dims, partition=partition),
-            in_axes=(0, 0, 0, 0, 0 if decays_per_tensor else None),
-        )(
-            moments.row,
-            moments.column,
-            _join([part.accumulators.row for part in parts]),
-            _join([part.accumulators.column for part in parts]),
-            decays.factored,
-        )
-    launches = _launches(parts)
-    elements = [[_elements(view, part) for part in chosen] for chosen in launches]
-    starts = _starts(launches)
+    tensors = sum(unit.tensors for unit in units)
+    is_factored = units[0].dims is not None
+    features = rule.features.for_tensor(is_factored)
+    lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
+    vectors = _Vectors(units, moments, decays.factored, decays_per_tensor) if is_factored else None
+    launches = _launches(units)
+    elements = [[_elements(*x) for x in launch.of(SUMS)] for launch in launches]
+    starts = [_first(units, launch, vectors) for launch in launches]
 
     # pass B
-    tables = tensors if decays_per_tensor or counts is not None else 1
+    tables = tensors if decays_per_tensor or lengths is not None else 1
     repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
     own = decays if decays_per_tensor else repeated(tables)
-    rates, rate_entries = table.pack(Rates(own, counts), tables)
-    factors = _oriented(view, vectors.row_factor, vectors.column_factor)
+    rates, rate_entries = table.pack(Rates(own, lengths), tables)
+    factors: Any = None if vectors is None else vectors.stacked(SUMS)
     sums = [
         _square_sums(
-            _plan(view, chosen, SUMS),
+            launch.plan(SUMS),
             rule,
             rate_entries,
             mosaic.is_interpreting(),
-            Inputs(x, rates, *factors, start),
+            Inputs(x, rates, factors, first),
         )
-        for chosen, x, start in zip(launches, elements, starts, strict=True)
+        for launch, x, first in zip(launches, elements, starts, strict=True)
     ]
-    means = _mean(jnp.sum(_join(sums), axis=2), whole, counts)
+    means = _means(_added(launches, SUMS, sums), units)
 
     # the network
-    networks = jax.vmap(
-        functools.partial(_folded, rule, features, len(whole.shape), partition),
-        in_axes=(0 if mlp_per_tensor else None, 0, 0),
-    )(mlp, means[:, :-2], vectors)
+    last = lambda x: jnp.moveaxis(x, 0, -1) if mlp_per_tensor else x[..., None]  # noqa: E731
+    first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
+    networks: Any = _folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
     if rule.parameter_scale:
-        scale = scale * rules.parameter_scale(moments.parameter_mean_square)
+        squares = _join([x.parameter_mean_square for x in moments])
+        scale = scale * rules.parameter_scale(squares)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     layers = _layers(mlp, mlp_per_tensor, tensors)
-    matrices = weights = None
-    if on_matrix_units:
-        matrices = matrix_units.pack(networks, layers, update_view)
-        layers = layers[-1][1]
-    else:
-        weights = jnp.stack([w.reshape((tensors, -1)) for w in networks.weights], axis=1)
+    weights: Any = jnp.stack(networks.weights)  # (features, H, tensors)
+    weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
+    if vectors is None:
+        bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
+    elif uses_matrix_units(rule, weights.shape[2], is_factored):
+        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
+        weights, layers = None, layers[-1][1]
+        biases = jnp.concatenate([networks.row_bias, networks.column_bias], axis=1)
+        biases = matrix_units.pack_biases(biases.reshape((biases.shape[0], -1)))
+        matrices = matrix_units.Matrices(*packed, biases)
     numbers, entries = table.pack(
         Table(
             decays=decays if decays_per_tensor else repeated(tensors),
             weights=weights,
-            bias=(networks.row_bias.reshape((tensors, -1)),) if dims is None else (),
+            bias=bias,
             layers=layers,
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
-            length=counts,
+            length=lengths,
         ),
         tensors,
     )
-    if dims is not None and not on_matrix_units:
-        of_unit = lambda x: tuple(x[:, j] for j in hidden)  # noqa: E731
-        factors = _oriented(
-            update_view,
-            (*vectors.row_factor, *of_unit(networks.row_bias)),
-            (*vectors.column_factor, *of_unit(networks.column_bias)),
-        )
-
-    elif dims is not None:
-        factors = _oriented(update_view, vectors.row_factor, vectors.column_factor)
 
     # pass C
-    view = update_view
+    tuning = _tuning(rule, mlp, is_factored)
+    if vectors is not None:
+        biases_of = (networks.row_bias, networks.column_bias)
+        factors = vectors.stacked(tuning, () if matrices else biases_of)
     results = [
         _update(
-            _plan(view, chosen, tuning, backwards=True),
+            launch.plan(tuning, backwards=True),
             rule,
             entries,
             mosaic.is_interpreting(),
-            Inputs(x, numbers, *factors, start, matrices),
+            Inputs(x, numbers, factors, first, matrices),
         )
-        for chosen, x, start in zip(launches, elements, starts, strict=True)
+        for launch, x, first in zip(launches, elements, starts, strict=True)
     ]
+    made: list[list[Any]] = [[None] * len(unit.parts) for unit in units]
+    for launch, result in zip(launches, results, strict=True):
+        for (i, k), x in zip(launch.members, result.elements, strict=True):
+            made[i][k] = x
     kept = None
     if rule.accumulator_statistics:
-        kept = _statistics(_join([x.sums for x in results]), centres, whole, counts)
-    out, first = [], 0
-    take = take or rows_taker(parts[0].gradient)
-    row, column = jax.lax.optimization_barrier((row, column))
-    made = [x for result in results for x in result.elements]
-    for new, part in zip(made, parts, strict=True):
-        old = part.accumulators
-        if dims is None:
-            new_row = jnp.stack([view.restore(a) for a in new.average], axis=1)
-            new_column = old.column
-        else:
-            last = first + part.gradient.shape[0]
-            rows = slice(first, last)
-            new_row, new_column = (
-                x if len(parts) == 1 else take(x, rows, x.shape[-1]) for x in (row, column)
-            )
-            first = last
-        accumulators = Accumulators(
-            momentum=tuple(map(view.restore, new.momentum)),
-            second_moment=view.restore(new.second_moment),
-            row=new_row.astype(old.row.dtype),
-            column=new_column.astype(old.column.dtype),
-        )
-        out.append(TensorUpdate(view.restore(new.gradient), accumulators, None))
-    return out, kept
+        kept = _added(launches, tuning, [x.sums for x in results])
+    new_vectors: Any = [[None] * len(unit.parts) for unit in units]
+    if vectors is not None:
+        new_vectors = vectors.parts(take)
+    return _Result(made, kept, new_vectors, centres)
+
+
+def _tuning(rule: Rule, mlp: MLP, is_factored: bool) -> Tuning:
+    """How pass C is cut."""
+    hidden = mlp.biases[0].shape[-1]
+    if hidden < rules.WIDE_HIDDEN_SIZE:
+        return UPDATE
+    return MATRIX_UPDATE if uses_matrix_units(rule, hidden, is_factored) else WIDE_UPDATE
 
 
 def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
@@ -392,83 +623,178 @@ def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | No
     )
 
 
-def _launches(parts: Sequence[Part]) -> list[Sequence[Part]]:
-    """Parts that one launch takes: neighbours with equally many tensors.
+class _InLaunch(NamedTuple):
+    """A part, and how a pass sees its tensors."""
 
-    As many as allowed, but where that leaves none over, a few less: launches of as many parts share
-    a compiled kernel.
+    view: View
+    part: Part
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Parts that one launch of a pass takes."""
+
+    units: Sequence[_Unit]  # of the batch
+    members: Sequence[tuple[int, int]]  # positions: of the unit, of the part in it
+
+    def of(self, tuning: Tuning) -> list[_InLaunch]:
+        return [
+            _InLaunch(self.units[i].view(tuning), self.units[i].parts[k]) for i, k in self.members
+        ]
+
+    def plan(self, tuning: Tuning, backwards: bool = False) -> Plan:
+        views = tuple(x.view for x in self.of(tuning))
+        return plan_for(views, self.of(tuning)[0].part.gradient.shape[0], tuning, backwards)
+
+    @property
+    def tensors(self) -> list[np.ndarray]:
+        """Positions of each part's tensors among those of the batch."""
+        ends = np.cumsum([0, *(unit.tensors for unit in self.units)])
+        out = []
+        for i, k in self.members:
+            counts = self.units[i].counts
+            first = ends[i] + sum(counts[:k])
+            out.append(np.arange(first, first + counts[k]))
+        return out
+
+
+def _launches(units: Sequence[_Unit]) -> list[_Launch]:
+    """Which parts one launch takes: of equal numbers of tensors, up to `LAUNCH_PARTS`.
+
+    Launches of parts of the same shapes share a compiled kernel, so each takes as many of every
+    shape, as far as possible. Tensors that have a batch or a middle are not mixed with others.
     """
-    out: list[Sequence[Part]] = []
-    for _, group in itertools.groupby(parts, lambda part: part.gradient.shape[0]):
-        run = list(group)
-        even = (n for n in range(LAUNCH_PARTS, LAUNCH_PARTS // 2, -1) if len(run) % n == 0)
-        size = next(even, LAUNCH_PARTS)
-        out += [run[i : i + size] for i in range(0, len(run), size)]
-    return out
+    alike: dict[Any, dict[int, list[tuple[int, int]]]] = {}
+    for i, unit in enumerate(units):
+        for k, part in enumerate(unit.parts):
+            views = [unit.view(tuning) for tuning in (FIRST, SUMS, UPDATE, WIDE_UPDATE)]
+            dtypes = tuple(x.dtype for x in jax.tree.leaves(part))
+            tiles = tuple((view.rows, view.width) for view in views)
+            is_matrix = unit.dims is not None and views[0].batch * views[0].middle == 1
+            mixed = tiles if is_matrix else i
+            key = part.gradient.shape[0], dtypes, mixed
+            alike.setdefault(key, {}).setdefault(i, []).append((i, k))
+    return [_Launch(units, x) for by_unit in alike.values() for x in _shares(by_unit)]
 
 
-def _plan(view: View, parts: Sequence[Part], tuning: Tuning, backwards: bool = False) -> Plan:
-    """The plan of a launch."""
-    return plan_for(view, parts[0].gradient.shape[0], tuning, backwards, len(parts))
+def _shares(by_unit: dict[int, list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Deals parts out to few launches, most of which have as many parts of every unit."""
+    total = sum(map(len, by_unit.values()))
+
+    def cost(launches: int) -> tuple[int, int]:
+        dealt = launches * sum(len(parts) // launches for parts in by_unit.values())
+        rest = total - dealt
+        return launches + -(-rest // LAUNCH_PARTS), rest
+
+    def fits(launches: int) -> bool:
+        return 0 < sum(len(parts) // launches for parts in by_unit.values()) <= LAUNCH_PARTS
+
+    count = min(filter(fits, range(1, total + 1)), key=cost)
+    out: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    rest = []
+    for parts in by_unit.values():
+        each = len(parts) // count
+        for i, launch in enumerate(out):
+            launch += parts[i * each : (i + 1) * each]
+        rest += parts[count * each :]
+    return out + [rest[i : i + LAUNCH_PARTS] for i in range(0, len(rest), LAUNCH_PARTS)]
 
 
+@functools.lru_cache(maxsize=1024)
 def plan_for(
-    view: View, tensors: int, tuning: Tuning, backwards: bool = False, parts: int = 1
+    views: tuple[View, ...], tensors: int, tuning: Tuning, backwards: bool = False
 ) -> Plan:
     """A plan whose programs fill the GPU once, or for large tensors a few times.
 
     Never a bit more than that: a wave of few programs takes as long as a full one.
 
     Args:
-      view: how the pass sees a tensor.
-      tensors: number of tensors in an array.
+      views: how the pass sees the tensors of each part.
+      tensors: number of tensors in a part.
       tuning: how the pass is cut.
       backwards: as in `Plan`.
-      parts: number of such arrays.
 
     Returns:
       The plan.
     """
-    strips = parts * tensors * view.batch * view.middle * view.strips
+    view = views[0]
+    matrices = tensors * view.batch * view.middle
     at_once = tuning.programs * MULTIPROCESSORS
-    elements = strips * view.tiles_down * view.rows * view.width
+    tile = view.rows * view.width
+    elements = matrices * tile * sum(v.strips * v.tiles_down for v in views)
     waves = -(-elements // (at_once * tuning.program_elements))
-    chunks = max(1, at_once * waves // strips)
-    tiles = -(-view.tiles_down // chunks)
+
+    def programs(tiles: int) -> int:
+        return matrices * sum(v.strips * -(-v.tiles_down // tiles) for v in views)
+
+    most = max(v.tiles_down for v in views)
+    fits = (n for n in range(1, most) if programs(n) <= at_once * waves)
+    tiles = next(fits, most)
     rows = min(tuning.block_rows or view.rows, view.rows)
     step = mosaic.tile_layout(view.width, view.vector)[1]
-    rows = max(rows, step)
-    stages = min(tuning.stages, tiles + 1)
     return Plan(
-        view,
+        views,
         tensors,
-        tiles,
-        stages,
-        rows,
+        # as equal as they can be
+        tuple(-(-v.tiles_down // -(-v.tiles_down // tiles)) for v in views),
+        min(tuning.stages, tiles + 1),
+        max(rows, step),
         tuning.loops,
         backwards,
-        parts,
         tuning.together,
         tuning.in_flight,
     )
 
 
-def _starts(launches: Sequence[Sequence[Part]]) -> list[jax.Array]:
-    """The position of each launch's first tensor among all, for the kernels to read."""
-    counts = [sum(part.gradient.shape[0] for part in chosen) for chosen in launches]
-    return [jnp.full((1,), sum(counts[:i]), jnp.int32) for i in range(len(counts))]
+def _first(units: Sequence[_Unit], launch: _Launch, vectors: _Vectors | None) -> First:
+    """Where the tensors of each part of a launch begin, for the kernels to read."""
+    numbers = lambda x: jnp.asarray(np.asarray(x, np.int32))  # noqa: E731
+    tensors = numbers([of_part[0] for of_part in launch.tensors])
+    if vectors is None:
+        return First(tensors, None, None)
+    sides = []
+    for i, k in launch.members:
+        row, column = vectors.starts(i, sum(units[i].counts[:k]))
+        sides.append((row, column) if units[i].view(SUMS).down_is_row else (column, row))
+    down, across = zip(*sides, strict=True)
+    return First(tensors, numbers(down), numbers(across))
 
 
 def _join(arrays: Sequence[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[Any, Any]:
-    """Vectors as the kernels read them: (down, across)."""
-    if not view.is_factored:
-        return None, None
-    down, across = (row, column) if view.down_is_row else (column, row)
-    return view.down_vectors(down), view.across_vectors(across)
+def _added(launches: Sequence[_Launch], tuning: Tuning, sums: Sequence[jax.Array]) -> jax.Array:
+    """The sums of all programs added up, for the tensors in their order.
+
+    Args:
+      launches: of a pass.
+      tuning: of the pass.
+      sums: (tensors, sums, programs) of each launch.
+
+    Returns:
+      (tensors, sums).
+    """
+    short = []
+    for launch, x in zip(launches, sums, strict=True):
+        plan = launch.plan(tuning)
+        each = plan.programs_of_tensor
+        if len(set(each)) > 1:
+            written = np.asarray(each, np.int32) * (x.shape[2] // max(each))
+            written = np.repeat(written, plan.tensors)[:, None, None]
+            position = jax.lax.broadcasted_iota(jnp.int32, (1, 1, x.shape[2]), 2)
+            x = jnp.where(position < written, x, 0)
+        # where others have a few, those of large tensors are added up first
+        short.append(x if x.shape[2] <= LONG_SUM else jnp.sum(x, axis=2, keepdims=True))
+    most = max(x.shape[2] for x in short)
+    added = jnp.sum(_join([_padded_to(x, most) for x in short]), axis=2)
+    order = np.argsort(np.concatenate([x for launch in launches for x in launch.tensors]))
+    return _tensors(added, order, len(order))
+
+
+def _padded_to(x: jax.Array, size: int) -> jax.Array:
+    short = size - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) if short else x
 
 
 def _as_laid_out(x: jax.Array) -> jax.Array:
@@ -493,63 +819,30 @@ def _elements(view: View, part: Part) -> Elements:
     )
 
 
-def _factored_after(
-    row_mean: jax.Array,
-    column_mean: jax.Array,
-    row: jax.Array,
-    column: jax.Array,
-    decays: jax.Array,
-    dims: FactoredDims,
-    partition: Partition | None,
-) -> tuple[jax.Array, jax.Array, FactoredVectors]:
-    """One tensor's row and column accumulators after this step, and their vectors."""
-    row = update_factored(row.astype(jnp.float32), row_mean, decays)
-    column = update_factored(column.astype(jnp.float32), column_mean, decays)
-    return row, column, rules.factored_vectors(row, column, dims, partition)
-
-
 def _folded(
-    rule: Rule,
-    features: Any,
-    rank: int,
-    partition: Partition | None,
-    mlp: MLP,
-    means: jax.Array,
-    vectors: FactoredVectors,
+    rule: Rule, features: Sequence[Feature], mlp: MLP, means: jax.Array, vectors: _Vectors | None
 ) -> Folded:
-    """One tensor's folded network from the mean squares of its element features."""
-    operands = Operands(None, None, (), None, *vectors)
-    axes = rules.normalizer_axes(rule, rank)
-    kept = [x.reshape((1,) * rank) for x in means]
-    normalizers = rules.normalizers(rule, features, kept, operands, axes, partition)
+    """The folded networks of all tensors from the mean squares (tensors, element features).
+
+    The first layer's weights and biases have a last axis of tensors, or of size one.
+    """
+    operands, lines = None, {}
+    if vectors is not None:
+        operands, lines = vectors.operands, vectors.lines
+    mean_of = lambda varies, x: lines[varies].tensor_means(x)  # noqa: E731
+    normalizers = rules.normalizers(rule, features, list(means.T), operands, mean_of)
     # computed once, or XLA takes features of a row for softmaxes and makes a kernel of each
     normalizers = jax.lax.optimization_barrier(normalizers)
-    return rules.fold(mlp, features, normalizers, operands)
+    along = lambda varies, x: lines[varies].of_tensors(x) if lines else x  # noqa: E731
+    return rules.fold(mlp, features, normalizers, operands, along)
 
 
-def _unsplit(shape: tuple[int, ...]) -> Partition:
-    """The partition of tensors that are not split."""
-    return Partition(shape, ((),) * len(shape))
-
-
-def _for_all(lengths: Sequence[int], tensors: int) -> jax.Array:
-    """Lengths of all tensors, float32, where these are a batch of those that have the lengths."""
-    return jnp.tile(jnp.asarray(lengths, jnp.float32), tensors // len(lengths))
-
-
-def _mean(sums: jax.Array, whole: Partition, counts: jax.Array | None = None) -> jax.Array:
-    """Means over the whole tensors from sums over the shards, (tensors, sums).
-
-    Args:
-      sums: over the shards.
-      whole: of what.
-      counts: elements of every tensor, where they are not those of the whole.
-
-    Returns:
-      The means.
-    """
-    total = whole.total(sums, range(len(whole.shape)))
-    return total / (math.prod(whole.shape) if counts is None else counts[:, None])
+def _means(sums: jax.Array, units: Sequence[_Unit]) -> jax.Array:
+    """Means over the whole tensors of some units from sums over shards, (tensors, sums)."""
+    counts = [unit.tensors for unit in units]
+    names = [unit.whole.names(range(len(unit.shape))) for unit in units]
+    elements = np.concatenate([unit.elements for unit in units])
+    return totals(sums.T, counts, names).T / elements[:, None]
 
 
 def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
@@ -577,10 +870,9 @@ def _centres(statistics: Statistics | None, decays: Decays, means: jax.Array) ->
     return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
 
 
-def _statistics(
-    sums: jax.Array, centres: jax.Array, whole: Partition, counts: jax.Array | None
-) -> Statistics:
-    first, second = jnp.split(_mean(jnp.sum(sums, axis=2), whole, counts), 2, axis=1)
+def _statistics(means: jax.Array, centres: jax.Array) -> Statistics:
+    """From means of distances to the centres and of their squares."""
+    first, second = jnp.split(means, 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
     return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
 

@@ -9,7 +9,6 @@ A tensor without factored axes is seen as one batch of lines of 128 elements.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -99,41 +98,37 @@ class View:
         inverse = sorted(range(len(self.order)), key=lambda i: self.order[i])
         return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
 
-    def down_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
-        """Vectors that do not vary across, each (B, *shape with size 1 at the across axis).
+    def down_lines(self, x: jax.Array) -> jax.Array:
+        """(B, *shape without the across axis) -> (B * batch * middle, down)."""
+        x = self._ordered(x, self.order[-1]).reshape((-1, self.down, self.middle))
+        return jnp.moveaxis(x, 1, 2).reshape((-1, self.down))
 
-        Returns:
-          (B * batch, middle, vectors rounded up, down rounded up) float32.
-        """
-        parts = [
-            jnp.moveaxis(self._transpose(x).reshape((-1, self.down, self.middle)), 1, 2)
-            for x in vectors
-        ]
-        return _stack(parts, self.tiles_down * self.rows, self._vector_unit)
+    def across_lines(self, x: jax.Array) -> jax.Array:
+        """(B, *shape without the down axis) -> (B * batch * middle, across)."""
+        assert self.down_axis is not None
+        return self._ordered(x, self.order[self.down_axis]).reshape((-1, self.across))
 
-    def across_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
-        """Vectors that do not vary down, each (B, *shape with size 1 at the down axis).
+    def row_lines(self, x: jax.Array) -> jax.Array:
+        """Those of the two that hold the row; (lines, length)."""
+        return self.down_lines(x) if self.down_is_row else self.across_lines(x)
 
-        Returns:
-          (B * batch, middle, vectors rounded up, across rounded up) float32.
-        """
-        parts = [self._transpose(x).reshape((-1, self.middle, self.across)) for x in vectors]
-        return _stack(parts, self.strips * self.width, self._vector_unit)
+    def column_lines(self, x: jax.Array) -> jax.Array:
+        """Those that hold the column."""
+        return self.across_lines(x) if self.down_is_row else self.down_lines(x)
 
     @property
-    def _vector_unit(self) -> int:
+    def vector_unit(self) -> int:
         """What the number of vectors is rounded up to: copies move multiples of 128 bytes."""
         return max(32 // self.rows, 32 // self.width, 1)
 
     def restore_down(self, x: jax.Array) -> jax.Array:
-        """(B * batch, middle, down) -> (B, *shape without the across axis)."""
-        assert self.down_axis is not None
+        """The inverse of `down_lines`; batch and middle may be axes of their own."""
         ordered = [self.shape[i] for i in self.order]
-        x = jnp.moveaxis(x, 1, 2).reshape((-1, *ordered[:-1]))
+        x = jnp.moveaxis(x.reshape((-1, self.middle, self.down)), 1, 2).reshape((-1, *ordered[:-1]))
         return self._without(x, self.order[-1])
 
     def restore_across(self, x: jax.Array) -> jax.Array:
-        """(B * batch, middle, across) -> (B, *shape without the down axis)."""
+        """The inverse of `across_lines`; batch and middle may be axes of their own."""
         assert self.down_axis is not None
         ordered = [self.shape[i] for i in self.order]
         del ordered[self.down_axis]
@@ -142,18 +137,15 @@ class View:
     def _transpose(self, x: jax.Array) -> jax.Array:
         return jnp.transpose(x, (0, *(i + 1 for i in self.order)))
 
+    def _ordered(self, x: jax.Array, axis: int) -> jax.Array:
+        """Brings an array that lacks one of the tensor's axes into the order."""
+        return jnp.transpose(x, (0, *(i - (i > axis) + 1 for i in self.order if i != axis)))
+
     def _without(self, x: jax.Array, axis: int) -> jax.Array:
-        """Undoes the order of an array that lacks one of the tensor's axes."""
+        """Undoes that."""
         kept = [i for i in self.order if i != axis]
         inverse = sorted(range(len(kept)), key=lambda i: kept[i])
         return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
-
-
-def _stack(parts: Sequence[jax.Array], size: int, unit: int) -> jax.Array:
-    count = -(-len(parts) // unit) * unit
-    x = jnp.stack(parts, axis=2)
-    padding = ((0, 0), (0, 0), (0, count - len(parts)), (0, size - x.shape[-1]))
-    return jnp.pad(x.astype(jnp.float32), padding)
 
 
 def view_of(

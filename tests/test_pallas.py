@@ -23,8 +23,9 @@ from lopt_jax import engine
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
+from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, Rule
-from pallas_kernels import choice, mosaic, step, table
+from pallas_kernels import choice, lines, mosaic, step, table
 from pallas_kernels.view import view_of
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
@@ -60,12 +61,13 @@ def random_mlp(rule, tensors, hidden, seed):
 
 
 def on_kernels(rule, parts, mlp, scale, weight_decay):
-    moments = step.first_pass(rule, parts)
+    units = [step.Unit(parts)]
+    moments = step.first_pass(rule, units)
     out = step.second_pass(
-        rule, parts, moments, mlp, True, DECAYS, scale, weight_decay, statistics=None
+        rule, units, moments, mlp, True, DECAYS, scale, weight_decay, statistics=None
     )
     join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
-    return moments, jax.tree.map(join, *out.parts)._replace(statistics=out.statistics)
+    return moments[0], jax.tree.map(join, *out.parts[0])._replace(statistics=out.statistics)
 
 
 def on_xla(rule, parts, mlp, scale, weight_decay):
@@ -117,27 +119,84 @@ def check(rule, shape, tolerance=1e-5, **options):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
 
 
+MIXED = [(20, 100), (33, 72), (130, 65), (9, 1, 80)]  # that tiles of one shape cover
+
+
+def on_mixed_shapes(rule, arguments):
+    """Moments and updates of each shape, from launches that take all shapes."""
+    units = [step.Unit(parts) for parts, *_ in arguments]
+    _, *others = zip(*arguments, strict=True)
+    of_all = [jax.tree.map(lambda *xs: jnp.concatenate(xs), *x) for x in others]
+    moments = step.first_pass(rule, units)
+    out = step.second_pass(rule, units, moments, of_all[0], True, DECAYS, *of_all[1:], None)
+    join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
+    return moments, [jax.tree.map(join, *parts) for parts in out.parts], out.statistics
+
+
+def random_mixed(rule, hidden):
+    return [
+        random_arguments(rule, shape, parts=2 + (i == 1), hidden=hidden, seed=10 * i)
+        for i, shape in enumerate(MIXED)
+    ]
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (SPLIT, 32)])
+@pytest.mark.usefixtures("one_device")
+def test_launches_of_several_shapes(rule, hidden):
+    arguments = random_mixed(rule, hidden)
+    units = [step._Unit.of(step.Unit(parts)) for parts, *_ in arguments]
+    assert len(step._launches(units)) == 3
+    with kernels.running():
+        got = jax.block_until_ready(jax.jit(functools.partial(on_mixed_shapes, rule))(arguments))
+    expected = [jax.jit(functools.partial(on_xla, rule))(*x) for x in arguments]
+    moments, updates = zip(*expected, strict=True)
+    statistics = None
+    if rule.accumulator_statistics:
+        statistics = jax.tree.map(
+            lambda *xs: jnp.concatenate(xs), *(update.statistics for update in updates)
+        )
+    want = list(moments), [update._replace(statistics=None) for update in updates], statistics
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-5 * float(jnp.max(jnp.abs(b)))),
+        got,
+        want,
+    )
+
+
+@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (SPLIT, 32)])
+def test_launches_of_several_shapes_lower_for_cuda(rule, hidden):
+    traced = jax.jit(functools.partial(on_mixed_shapes, rule)).trace(random_mixed(rule, hidden))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 6  # of most parts, and of the one that is left over
+
+
 @pytest.mark.parametrize(
-    ("rule", "shape", "options", "per_tensor"),
+    ("rule", "shapes", "options", "per_tensor"),
     [
-        (SMALL_FC, (6, 16), {}, False),
-        (SMALL_FC, (10,), {"tensors": 2}, False),
-        (VELO, (8, 12), {"parts": 2}, True),
-        (SPLIT, (64, 10), {"hidden": 32}, False),
+        (SMALL_FC, [(6, 16)], {}, False),
+        (SMALL_FC, [(10,)], {"tensors": 2}, False),
+        (VELO, [(9,), (8, 12), (140, 6)], {"parts": 2}, True),
+        (SPLIT, [(64, 10)], {"hidden": 32}, False),
     ],
 )
 @pytest.mark.usefixtures("one_device")
-def test_a_batch_is_its_members_one_by_one(rule, shape, options, per_tensor):
+def test_a_batch_is_its_members_one_by_one(rule, shapes, options, per_tensor):
     """Under vmap, with networks and decays of each member's own."""
-    members = [random_arguments(rule, shape, seed=10 * i, **options) for i in range(3)]
+    join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
+    members = []
+    for i in range(3):
+        of_shapes = [random_arguments(rule, shape, seed=10 * i, **options) for shape in shapes]
+        parts, *others = zip(*of_shapes, strict=True)
+        members.append((parts, *(jax.tree.map(join, *x) for x in others)))
     decays = [jax.tree.map(lambda d, i=i: d * (1 - 0.02 * i), DECAYS) for i in range(3)]
 
     def run(arguments, decays):
         parts, mlp, *scales = arguments
         if not per_tensor:
             mlp = jax.tree.map(lambda x: x[0], mlp)
-        moments = step.first_pass(rule, parts)
-        out = step.second_pass(rule, parts, moments, mlp, per_tensor, decays, *scales, None)
+        units = [step.Unit(x) for x in parts]
+        moments = step.first_pass(rule, units)
+        out = step.second_pass(rule, units, moments, mlp, per_tensor, decays, *scales, None)
         return moments, out
 
     stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
@@ -156,9 +215,9 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
     """Weights of each training's own, nested vmap; alone the tensor would be too small."""
     second_pass, shapes = step.second_pass, []
 
-    def spy(rule, parts, *arguments):
-        shapes.append(parts[0].gradient.shape)
-        return second_pass(rule, parts, *arguments)
+    def spy(rule, units, *arguments):
+        shapes.extend(unit.parts[0].gradient.shape for unit in units)
+        return second_pass(rule, units, *arguments)
 
     monkeypatch.setattr(step, "second_pass", spy)
     weights = lopt_jax.load_weights("small_fc_lopt_h4")
@@ -435,12 +494,42 @@ def test_view_of_vectors():
         down = jnp.asarray(rng.normal(size=(2, *flat(axis))), jnp.float32)
         across = jnp.asarray(rng.normal(size=(2, *flat(other))), jnp.float32)
         arranged = view.arrange(down * across)[..., : view.across]
-        rows = view.down_vectors([down])[:, :, 0, : view.down]
-        columns = view.across_vectors([across])[:, :, 0, : view.across]
-        product = jnp.einsum("gmd,gma->gdma", rows, columns)
+        rows = view.down_lines(down.squeeze(axis + 1))
+        columns = view.across_lines(across.squeeze(other + 1))
+        of_middle = lambda x, view=view: x.reshape((-1, view.middle, x.shape[-1]))  # noqa: E731
+        product = jnp.einsum("gmd,gma->gdma", of_middle(rows), of_middle(columns))
         np.testing.assert_allclose(arranged, product, rtol=1e-6)
         np.testing.assert_array_equal(view.restore_down(rows), down.squeeze(axis + 1))
         np.testing.assert_array_equal(view.restore_across(columns), across.squeeze(other + 1))
+
+
+def test_lines():
+    """Means of lines of any lengths, beside numpy's; what is a tensor's comes to its pieces."""
+    rng = np.random.default_rng(0)
+    sizes = [(2, 3, 5), (1, 1, 300), (3, 1, 128), (2, 2, 129)]  # tensors, lines of each, length
+    arrays = [rng.normal(size=(2, n * m, length)).astype(np.float32) for n, m, length in sizes]
+    of = lines.Lines(
+        tuple(
+            lines.Block(n, m, length, Partition((m, length), ((), ())), 1) for n, m, length in sizes
+        )
+    )
+    x = of.join(arrays)
+    flat = np.asarray(x).reshape((2, -1))
+    by_line, by_tensor, number = [], [], 0
+    for i, ((n, m, length), array) in enumerate(zip(sizes, arrays, strict=True)):
+        for tensor in range(n):
+            start = of.start(i, tensor)
+            line = array[:, tensor * m]
+            np.testing.assert_array_equal(flat[:, start : start + length], line)
+            by_tensor.append(array[:, tensor * m : (tensor + 1) * m].mean((1, 2)))
+            piece = start // lines.PIECE
+            assert of.of_tensors(jnp.arange(8))[piece] == number
+            by_line.append((piece, line.mean(1)))
+            number += 1
+    np.testing.assert_allclose(of.tensor_means(1 + x), 1 + np.stack(by_tensor, 1), 1e-5)
+    means = np.asarray(of.line_means(1 + x))[..., 0]
+    for piece, mean in by_line:
+        np.testing.assert_allclose(means[:, piece], 1 + mean, 1e-5)
 
 
 def test_table_reads_what_it_packs():

@@ -111,7 +111,10 @@ def check_equal_shapes_split_differently(kind):
     rng = np.random.default_rng(1)
     draw = lambda: {k: rng.standard_normal((16, 24)).astype(np.float32) for k in "abc"}  # noqa: E731
     specs = {"a": P("data"), "b": P(None, "data"), "c": P("data")}
-    params, gradients = draw(), [draw() for _ in range(STEPS)]
+    check_against_xla(kind, specs, draw(), [draw() for _ in range(STEPS)])
+
+
+def check_against_xla(kind, specs, params, gradients):
     got = run_on(mesh_of((2,), kind), specs, "velo", params, gradients)
     tx = optimizers.make("velo", backend="xla")
     state, step = tx.init(params), jax.jit(steps_of(tx))
@@ -136,6 +139,15 @@ def test_automatic_equal_shapes(monkeypatch):
 def test_explicit_halves():
     of = (("rows",), 1)
     check(run_jit("velo", "halves", AxisType.Explicit, *of), unsharded("velo", *of))
+
+
+def test_explicit_whole_vectors():
+    """Vectors of different lengths that no device splits are one unit, beside split matrices."""
+    rng = np.random.default_rng(2)
+    shapes = {"rows": (16, 24), "tall": (24, 8), "long": (20,), "short": (12,)}
+    draw = lambda: {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}  # noqa: E731
+    specs = {"rows": P(None, "data"), "tall": P("data"), "long": P(), "short": P()}
+    check_against_xla(AxisType.Explicit, specs, draw(), [draw()])
 
 
 NAMES = ["small_fc_lopt", "velo", "celo", "mulo", "elo", "celo2_base", "elo_celo2"]

@@ -455,7 +455,9 @@ def test_functions_with_constants_split():
     dims = partition.Dims((partition.BATCH, 0, 1))
     result = lambda _: partition.Dims((partition.BATCH,))  # noqa: E731
     run = jax.jit(
-        lambda x: partition.spread(function, (x,), (dims,), result, (16, 2), None, [(0,)], ["x"])
+        lambda x: partition.spread(
+            function, (x,), (dims,), result, [(16, 2)], [None], [(0,)], ["x"]
+        )
     )
     np.testing.assert_allclose(run(x), [float(np.sum(np.arange(32).reshape(16, 2) * weights))])
 
