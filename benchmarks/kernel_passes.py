@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.benchmark import gpu_events
 from lopt_jax.features import small_fc_features, velo_features
-from lopt_jax.rule import WIDE_HIDDEN_SIZE, Folded, Rule
+from lopt_jax.rule import WIDE_HIDDEN_SIZE, Rule
 from pallas_kernels import matrix_units, step, table
-from pallas_kernels.passes import Inputs, Table
+from pallas_kernels.lines import PIECE, pieces
+from pallas_kernels.passes import First, Inputs, Rates, Table
 from pallas_kernels.view import View
 
 SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
@@ -90,15 +91,13 @@ def make_inputs(
         (0.3 * normal(1, hidden, hidden), normal(1, hidden)),
         (0.3 * normal(1, 2, hidden), normal(1, 2)),
     )
+    across_start = pieces(view.down) * PIECE
+    size = across_start + pieces(view.across) * PIECE
     matrices = None
     if step.uses_matrix_units(rule, hidden, view.is_factored):
-        down_bias = normal(1, hidden, view.down, 1)
-        across_bias = normal(1, hidden, 1, view.across)
-        row_bias, column_bias = down_bias, across_bias
-        if not view.down_is_row:
-            row_bias, column_bias = column_bias, row_bias
-        first = tuple(weights[:, k, :, None, None] for k in range(count))
-        matrices = matrix_units.pack(Folded(first, row_bias, column_bias, ()), layers, view)
+        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
+        biases = matrix_units.pack_biases(normal(hidden, size))
+        matrices = matrix_units.Matrices(*packed, biases)
     numbers = Table(
         decays=decays,
         weights=weights if matrices is None else None,
@@ -109,17 +108,17 @@ def make_inputs(
         centres=jnp.zeros((1, 4)) if rule.accumulator_statistics else (),
     )
     elements = step._elements(view, part)
-    down_shape, across_shape = (1, view.down, 1), (1, 1, view.across)
-    down = lambda n: view.down_vectors([jnp.abs(normal(*down_shape)) for _ in range(n)])  # noqa: E731
-    across = lambda n: view.across_vectors([jnp.abs(normal(*across_shape)) for _ in range(n)])  # noqa: E731
-    rates, rate_entries = table.pack(decays, 1)
-    packed, entries = table.pack(numbers, 1)
-    first = jnp.zeros((1,), jnp.int32)
+    rounded = lambda n: -(-n // view.vector_unit) * view.vector_unit  # noqa: E731
+    lines = lambda n: jnp.abs(normal(rounded(n), size))  # noqa: E731
+    rates, rate_entries = table.pack(Rates(decays), 1)
+    numbers_packed, entries = table.pack(numbers, 1)
+    number = lambda n: jnp.full((1,), n, jnp.int32)  # noqa: E731
+    first = First(number(0), number(0), number(across_start))
     vectors = 3 if matrices is not None else 3 + hidden
     return (
-        Inputs([elements], rates, down(3), across(3), first),
+        Inputs([elements], rates, lines(3), first),
         rate_entries,
-        Inputs([elements], packed, down(vectors), across(vectors), first, matrices),
+        Inputs([elements], numbers_packed, lines(vectors), first, matrices),
         entries,
     )
 
@@ -154,7 +153,7 @@ def time_pass(
     tuning = replace(default, **changes)
     view = step.view_for(shape, tuning)
     elements = math.prod(shape)
-    plan = step.plan_for(view, 1, tuning, backwards=name == "C")
+    plan = step.plan_for((view,), 1, tuning, backwards=name == "C")
     interpreted = step.mosaic.is_interpreting()
     if name == "A":
         call = functools.partial(step._first_sums, plan, rule, interpreted)

@@ -790,7 +790,8 @@ def _whole_moments(
     whole = [
         _in_order([(members, own(x, members, m)) for x, members, m in unit]) for unit in pieces
     ]
-    flat = jnp.concatenate([x.reshape(-1) for x in jax.tree.leaves(whole)])
+    nothing = jnp.zeros((0,), jnp.float32)  # where no tensor has moments
+    flat = jnp.concatenate([nothing, *(x.reshape(-1) for x in jax.tree.leaves(whole))])
     return jax.lax.psum(flat, names) if names else flat
 
 
@@ -823,8 +824,8 @@ def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
     return [[int(start) + i for i in _GUIDES] for start in starts[:-1]]
 
 
-def _crosses(call: Call, groups: Sequence[Group]) -> bool:
-    """Whether moments leave the code of a shard: they are those of whole tensors then.
+def _crosses(groups: Sequence[Group]) -> bool:
+    """Whether a call's moments leave the code of a shard: they are those of whole tensors then.
 
     What one call makes of tensors that are split in different ways is no array of shards.
     """
@@ -840,7 +841,7 @@ def _first_pass(
       Moments of each unit, with a leading axis of tensors.
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    crosses = _crosses(call, groups)
+    crosses = _crosses(groups)
 
     def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> Any:
         shards = _shards_of(call, groups, inputs, partitions)
@@ -963,7 +964,7 @@ def _second_pass(
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     take = take if is_local() else None  # else it belongs to another program
-    crosses = _crosses(call, groups)
+    crosses = _crosses(groups)
 
     def passes(
         partitions: Partitions,
