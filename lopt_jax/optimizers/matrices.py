@@ -1,11 +1,13 @@
 """Matrices by a learned and normalised rule, the rest by AdamW: what the Celo2 family shares."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib._muon import orthogonalize_via_newton_schulz
@@ -216,16 +218,20 @@ def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     Returns:
       The same shape; singular values about one, by five Newton-Schulz iterations.
     """
-    if not step.size:
-        return step
-    with jax.default_matmul_precision(precision.name.lower()):
-        return orthogonalize_via_newton_schulz(
-            step,
-            jnp.asarray(_NEWTON_SCHULZ_COEFFICIENTS, step.dtype),
-            _NEWTON_SCHULZ_STEPS,
-            eps=_NEWTON_SCHULZ_EPSILON,
-            dimension_numbers=MuonDimensionNumbers(reduction_axis=-2, output_axis=-1),
-        )
+    norm = jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True))
+    x = step / (norm + _NEWTON_SCHULZ_EPSILON)
+    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
+    m, n = step.shape[-2:]
+    shift = np.eye(min(m, n), dtype=x.dtype) * (b / (2 * c))
+    rest = np.eye(min(m, n), dtype=x.dtype) * (a - b * b / (4 * c))
+    product = functools.partial(jnp.matmul, precision=precision)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        transposed = jnp.swapaxes(x, -2, -1)
+        gram = product(x, transposed) if m <= n else product(transposed, x)
+        shifted = gram + shift
+        factor = c * product(shifted, shifted) + rest
+        x = product(factor, x) if m <= n else product(x, factor)
+    return x
 
 
 def normalize_matrices(step: jax.Array, partition: Partition | None = None) -> jax.Array:
