@@ -768,6 +768,51 @@ def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
     return jax.jit(_on_xla(rule, mlp_per_tensor, None))
 
 
+def _small_passes(
+    rule: Rule,
+    mlp: MLP,
+    inputs: Sequence[GroupInputs],
+    moments: Sequence[Moments],
+    decays: Decays,
+    rates: Sequence[tuple[jax.Array, jax.Array]],
+) -> list[TensorUpdate]:
+    """Passes B and C over small tensors of several shapes, whose network runs once for all.
+
+    Args:
+      rule: the rule; it keeps no statistics.
+      mlp: the network, which they share.
+      inputs: of each group.
+      moments: of each group, with a leading axis of tensors.
+      decays: decay rates.
+      rates: scale and weight decay of each group, (tensors,).
+
+    Returns:
+      The updates of each group.
+    """
+
+    def before(moments: Moments, x: GroupInputs) -> tuple[jax.Array, jax.Array, Accumulators]:
+        dims = factored_dims(x.gradient.shape)
+        operands, row, column = rules.operands_after(rule, moments, *x, decays, dims)
+        features = rule.features.for_tensor(dims is not None)
+        new = Accumulators(operands.momentum, operands.second_moment, row, column)
+        stored = rules.as_stored(new, x.accumulators)
+        return rules.small_tensor_inputs(rule, features, operands), operands.parameter, stored
+
+    prepared = [over_tensors(before, *pair) for pair in zip(moments, inputs, strict=True)]
+    flat = [jnp.moveaxis(x, 1, 0).reshape((x.shape[1], -1)) for x, *_ in prepared]
+    ends = np.cumsum([x.shape[1] for x in flat])
+    # rows of a product that are not whole multiples of 64 bytes are read a word at a time
+    flat.append(jnp.zeros((flat[0].shape[0], -int(ends[-1]) % 16), flat[0].dtype))
+    steps = rules.small_tensor_step(rule, mlp, jnp.concatenate(flat, axis=1))
+    after = functools.partial(rules.tensor_update, rule)
+    return [
+        TensorUpdate(over_tensors(after, of, x.reshape(p.shape), p, *pair), stored, None)
+        for x, of, (_, p, stored), pair in zip(
+            jnp.split(steps, ends)[:-1], moments, prepared, rates, strict=True
+        )
+    ]
+
+
 class Factors(NamedTuple):
     """What the tensors of a unit have beside their arrays."""
 
@@ -958,6 +1003,25 @@ def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     return rule
 
 
+def _joined_units(rule: Rule, prepared: Prepared, hidden: int, mlp_per_tensor: bool) -> list[int]:
+    """Units of small tensors whose wide network runs once for all of them.
+
+    On a GPU a launch takes longer than the products of a small tensor. Few groups at a time: every
+    feature of each of them is code of one kernel.
+    """
+    joins = jax.default_backend() == "gpu" and len(prepared.groups) <= FUSED_SMALL_GROUPS
+    apart = mlp_per_tensor or rule.accumulator_statistics or not is_local()
+    if not joins or apart or hidden < rules.WIDE_HIDDEN_SIZE:
+        return []
+
+    def is_small(unit: Sequence[int]) -> bool:
+        group = prepared.groups[unit[0]]
+        return group.partition is None and math.prod(group.shape) <= rule.small_elements
+
+    chosen = zip(prepared.units, prepared.on_kernels, strict=True)
+    return [i for i, (unit, on) in enumerate(chosen) if not on and is_small(unit)]
+
+
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
     pieces = [piece.parameter_mean_square for unit in prepared.moments for piece in unit]
@@ -1017,9 +1081,28 @@ def second_pass(
     # the smallest is the least likely to be split
     take = rows_taker(min(gradients, key=lambda x: x.size)) if gradients else None
     new_statistics = []
-    for unit, chosen, moments in zip(
-        prepared.units, prepared.on_kernels, prepared.moments, strict=True
+    joined = _joined_units(rule, prepared, mlp.biases[0].shape[-1], mlp_per_tensor)
+    if joined:
+        groups = [prepared.groups[prepared.units[i][0]] for i in joined]
+        results = _small_passes(
+            rule,
+            mlp,
+            [prepared.inputs[prepared.units[i][0]] for i in joined],
+            [prepared.moments[i][0] for i in joined],
+            decays,
+            [
+                tuple(x[np.asarray(group.tensors)] for x in (scale, weight_decay))
+                for group in groups
+            ],
+        )
+        for group, result in zip(groups, results, strict=True):
+            out = prepared.out
+            scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
+    for i, (unit, chosen, moments) in enumerate(
+        zip(prepared.units, prepared.on_kernels, prepared.moments, strict=True)
     ):
+        if i in joined:
+            continue
         rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
         by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
         network = by_row(mlp) if mlp_per_tensor else mlp

@@ -281,7 +281,9 @@ def _second_pass(
     repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
     own = decays if decays_per_tensor else repeated(tables)
     rates, rate_entries = table.pack(Rates(own, counts), tables)
-    factors = _oriented(view, vectors.row_factor, vectors.column_factor)
+    # on the matrix units pass C reads the same vectors: stacked alike, they are stacked once
+    unit = update_view.vector_unit if on_matrix_units else 1
+    factors = _oriented(view, vectors.row_factor, vectors.column_factor, unit)
     sums = [
         _square_sums(
             _plan(view, chosen, SUMS),
@@ -329,7 +331,6 @@ def _second_pass(
             (*vectors.row_factor, *of_unit(networks.row_bias)),
             (*vectors.column_factor, *of_unit(networks.column_bias)),
         )
-
     elif dims is not None:
         factors = _oriented(update_view, vectors.row_factor, vectors.column_factor)
 
@@ -463,12 +464,14 @@ def _join(arrays: Sequence[Any]) -> Any:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
 
 
-def _oriented(view: View, row: Sequence[Any], column: Sequence[Any]) -> tuple[Any, Any]:
+def _oriented(
+    view: View, row: Sequence[Any], column: Sequence[Any], unit: int = 1
+) -> tuple[Any, Any]:
     """Vectors as the kernels read them: (down, across)."""
     if not view.is_factored:
         return None, None
     down, across = (row, column) if view.down_is_row else (column, row)
-    return view.down_vectors(down), view.across_vectors(across)
+    return view.down_vectors(down, unit), view.across_vectors(across, unit)
 
 
 def _as_laid_out(x: jax.Array) -> jax.Array:

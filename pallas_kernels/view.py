@@ -99,8 +99,12 @@ class View:
         inverse = sorted(range(len(self.order)), key=lambda i: self.order[i])
         return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
 
-    def down_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
+    def down_vectors(self, vectors: Sequence[jax.Array], unit: int = 1) -> jax.Array:
         """Vectors that do not vary across, each (B, *shape with size 1 at the across axis).
+
+        Args:
+          vectors: the vectors.
+          unit: their number is rounded up to a multiple of it and of `vector_unit`.
 
         Returns:
           (B * batch, middle, vectors rounded up, down rounded up) float32.
@@ -109,19 +113,23 @@ class View:
             jnp.moveaxis(self._transpose(x).reshape((-1, self.down, self.middle)), 1, 2)
             for x in vectors
         ]
-        return _stack(parts, self.tiles_down * self.rows, self._vector_unit)
+        return _stack(parts, self.tiles_down * self.rows, math.lcm(unit, self.vector_unit))
 
-    def across_vectors(self, vectors: Sequence[jax.Array]) -> jax.Array:
+    def across_vectors(self, vectors: Sequence[jax.Array], unit: int = 1) -> jax.Array:
         """Vectors that do not vary down, each (B, *shape with size 1 at the down axis).
+
+        Args:
+          vectors: the vectors.
+          unit: as in `down_vectors`.
 
         Returns:
           (B * batch, middle, vectors rounded up, across rounded up) float32.
         """
         parts = [self._transpose(x).reshape((-1, self.middle, self.across)) for x in vectors]
-        return _stack(parts, self.strips * self.width, self._vector_unit)
+        return _stack(parts, self.strips * self.width, math.lcm(unit, self.vector_unit))
 
     @property
-    def _vector_unit(self) -> int:
+    def vector_unit(self) -> int:
         """What the number of vectors is rounded up to: copies move multiples of 128 bytes."""
         return max(32 // self.rows, 32 // self.width, 1)
 

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers
-from optax.contrib._muon import orthogonalize_via_newton_schulz
 
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
@@ -36,6 +34,7 @@ LabelFn = Callable[[Any, Any], str]  # from path and leaf to one of the two
 _NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _NEWTON_SCHULZ_EPSILON = 1e-8
+_CONSTANT_DIAGONAL = 256  # rows of at most so large a matrix as a constant of the program
 _NORMALIZER_EPSILON = 1e-9
 
 
@@ -218,18 +217,23 @@ def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     Returns:
       The same shape; singular values about one, by five Newton-Schulz iterations.
     """
+    if not step.size:
+        return step
     norm = jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True))
     x = step / (norm + _NEWTON_SCHULZ_EPSILON)
-    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
     m, n = step.shape[-2:]
-    shift = np.eye(min(m, n), dtype=x.dtype) * (b / (2 * c))
-    rest = np.eye(min(m, n), dtype=x.dtype) * (a - b * b / (4 * c))
+    # An iteration is a x + b g x + c g g x for g = x x'. The square completed, it is three products
+    # with a number added to the diagonal in between. Where that is a constant, not made of an iota,
+    # XLA's GPU backend takes it into the products: three kernels, where the three terms are five.
+    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
+    diagonal = (np if min(m, n) <= _CONSTANT_DIAGONAL else jnp).eye(min(m, n), dtype=x.dtype)
+    inner, outer = diagonal * (b / (2 * c)), diagonal * (a - b * b / (4 * c))
     product = functools.partial(jnp.matmul, precision=precision)
     for _ in range(_NEWTON_SCHULZ_STEPS):
         transposed = jnp.swapaxes(x, -2, -1)
         gram = product(x, transposed) if m <= n else product(transposed, x)
-        shifted = gram + shift
-        factor = c * product(shifted, shifted) + rest
+        shifted = gram + inner
+        factor = c * product(shifted, shifted) + outer
         x = product(factor, x) if m <= n else product(x, factor)
     return x
 
