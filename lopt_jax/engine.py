@@ -1083,17 +1083,16 @@ def second_pass(
     new_statistics = []
     joined = _joined_units(rule, prepared, mlp.biases[0].shape[-1], mlp_per_tensor)
     if joined:
-        groups = [prepared.groups[prepared.units[i][0]] for i in joined]
+        places = [prepared.units[i][0] for i in joined]  # XLA's units are of one group
+        groups = [prepared.groups[place] for place in places]
+        rows = [np.asarray(group.tensors) for group in groups]
         results = _small_passes(
             rule,
             mlp,
-            [prepared.inputs[prepared.units[i][0]] for i in joined],
+            [prepared.inputs[place] for place in places],
             [prepared.moments[i][0] for i in joined],
             decays,
-            [
-                tuple(x[np.asarray(group.tensors)] for x in (scale, weight_decay))
-                for group in groups
-            ],
+            [(scale[of_group], weight_decay[of_group]) for of_group in rows],
         )
         for group, result in zip(groups, results, strict=True):
             out = prepared.out
@@ -1103,8 +1102,8 @@ def second_pass(
     ):
         if i in joined:
             continue
-        rows = np.asarray([k for i in unit for k in prepared.groups[i].tensors])
-        by_row = lambda tree, rows=rows: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
+        tensors = np.asarray([k for place in unit for k in prepared.groups[place].tensors])
+        by_row = lambda tree, rows=tensors: jax.tree.map(lambda w: w[rows], tree)  # noqa: E731
         network = by_row(mlp) if mlp_per_tensor else mlp
         groups = [prepared.groups[i] for i in unit]
         results, kept = _second_pass(
