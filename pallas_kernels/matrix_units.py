@@ -9,7 +9,7 @@ Biases of the first layer that do not vary down are held in registers for a whol
 do not vary across are added a row at a time: both are where a product's sum starts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,25 +63,26 @@ def pack(networks: Folded, layers: Sequence[tuple[jax.Array, jax.Array]], view: 
 
     vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
     hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
-    of_unit = lambda x: [x[:, j] for j in range(hidden)]  # noqa: E731
-    down, across = of_unit(networks.row_bias), of_unit(networks.column_bias)
+    down, across = networks.row_bias, networks.column_bias
     if not view.down_is_row:
         down, across = across, down
+
+    def units_last(vectors: Callable[..., jax.Array], biases: jax.Array) -> jax.Array:
+        """One array throughout: of a stack XLA would write every unit's sum out apart."""
+        of_unit = lambda bias: vectors((bias,))[:, :, 0]  # noqa: E731
+        x = jax.vmap(of_unit, in_axes=1, out_axes=3)(biases)
+        return _padded(x, (*x.shape[:3], units))
+
     return Matrices(
         weights=(parts(first, columns, is_first=True), *hidden_layers),
         vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, len(layers) + 1, units)),
-        down=_units_last(view.down_vectors(down), units),
-        across=_units_last(view.across_vectors(across), units),
+        down=units_last(view.down_vectors, down),
+        across=units_last(view.across_vectors, across),
     )
 
 
 def _padded(x: jax.Array, shape: Sequence[int]) -> jax.Array:
     return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
-
-
-def _units_last(x: jax.Array, units: int) -> jax.Array:
-    x = jnp.swapaxes(x, 2, 3)[..., :units]
-    return _padded(x, (*x.shape[:3], units))
 
 
 @dataclass(frozen=True)
