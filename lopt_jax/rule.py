@@ -265,7 +265,7 @@ def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
     """
     ones = (1,) * (inputs.ndim - 1)
     is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
-    precision = _product_precision(rule, inputs.dtype) if is_wide else rule.precision
+    precision = product_precision(rule.precision, inputs.dtype) if is_wide else rule.precision
     if precision == jax.lax.Precision.HIGH:  # not worth matrix units
         precision = jax.lax.Precision.HIGHEST
     # as a product's last row the first bias takes no pass over memory of its own
@@ -592,17 +592,17 @@ def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> I
         yield sum((h * weight[k, j] for k, h in enumerate(inputs)), bias[j])
 
 
-def _product_precision(rule: Rule, dtype: Any) -> Any:
+def product_precision(precision: jax.lax.Precision, dtype: Any) -> Any:
     """The precision of XLA's products.
 
     With JAX's own HIGH a GPU takes tf32, which errs by 16 times the bound that float32 meets on a
     reference trajectory. Sums of six products of bfloat16 parts err as float32 there (emulated),
     and took an eighth longer on an H200 (docs/kernels.md).
     """
-    is_high = rule.precision == jax.lax.Precision.HIGH and dtype == jnp.float32
+    is_high = precision == jax.lax.Precision.HIGH and dtype == jnp.float32
     if is_high and jax.default_backend() == "gpu":
         return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-    return rule.precision
+    return precision
 
 
 def _matrix_step(
@@ -614,7 +614,9 @@ def _matrix_step(
     layers = [(weight.T, bias) for weight, bias in folded.layers]
 
     def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.tensordot(weight, x, axes=1, precision=_product_precision(rule, x.dtype))
+        return jnp.tensordot(
+            weight, x, axes=1, precision=product_precision(rule.precision, x.dtype)
+        )
 
     def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
         shape = operands.gradient.shape

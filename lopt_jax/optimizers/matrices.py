@@ -24,7 +24,7 @@ from lopt_jax.optimizers.per_parameter import (
 )
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
-from lopt_jax.rule import Rule
+from lopt_jax.rule import Rule, product_precision
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -228,7 +228,7 @@ def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
     diagonal = (np if min(m, n) <= _CONSTANT_DIAGONAL else jnp).eye(min(m, n), dtype=x.dtype)
     inner, outer = diagonal * (b / (2 * c)), diagonal * (a - b * b / (4 * c))
-    product = functools.partial(jnp.matmul, precision=precision)
+    product = functools.partial(jnp.matmul, precision=product_precision(precision, x.dtype))
     for _ in range(_NEWTON_SCHULZ_STEPS):
         transposed = jnp.swapaxes(x, -2, -1)
         gram = product(x, transposed) if m <= n else product(transposed, x)
