@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lopt_jax import benchmark
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.estimators import no_mask, truncated_pes
 from lopt_jax.meta.initial import initial_parameters
@@ -27,9 +28,9 @@ from lopt_jax.meta.unroll import Unroll
 LENGTH = 50  # inner steps of an outer step
 
 
-def program(architecture, config, backend, task, pairs):
+def program(architecture, config, options, task, pairs):
     """One outer step's unrolls, compiled, and the meta-parameters and state it starts from."""
-    rule = make_rule(architecture, config, backend=backend)
+    rule = make_rule(architecture, config, **options)
     unroll = Unroll(training_tasks()[task], rule, LENGTH, 10, 100, 1000)
     estimator = truncated_pes(unroll, pairs)
     theta = initial_parameters(architecture, jax.random.key(0), config, {"rms_0": 1.0})
@@ -46,16 +47,26 @@ def program(architecture, config, backend, task, pairs):
 
 
 def measure(compiled, theta, state, repetitions):
-    """Seconds of an outer step: the median."""
-    loss, state = compiled(theta, state, jnp.int32(0))
-    jax.block_until_ready(loss)
+    """What is measured of a program: a dictionary.
+
+    Forms of a rule share the first loss but for rounding. Busy time and launches are those of one
+    outer step, by the profiler, on GPUs.
+    """
+    first_loss, state = compiled(theta, state, jnp.int32(0))
+    jax.block_until_ready(first_loss)
     seconds = []
     for i in range(1, repetitions + 1):
         began = time.perf_counter()
         loss, state = compiled(theta, state, jnp.int32(i))
         jax.block_until_ready((loss, state))
         seconds.append(time.perf_counter() - began)
-    return float(np.median(seconds))
+    events = benchmark.gpu_events(lambda: compiled(theta, state, jnp.int32(0)))
+    return {
+        "seconds": float(np.median(seconds)),
+        "first_loss": float(first_loss),
+        "busy_milliseconds": benchmark.busy_ms(events) if events else None,
+        "launches": len(events) or None,
+    }
 
 
 def main():
@@ -63,21 +74,27 @@ def main():
     parser.add_argument("--tasks", default="digits_mlp_64")
     parser.add_argument("--pairs", default="128")
     parser.add_argument(
-        "--configs", default="small_fc_lopt,small_fc_lopt_h4,celo_small,celo2_small"
+        "--configs", default="small_fc_lopt,small_fc_lopt_h4,celo_small,celo2_small,velo_small"
     )
-    parser.add_argument("--backends", default="xla", help="xla, auto: those of MetaTrainConfig")
+    parser.add_argument("--backends", default="own", help="xla, auto; own: that of the config")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--json", default=None)
     arguments = parser.parse_args()
     rows = []
     for task in arguments.tasks.split(","):
         for pairs in map(int, arguments.pairs.split(",")):
-            kinds = {("adam", "xla"): ("learned_adam", {}, "xla")}
+            kinds = {("adam", "xla"): ("learned_adam", {}, {})}
             for name, backend in itertools.product(
                 arguments.configs.split(","), arguments.backends.split(",")
             ):
                 config = CONFIGS[name]
-                parts = config.architecture, dict(config.architecture_config), backend
+                backend = config.backend if backend == "own" else backend
+                options = {
+                    "learning_rate": config.learning_rate_peak,
+                    "weight_decay": config.weight_decay,
+                    "backend": backend,
+                }
+                parts = config.architecture, dict(config.architecture_config), options
                 kinds[name, backend] = parts
             # Compiled side by side, timed one after the other.
             with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -86,7 +103,8 @@ def main():
             of_adam = None
             for key, (*parts, compile_seconds) in zip(kinds, programs, strict=True):
                 name, backend = key
-                seconds = measure(*parts, arguments.repetitions)
+                measured = measure(*parts, arguments.repetitions)
+                seconds = measured.pop("seconds")
                 of_adam = of_adam or seconds
                 row = {
                     "config": name,
@@ -98,13 +116,15 @@ def main():
                     "milliseconds_per_outer_step": 1e3 * seconds,
                     "times_adam": seconds / of_adam,
                     "compile_seconds": compile_seconds,
+                    **measured,
                 }
                 rows.append(row)
                 print(
                     f"{task} {pairs} pairs {name:18} {backend:4} "
                     f"{row['inner_steps_per_second']:12,.0f} inner steps/s "
                     f"{row['times_adam']:6.2f} times adam's time "
-                    f"(compiled in {compile_seconds:.0f} s)",
+                    f"(first loss {row['first_loss']:.6f}, {row['launches']} launches, "
+                    f"compiled in {compile_seconds:.0f} s)",
                     flush=True,
                 )
     if arguments.json:

@@ -929,6 +929,51 @@ def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
     return jax.jit(_on_xla(rule, mlp_per_tensor, None))
 
 
+def _small_passes(
+    rule: Rule,
+    mlp: MLP,
+    inputs: Sequence[GroupInputs],
+    moments: Sequence[Moments],
+    decays: Decays,
+    rates: Sequence[tuple[jax.Array, jax.Array]],
+) -> list[TensorUpdate]:
+    """Passes B and C over small tensors of several shapes, whose network runs once for all.
+
+    Args:
+      rule: the rule; it keeps no statistics.
+      mlp: the network, which they share.
+      inputs: of each group.
+      moments: of each group, with a leading axis of tensors.
+      decays: decay rates.
+      rates: scale and weight decay of each group, (tensors,).
+
+    Returns:
+      The updates of each group.
+    """
+
+    def before(moments: Moments, x: GroupInputs) -> tuple[jax.Array, jax.Array, Accumulators]:
+        dims = factored_dims(x.gradient.shape)
+        operands, row, column = rules.operands_after(rule, moments, *x, decays, dims)
+        features = rule.features.for_tensor(dims is not None)
+        new = Accumulators(operands.momentum, operands.second_moment, row, column)
+        stored = rules.as_stored(new, x.accumulators)
+        return rules.small_tensor_inputs(rule, features, operands), operands.parameter, stored
+
+    prepared = [over_tensors(before, *pair) for pair in zip(moments, inputs, strict=True)]
+    flat = [jnp.moveaxis(x, 1, 0).reshape((x.shape[1], -1)) for x, *_ in prepared]
+    ends = np.cumsum([x.shape[1] for x in flat])
+    # rows of a product that are not whole multiples of 64 bytes are read a word at a time
+    flat.append(jnp.zeros((flat[0].shape[0], -int(ends[-1]) % 16), flat[0].dtype))
+    steps = rules.small_tensor_step(rule, mlp, jnp.concatenate(flat, axis=1))
+    after = functools.partial(rules.tensor_update, rule)
+    return [
+        TensorUpdate(over_tensors(after, of, x.reshape(p.shape), p, *pair), stored, None)
+        for x, of, (_, p, stored), pair in zip(
+            jnp.split(steps, ends)[:-1], moments, prepared, rates, strict=True
+        )
+    ]
+
+
 class Factors(NamedTuple):
     """What the tensors of a call have beside their arrays."""
 
@@ -1126,6 +1171,25 @@ def _write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     return rule
 
 
+def _joined_calls(rule: Rule, prepared: Prepared, hidden: int, mlp_per_tensor: bool) -> list[int]:
+    """Calls of small tensors whose wide network runs once for all of them.
+
+    On a GPU a launch takes longer than the products of a small tensor. Few groups at a time: every
+    feature of each of them is code of one kernel.
+    """
+    joins = jax.default_backend() == "gpu" and len(prepared.groups) <= FUSED_SMALL_GROUPS
+    apart = mlp_per_tensor or rule.accumulator_statistics or not is_local()
+    if not joins or apart or hidden < rules.WIDE_HIDDEN_SIZE:
+        return []
+
+    def is_small(call: Call) -> bool:
+        group = prepared.groups[call.members[0]]  # XLA's calls are of one
+        return group.partition is None and math.prod(group.shape) <= rule.small_elements
+
+    calls = enumerate(prepared.calls)
+    return [i for i, call in calls if not call.on_kernels and is_small(call)]
+
+
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
     pieces = [unit.parameter_mean_square for call in prepared.moments for unit in call]
@@ -1185,7 +1249,25 @@ def second_pass(
     # the smallest is the least likely to be split
     take = part_taker(min(gradients, key=lambda x: x.size)) if gradients else None
     new_statistics = []
-    for call, moments in zip(prepared.calls, prepared.moments, strict=True):
+    joined = _joined_calls(rule, prepared, mlp.biases[0].shape[-1], mlp_per_tensor)
+    if joined:
+        places = [prepared.calls[i].members[0] for i in joined]
+        groups = [prepared.groups[place] for place in places]
+        rows = [np.asarray(group.tensors) for group in groups]
+        results = _small_passes(
+            rule,
+            mlp,
+            [prepared.inputs[place] for place in places],
+            [prepared.moments[i][0] for i in joined],
+            decays,
+            [(scale[of_group], weight_decay[of_group]) for of_group in rows],
+        )
+        for group, result in zip(groups, results, strict=True):
+            out = prepared.out
+            scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
+    for i, (call, moments) in enumerate(zip(prepared.calls, prepared.moments, strict=True)):
+        if i in joined:
+            continue
         groups = [prepared.groups[i] for i in call.members]
         of_all = Factors(mlp, scale, weight_decay, statistics if call.on_kernels else None)
         results, kept = _second_pass(

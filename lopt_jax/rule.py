@@ -194,7 +194,7 @@ def second_pass(
     features = rule.features.for_tensor(dims is not None)
     # a shard's means need the other shards, which only the longer way knows how to ask
     if partition is None and gradient.size <= rule.small_elements:
-        step = small_tensor_step(rule, mlp, features, operands)
+        step = small_tensor_step(rule, mlp, small_tensor_inputs(rule, features, operands))
     else:
         normalizers = normalize(rule, features, operands, partition)
         folded = fold(mlp, features, normalizers, operands)
@@ -202,46 +202,78 @@ def second_pass(
         # products); the barrier keeps XLA from storing those, each as large as the tensor, between.
         operands = separate(operands)
         step = network_step(rule, features, folded, operands)
-    if rule.parameter_scale:
-        scale = scale * parameter_scale(moments.parameter_mean_square)
-    dtypes = jax.tree.map(lambda x: x.dtype, accumulators)
     new = Accumulators(operands.momentum, operands.second_moment, row, column)
     return TensorUpdate(
-        update=parameter_update(step, operands.parameter, scale, weight_decay),
-        accumulators=jax.tree.map(lambda x, dtype: x.astype(dtype), new, dtypes),
+        update=tensor_update(rule, moments, step, operands.parameter, scale, weight_decay),
+        accumulators=as_stored(new, accumulators),
         statistics=accumulator_statistics(new, partition) if rule.accumulator_statistics else None,
     )
 
 
-def small_tensor_step(
-    rule: Rule, mlp: MLP, features: Sequence[Feature], operands: Operands
+def tensor_update(
+    rule: Rule,
+    moments: Moments,
+    step: jax.Array,
+    parameter: jax.Array,
+    scale: jax.Array,
+    weight_decay: jax.Array,
 ) -> jax.Array:
-    """Passes B and C of a small tensor, with its features in one array.
+    """What is added to the parameter of one tensor; arguments as in `second_pass`."""
+    if rule.parameter_scale:
+        scale = scale * parameter_scale(moments.parameter_mean_square)
+    return parameter_update(step, parameter, scale, weight_decay)
+
+
+def as_stored(new: Accumulators, old: Accumulators) -> Accumulators:
+    """The new accumulators in the dtypes of the old ones."""
+    return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
+
+
+def small_tensor_inputs(rule: Rule, features: Sequence[Feature], operands: Operands) -> jax.Array:
+    """Pass B of a small tensor: its normalised features in one array.
+
+    Args:
+      rule: the rule.
+      features: the features of this tensor.
+      operands: the features' operands, shape S.
+
+    Returns:
+      (features + 1, *S); the last is one everywhere, for the bias.
+    """
+    shape = operands.gradient.shape
+    axes = [axis + 1 for axis in normalizer_axes(rule, len(shape))]
+    values = jnp.stack([jnp.broadcast_to(f.formula(operands), shape) for f in features])
+    mean_squares = jnp.mean(jnp.square(values), axes, keepdims=True)
+    values = values * jax.lax.rsqrt(mean_squares + rule.features.normalizer_epsilon)
+    return jnp.concatenate([values, jnp.ones((1, *shape), values.dtype)])
+
+
+def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
+    """Pass C of small tensors.
 
     Written out as `network_outputs` is, a rule is thousands of operations, which take long to
     compile and, on a small tensor, longer to launch than to run. Here they are a few dozen.
 
     Args:
       rule: the rule.
-      mlp: the tensor's network.
-      features: the features of this tensor.
-      operands: the features' operands, shape S.
+      mlp: the network.
+      inputs: (features + 1, *S), of `small_tensor_inputs`; of one tensor, or of several that share
+        the network.
 
     Returns:
       direction * exp(magnitude * exp_mult), shape S.
     """
-    shape = operands.gradient.shape
-    axes = [axis + 1 for axis in normalizer_axes(rule, len(shape))]
-    values = jnp.stack([jnp.broadcast_to(f.formula(operands), shape) for f in features])
-    mean_squares = jnp.mean(jnp.square(values), axes, keepdims=True)
-    hidden = values * jax.lax.rsqrt(mean_squares + rule.features.normalizer_epsilon)
-    precision = rule.precision
+    ones = (1,) * (inputs.ndim - 1)
+    is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
+    precision = product_precision(rule.precision, inputs.dtype) if is_wide else rule.precision
     if precision == jax.lax.Precision.HIGH:  # not worth matrix units
         precision = jax.lax.Precision.HIGHEST
-    for i, (weight, bias) in enumerate(zip(mlp.weights, mlp.biases, strict=True)):
-        hidden = jnp.maximum(hidden, 0) if i else hidden
-        hidden = jnp.einsum("kh,k...->h...", weight, hidden, precision=precision)
-        hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
+    # as a product's last row the first bias takes no pass over memory of its own
+    first = jnp.concatenate([mlp.weights[0], mlp.biases[0][None]])
+    hidden = jnp.einsum("kh,k...->h...", first, inputs, precision=precision)
+    for weight, bias in zip(mlp.weights[1:], mlp.biases[1:], strict=True):
+        hidden = jnp.einsum("kh,k...->h...", weight, jnp.maximum(hidden, 0), precision=precision)
+        hidden = hidden + bias.reshape((-1, *ones))
     return output_step(hidden[0], hidden[1], rule.exp_mult)
 
 
@@ -573,17 +605,17 @@ def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> I
         yield sum((h * weight[k, j] for k, h in enumerate(inputs)), bias[j])
 
 
-def _product_precision(rule: Rule, dtype: Any) -> Any:
+def product_precision(precision: jax.lax.Precision, dtype: Any) -> Any:
     """The precision of XLA's products.
 
     With JAX's own HIGH a GPU takes tf32, which errs by 16 times the bound that float32 meets on a
     reference trajectory. Sums of six products of bfloat16 parts err as float32 there (emulated),
     and took an eighth longer on an H200 (docs/kernels.md).
     """
-    is_high = rule.precision == jax.lax.Precision.HIGH and dtype == jnp.float32
+    is_high = precision == jax.lax.Precision.HIGH and dtype == jnp.float32
     if is_high and jax.default_backend() == "gpu":
         return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-    return rule.precision
+    return precision
 
 
 def _matrix_step(
@@ -595,7 +627,9 @@ def _matrix_step(
     layers = [(weight.T, bias) for weight, bias in folded.layers]
 
     def product(weight: jax.Array, x: jax.Array) -> jax.Array:
-        return jnp.tensordot(weight, x, axes=1, precision=_product_precision(rule, x.dtype))
+        return jnp.tensordot(
+            weight, x, axes=1, precision=product_precision(rule.precision, x.dtype)
+        )
 
     def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
         shape = operands.gradient.shape

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimizers
 import pytest
 import reference
 
@@ -67,6 +68,44 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     monkeypatch.setattr(engine, "FUSED_SMALL_GROUPS", 1)
     update()
     assert len(calls) == 2 * of_cpu
+    engine._passes.cache_clear()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
+
+
+def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
+    """One pass of it for all shapes; the same update as by one each."""
+    small_tensor_step, inputs = rule.small_tensor_step, []
+
+    def spy(of, mlp, x):
+        inputs.append(x.shape)
+        return small_tensor_step(of, mlp, x)
+
+    monkeypatch.setattr(rule, "small_tensor_step", spy)
+    shapes = {"w": (5, 12), "stack": (2, 12), "more": (2, 12), "b": (7,), "none": (3,), "s": ()}
+    params = optimizers.random_like({k: jnp.zeros(shape) for k, shape in shapes.items()}, 0)
+
+    def update(stacked):
+        engine._passes.cache_clear()
+        tx = lopt_jax.small_fc_lopt(
+            reference.weights("small_fc_lopt_h32"),
+            weight_decay=0.1,
+            stacked_axes={k: int(k == stacked) for k in shapes},
+            backend="xla",
+            precision="highest",
+        )
+        state, out = tx.init(params), []
+        for step in range(2):
+            gradients = optimizers.random_like(params, step + 1) | {"none": None}
+            updates, state = tx.update(gradients, state, params)
+            out.append(updates)
+        return out, state
+
+    expected = update(None), update("stack")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(engine, "is_local", lambda: True)  # as with one device
+    inputs.clear()
+    got = update(None), update("stack")
+    assert inputs == 2 * [(29, 128)]  # 116 elements, and zeros up to a multiple of 16
     engine._passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 

@@ -40,7 +40,7 @@ class MetaTrainConfig:
       scales: (top-level key, factor) pairs: these meta-parameters are trained in units of the
         factor, so that a perturbation of them is that much smaller or larger.
       backend: of the updates: "xla", or "auto": on one Hopper GPU the fused kernels take the large
-        tensors of all inner trainings at once; for evolution strategies alone.
+        tensors of all inner trainings at once, for evolution strategies alone; else it is XLA too.
       seed: of everything random.
       log_every: outer steps between reports; a wall-clock limit is checked as often.
       checkpoint_seconds: time between checkpoints.

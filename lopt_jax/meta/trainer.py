@@ -127,7 +127,7 @@ class Trainer:
             dict(config.architecture_config),
             config.learning_rate_peak,
             config.weight_decay,
-            config.backend,
+            config.backend if jax.device_count() == 1 else "xla",
         )
         scales = dict(config.scales)
 

@@ -1,14 +1,14 @@
 """Matrices by a learned and normalised rule, the rest by AdamW: what the Celo2 family shares."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from optax.contrib import MuonDimensionNumbers
-from optax.contrib._muon import orthogonalize_via_newton_schulz
 
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
@@ -24,7 +24,7 @@ from lopt_jax.optimizers.per_parameter import (
 )
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
-from lopt_jax.rule import Rule
+from lopt_jax.rule import Rule, product_precision
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -34,6 +34,7 @@ LabelFn = Callable[[Any, Any], str]  # from path and leaf to one of the two
 _NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _NEWTON_SCHULZ_STEPS = 5
 _NEWTON_SCHULZ_EPSILON = 1e-8
+_CONSTANT_DIAGONAL = 256  # rows of at most so large a matrix as a constant of the program
 _NORMALIZER_EPSILON = 1e-9
 
 
@@ -218,14 +219,23 @@ def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
     """
     if not step.size:
         return step
-    with jax.default_matmul_precision(precision.name.lower()):
-        return orthogonalize_via_newton_schulz(
-            step,
-            jnp.asarray(_NEWTON_SCHULZ_COEFFICIENTS, step.dtype),
-            _NEWTON_SCHULZ_STEPS,
-            eps=_NEWTON_SCHULZ_EPSILON,
-            dimension_numbers=MuonDimensionNumbers(reduction_axis=-2, output_axis=-1),
-        )
+    norm = jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True))
+    x = step / (norm + _NEWTON_SCHULZ_EPSILON)
+    m, n = step.shape[-2:]
+    # An iteration is a x + b g x + c g g x for g = x x'. The square completed, it is three products
+    # with a number added to the diagonal in between. Where that is a constant, not made of an iota,
+    # XLA's GPU backend takes it into the products: three kernels, where the three terms are five.
+    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
+    diagonal = (np if min(m, n) <= _CONSTANT_DIAGONAL else jnp).eye(min(m, n), dtype=x.dtype)
+    inner, outer = diagonal * (b / (2 * c)), diagonal * (a - b * b / (4 * c))
+    product = functools.partial(jnp.matmul, precision=product_precision(precision, x.dtype))
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        transposed = jnp.swapaxes(x, -2, -1)
+        gram = product(x, transposed) if m <= n else product(transposed, x)
+        shifted = gram + inner
+        factor = c * product(shifted, shifted) + outer
+        x = product(factor, x) if m <= n else product(x, factor)
+    return x
 
 
 def normalize_matrices(step: jax.Array, partition: Partition | None = None) -> jax.Array:
