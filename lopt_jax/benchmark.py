@@ -522,9 +522,11 @@ _COLUMNS = (
 
 def _rows(records: Sequence[Record]) -> list[tuple[str, ...]]:
     number = lambda x, form: "" if x is None else format(x, form)  # noqa: E731
-    adamw = {(r.model, r.step): r.ms for r in records if r.optimizer == "optax.adamw"}
+    adamw: dict[tuple[str, str], float | None] = {}  # the last one: files join several processes
     rows: list[tuple[str, ...]] = []
     for r in records:
+        if r.optimizer == "optax.adamw":
+            adamw[r.model, r.step] = r.ms
         base = adamw.get((r.model, r.step))
         ratio = None if r.ms is None or base is None else r.ms / base
         rows.append(

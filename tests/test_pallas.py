@@ -171,16 +171,17 @@ def test_launches_of_several_shapes_lower_for_cuda(rule, hidden):
 
 
 @pytest.mark.parametrize(
-    ("rule", "shapes", "options", "per_tensor"),
+    ("rule", "shapes", "options", "per_tensor", "tolerance"),
     [
-        (SMALL_FC, [(6, 16)], {}, False),
-        (SMALL_FC, [(10,)], {"tensors": 2}, False),
-        (VELO, [(9,), (8, 12), (140, 6)], {"parts": 2}, True),
-        (SPLIT, [(64, 10)], {"hidden": 32}, False),
+        (SMALL_FC, [(6, 16)], {}, False, 1e-6),
+        (SMALL_FC, [(10,)], {"tensors": 2}, False, 1e-6),
+        (VELO, [(9,), (8, 12), (140, 6)], {"parts": 2}, True, 1e-6),
+        # a last bit of a number moves where it is split in two, and so the update by 5e-6
+        (SPLIT, [(64, 10)], {"hidden": 32}, False, 1e-5),
     ],
 )
 @pytest.mark.usefixtures("one_device")
-def test_a_batch_is_its_members_one_by_one(rule, shapes, options, per_tensor):
+def test_a_batch_is_its_members_one_by_one(rule, shapes, options, per_tensor, tolerance):
     """Under vmap, with networks and decays of each member's own."""
     join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
     members = []
@@ -204,7 +205,7 @@ def test_a_batch_is_its_members_one_by_one(rule, shapes, options, per_tensor):
         got = jax.jit(jax.vmap(run))(stack(members), stack(decays))
         expected = stack([jax.jit(run)(*pair) for pair in zip(members, decays, strict=True)])
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-6 * float(jnp.max(jnp.abs(b)))),
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-5, tolerance * float(jnp.max(jnp.abs(b)))),
         got,
         expected,
     )

@@ -110,6 +110,7 @@ _CELO2 = MetaTrainConfig(
     learning_rate_peak=0.003,
     reparametrise=1.5,
     notes=_NOTES,
+    backend="auto",  # matrices that are large over all inner trainings take the kernels
 )
 
 # Continues from the weights of _CELO2, with the learning rate and the weight decay that did best on
