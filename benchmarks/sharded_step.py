@@ -443,10 +443,11 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     for (optimizer, backend, mode), points in series.items():
         label = f"{optimizer}, {backend}, {mode}"
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xlabel="devices", ylabel="ms a step, ten in a program", ylim=(0, None))
+    top = 1.4 * max(ms for points in series.values() for _, ms in points)
+    axes.set(xlabel="devices", ylabel="ms a step, many in a program", ylim=(0, top))
     ticks = sorted({r["devices"] for r in records})
     axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper center", ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
