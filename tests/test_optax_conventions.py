@@ -592,6 +592,8 @@ def test_accumulator_dtype(name, params):
 def test_stacked_axes_equal_separate_leaves(name, params):
     """A scanned model's leaves (layers, ...) are updated as the layers' own leaves are."""
     layers = 3
+    # Newton-Schulz in float32 errs by up to 2e-6 of the largest element on such matrices: twice that
+    tolerance = 4e-6 if name in ("celo2", "elo_celo2") else 1e-6
     stacked = {
         "kernel": optimizers.random_like(jnp.zeros((layers, 3, 4)), 1),
         "bias": optimizers.random_like(jnp.zeros((layers, 4)), 2),
@@ -619,7 +621,7 @@ def test_stacked_axes_equal_separate_leaves(name, params):
         for leaf in separate:
             kind, _, i = leaf.partition("_")
             actual = updates[kind][int(i)] if i else updates[kind]
-            assert_close(actual, expected[leaf], 1e-6)
+            assert_close(actual, expected[leaf], tolerance)
 
 
 def test_stacked_axes_as_int_tree_and_function():
