@@ -592,7 +592,7 @@ def test_accumulator_dtype(name, params):
 def test_stacked_axes_equal_separate_leaves(name, params):
     """A scanned model's leaves (layers, ...) are updated as the layers' own leaves are."""
     layers = 3
-    # Newton-Schulz in float32 errs by up to 2e-6 of the largest element on such matrices: twice that
+    # Newton-Schulz in float32 errs by up to 2e-6 of the largest element here: twice that
     tolerance = 4e-6 if name in ("celo2", "elo_celo2") else 1e-6
     stacked = {
         "kernel": optimizers.random_like(jnp.zeros((layers, 3, 4)), 1),
