@@ -36,7 +36,8 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     Such are steps of small models, and updates that are compiled apart from the gradients. What
     looks for the params' tree in the state (`optax.tree.map_params`, rules that shard by path,
     `lopt_jax.sharding`) does not find it; `unpack_state` restores it. So it is for states that one
-    device holds whole, or every device.
+    device holds whole, or every device. Call its update inside `jit`: outside, every call finds out
+    the state's structure anew.
 
     Args:
       tx: any optax transformation whose state keeps its structure, shapes and dtypes.
