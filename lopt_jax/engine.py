@@ -999,7 +999,6 @@ def _second_pass(
     mlp_per_tensor: bool,
     decays: Decays,
     factors: Factors,
-    take: PartTaker | None,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
     """Passes B and C over the groups of a call, on the shards of their tensors.
 
@@ -1008,7 +1007,6 @@ def _second_pass(
       these for all tensors.
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    take = take if is_local() else None  # else it belongs to another program
     crosses = _crosses(groups)
 
     def passes(
@@ -1048,7 +1046,6 @@ def _second_pass(
                 of.scale,
                 of.weight_decay,
                 of.statistics,
-                take,
             )
             for x, of_unit in zip(on_kernels, made, strict=True):
                 for k, update in zip(x.members, of_unit, strict=True):
@@ -1279,7 +1276,6 @@ def second_pass(
             mlp_per_tensor,
             decays,
             of_all.rows([k for group in groups for k in group.tensors], mlp_per_tensor),
-            take,
         )
         for group, result in zip(groups, results, strict=True):
             out = prepared.out

@@ -281,7 +281,6 @@ def second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    take: PartTaker | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
@@ -296,7 +295,6 @@ def second_pass(
       weight_decay: (tensors,).
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
-      take: takes parts of an array, of `part_taker`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
@@ -311,7 +309,7 @@ def second_pass(
     ) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         of = [_Unit.of(unit) for unit in given]
-        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
+        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor)
         return made, [], kept
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
@@ -343,7 +341,6 @@ def _second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
-    take: PartTaker | None,
 ) -> tuple[list[list[TensorUpdate]], Statistics | None]:
     ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
     # units whose vectors are computed together
@@ -351,7 +348,9 @@ def _second_pass(
     batches = [factored] if factored else []
     batches += [[i] for i, unit in enumerate(units) if unit.dims is None]
     order = [i for batch in batches for i in batch]
-    take = take or part_taker(units[0].parts[0].gradient)
+    # of this function's own arguments: what it closed over `jax.vmap` could not batch
+    gradients = [part.gradient for unit in units for part in unit.parts]
+    take = part_taker(min(gradients, key=lambda x: x.size))  # as the engine's, so XLA makes one
     of_batches = []
     for batch in batches:
         tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in batch])

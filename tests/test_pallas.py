@@ -228,7 +228,8 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
     def update(backend, factor):
         theta = jax.tree.map(lambda x: factor * x, weights.params)
         tx = lopt_jax.small_fc_lopt(replace(weights, params=theta), backend=backend)
-        return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
+        own = jax.tree.map(lambda x: factor * x, params)  # every training has parameters of its own
+        return tx.update(jax.tree.map(jnp.sin, own), tx.init(own), own)
 
     def updates(backend):
         return jax.vmap(jax.vmap(functools.partial(update, backend)))(factors)
