@@ -1,7 +1,9 @@
 """The evaluation's arithmetic, Shampoo's roots, and records of a small run."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -214,3 +216,34 @@ def test_wrong_arguments_are_named(capsys):
     assert "pears" in capsys.readouterr().err
     assert cli.main(["meta-eval", "--tasks", "mnist"]) == 2
     assert "mnist" in capsys.readouterr().err
+
+
+def test_benchmark_beside_released_celo_trains_as_a_plain_loop():
+    path = Path(__file__).parents[1] / "benchmarks" / "released_celo.py"
+    spec = importlib.util.spec_from_file_location("released_celo", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    steps, rates = 5, (3e-3, 3e-2)
+    data = [part[:300] for part in benchmark.load_data("random")]
+    images, test_images, labels, test_labels = data
+    adam = Contender("adam", lambda rate, steps: optax.adam(rate), rates)
+    results = benchmark.train(adam, steps, data)
+    for rate, seed in ((rates[0], 0), (rates[1], 2)):
+        params, batches = benchmark.start(seed, steps, 300)
+        assert len(np.unique(batches[:2])) == 2 * benchmark.BATCH  # a pass repeats nothing
+        tx = optax.adam(rate)
+        state = tx.init(params)
+        for batch in batches:
+            gradient, _ = jax.grad(benchmark.measure, has_aux=True)(
+                params, images[batch], labels[batch]
+            )
+            updates, state = tx.update(gradient, state, params)
+            params = optax.apply_updates(params, updates)
+        expected = [benchmark.measure(params, images, labels)[0]]
+        expected += benchmark.measure(params, test_images, test_labels)
+        np.testing.assert_allclose(results[rates.index(rate), seed], expected, rtol=1e-4)
+    rows = benchmark.rows_of(adam, steps, np.array([[[2.0, 1, 0.5]], [[1.0, 2, 0.25]]]))
+    assert [row.split("|")[2:4] for row in rows] == [
+        [" adam 0.003, best test loss ", " 2.0e+00 (2.0e+00..2.0e+00) "],
+        [" adam 0.03, best train loss ", " 1.0e+00 (1.0e+00..1.0e+00) "],
+    ]
