@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lopt_jax.products import product
 from lopt_jax.rule import MLP, Statistics
 
 LOSS_DECAYS = 10
@@ -197,9 +198,7 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
         if "controls" in meta_parameters:
             banks = jnp.zeros((0, meta_parameters["controls"]["b"].shape[0]))
         return Controls(banks, jnp.zeros((0,)), state)
-    linear = lambda layer, x: (  # noqa: E731
-        jnp.dot(x, layer["w"], precision="highest") + layer["b"]
-    )
+    linear = lambda layer, x: product(x, layer["w"]) + layer["b"]  # noqa: E731
 
     def linear_layers(names: Sequence[str], x: jax.Array) -> list[jax.Array]:
         """Layers with the same inputs, as one product."""
@@ -235,7 +234,7 @@ def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
     sizes = [math.prod(mlp[name].shape[1:]) for name in names]
     # one product, not one a layer
     banks = jnp.concatenate([mlp[name].reshape((count, -1)) for name in names], axis=1)
-    mixed = jnp.dot(weights, banks, precision="highest") / count
+    mixed = product(weights, banks) / count
     parts = jnp.split(mixed, list(itertools.accumulate(sizes[:-1])), axis=1)
     shaped = [
         x.reshape((tensors, *mlp[name].shape[1:])) for x, name in zip(parts, names, strict=True)

@@ -43,12 +43,16 @@ from lopt_jax.partition import (
 )
 from lopt_jax.rows import PartTaker, part_taker
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.turns import in_turn
 
 BACKENDS = ("auto", "xla", "pallas")
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
 PADDED_TIMES = 4  # the kernels stack vectors of different lengths, padded to at most so many times
 # On a CPU, wide layers of so large groups are written out, unless that would take long to compile.
 WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
+# Off CPUs, so many large tensors of one shape take turns in a loop where there are many: compilers
+# see one of them, for less than one more copy of each. (On CPUs a loop keeps to one core.)
+TURNS, LARGE_GROUPS = 3, 16
 # On a GPU, small tensors of so many groups take the passes of large ones: a quarter of the bytes
 # moved and fewer launches, for half as long again to compile.
 FUSED_SMALL_GROUPS = 16
@@ -683,15 +687,20 @@ def _make_calls(
 
     One call of the kernels takes all that it can. Where a partitioner may split tensors in
     different ways, that is groups of one tensor, and vectors that it may not split: other stacks
-    may be split along their axis of tensors.
+    may be split along their axis of tensors. On XLA it is large tensors that take turns.
     """
-    calls: list[Call] = []
-    units: dict[Any, list[int]] = {}
     joins = is_local() or any(group.partition is not None for group in groups)
+    xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
+    turns = _turns([i for i in xla if joins], groups, inputs)
+    alone = [[i] for i in sorted(set(xla) - {i for members in turns for i in members})]
+    calls = [Call([members], False) for members in turns + alone]
+    units: dict[Any, list[int]] = {}
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
         is_joined = joins or len(group.tensors) == 1 or group.lengths is not None
-        if not (chosen and is_joined):
-            calls.append(Call([[i]], chosen))
+        if not chosen:
+            continue
+        if not is_joined:
+            calls.append(Call([[i]], True))
             continue
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
         key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
@@ -701,6 +710,20 @@ def _make_calls(
         in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
         calls.insert(0, Call(in_order, True))
     return calls
+
+
+def _turns(
+    candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[list[int]]:
+    """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
+    large = [i for i in candidates if math.prod(groups[i].shape) > STACKED_LEAF_ELEMENTS]
+    if jax.default_backend() == "cpu" or len(large) <= LARGE_GROUPS:
+        return []
+    alike: dict[Any, list[int]] = {}
+    for i in large:
+        kinds = tuple(map(jax.typeof, jax.tree.leaves(inputs[i])))  # shardings are part of types
+        alike.setdefault((kinds, groups[i].partition), []).append(i)
+    return [members for members in alike.values() if len(members) >= TURNS]
 
 
 # The first accumulator and the parameter decide how a group is split, in a draw the accumulator: it
@@ -854,14 +877,9 @@ def _first_pass(
         pieces: list[list[tuple[_Shards, list[int], Moments]]] = [[] for _ in call.units]
         for x in shards:
             function = functools.partial(rules.first_pass, rule, partition=x.partition)
-            pieces[x.unit] += (
-                [(x, x.members, next(made))]
-                if x.on_kernels
-                else [
-                    (x, [k], over_tensors(function, inputs[k].gradient, inputs[k].parameter))
-                    for k in x.members
-                ]
-            )
+            pairs = [(inputs[k].gradient, inputs[k].parameter) for k in x.members]
+            of_shards = next(made) if x.on_kernels else _moments_in_turn(function, pairs)
+            pieces[x.unit].append((x, x.members, of_shards))
         if crosses:
             return _whole_moments(pieces, groups)
         return [_in_order([piece[1:] for piece in unit]) for unit in pieces]
@@ -927,6 +945,91 @@ def _on_xla(
 def _passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
     """The same over whole tensors, traced once for all groups of that shape."""
     return jax.jit(_on_xla(rule, mlp_per_tensor, None))
+
+
+def _moments_in_turn(
+    function: Callable[..., Moments], pairs: Sequence[tuple[jax.Array, jax.Array]]
+) -> Moments:
+    """Pass A over groups of equal arrays, one after another.
+
+    Args:
+      function: of `rule.first_pass`.
+      pairs: gradients and parameters of each group, with a leading axis of tensors.
+
+    Returns:
+      Moments, with a leading axis of the tensors of all groups.
+    """
+    if len(pairs) == 1:
+        return over_tensors(function, *pairs[0])
+    nothing = [()] * len(pairs)
+    turn = lambda read, *_: ((), (), over_tensors(function, *read))  # noqa: E731
+    *_, moments = in_turn(turn, pairs, nothing, nothing, ())
+    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), moments)
+
+
+def _in_turn(
+    run: Callable[..., TensorUpdate],
+    inputs: Sequence[GroupInputs],
+    moments: Moments,
+    decays: Decays,
+    factors: "Factors",
+    mlp_per_tensor: bool,
+) -> tuple[list[TensorUpdate], Statistics | None]:
+    """Passes B and C over groups of equal arrays, one after another.
+
+    Args:
+      run: of `_on_xla`.
+      inputs: of each group.
+      moments: with a leading axis of the tensors of all groups.
+      decays: decay rates.
+      factors: what these tensors have.
+      mlp_per_tensor: whether each has a network of its own.
+
+    Returns:
+      The updates of each group, and the statistics of all tensors.
+    """
+
+    def update(x: GroupInputs, moments: Moments, factors: Factors) -> TensorUpdate:
+        return run(factors.mlp, moments, *x, decays, factors.scale, factors.weight_decay)
+
+    if len(inputs) == 1:
+        alone = update(inputs[0], moments, factors)
+        return [alone._replace(statistics=None)], alone.statistics
+
+    by_turn = lambda x: x.reshape((len(inputs), -1, *x.shape[1:]))  # noqa: E731
+    by_tensor = lambda x: x.reshape((-1, *x.shape[2:]))  # noqa: E731
+    vectors = [(x.accumulators.row, x.accumulators.column) for x in inputs]
+    mlp = factors.mlp if mlp_per_tensor else ()
+    of_tensors = jax.tree.map(by_turn, (moments, factors[1:], mlp))
+    small = (jax.tree.map(lambda *xs: jnp.stack(xs), *vectors), of_tensors)
+
+    def turn(read: Any, state: Any, small: Any) -> Any:
+        (gradient, parameter), (momentum, second_moment) = read, state
+        (row, column), (moments, others, mlp) = small
+        accumulators = Accumulators(momentum, second_moment, row, column)
+        of = Factors(mlp if mlp_per_tensor else factors.mlp, *others)
+        made = update(GroupInputs(gradient, parameter, accumulators), moments, of)
+        new = made.accumulators
+        out = made.update.astype(parameter.dtype)
+        return (new.momentum, new.second_moment), out, (new.row, new.column, made.statistics)
+
+    states, updates, (rows, columns, statistics) = in_turn(
+        turn,
+        [(x.gradient, x.parameter) for x in inputs],
+        [(x.accumulators.momentum, x.accumulators.second_moment) for x in inputs],
+        [x.parameter for x in inputs],
+        small,
+    )
+    take = part_taker(inputs[0].gradient)
+
+    def own(x: jax.Array, k: int) -> jax.Array:
+        return take(x, (k, *(0 for _ in x.shape[1:])), (1, *x.shape[1:]))[0]
+
+    made = []
+    for k, ((momentum, second_moment), x) in enumerate(zip(states, updates, strict=True)):
+        new = Accumulators(momentum, second_moment, own(rows, k), own(columns, k))
+        made.append(TensorUpdate(x, new, None))
+    return made, jax.tree.map(by_tensor, statistics)
 
 
 def _small_passes(
@@ -1059,12 +1162,14 @@ def _second_pass(
                 if x.partition is None
                 else _on_xla(rule, mlp_per_tensor, x.partition)
             )
-            for k in x.members:
-                of = factors.rows(tensors([k]), mlp_per_tensor)
-                arguments = (of.mlp, moments_of(x, [k]), *inputs[k], decays)
-                update = run(*arguments, of.scale, of.weight_decay)
-                updates[k] = update._replace(statistics=None)
-                kept.append((tensors([k]), update.statistics))
+            of = factors.rows(tensors(x.members), mlp_per_tensor)
+            of_members = [inputs[k] for k in x.members]
+            results, statistics = _in_turn(
+                run, of_members, moments_of(x, x.members), decays, of, mlp_per_tensor
+            )
+            for k, update in zip(x.members, results, strict=True):
+                updates[k] = update
+            kept.append((tensors(x.members), statistics))
         if any(statistics is None for _, statistics in kept):
             return updates, None
         return updates, _in_order(kept)

@@ -1,0 +1,54 @@
+"""The same computation for many trees of large arrays, compiled once and without joining them.
+
+A loop needs arrays that it can index, and joining large ones copies all of them at once. Here a
+loop's step picks its arrays out of a list by branches that do nothing else: one tree's arrays are
+copied in and out at a time, and compilers see the computation once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+
+
+def in_turn(
+    function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, Tree]],
+    read: Sequence[Tree],
+    state: Sequence[Tree],
+    out: Sequence[Tree],
+    small: Tree,
+) -> tuple[list[Tree], list[Tree], Tree]:
+    """Calls a function for one element of each list after another.
+
+    Args:
+      function: (read, state, small) -> (new state, out, small results).
+      read: for every turn a tree of arrays; all have the same structure, shapes and dtypes, as in
+        the following two.
+      state: for every turn what it replaces.
+      out: for every turn arrays like the outputs, whose values are not read: they are written over.
+      small: arrays with a leading axis of turns; these are joined.
+
+    Returns:
+      The new states, the outputs, and the small results with a leading axis of turns.
+    """
+    turns = range(len(read))
+
+    def turn(written: tuple[list[Tree], list[Tree]], xs: tuple[jax.Array, Tree]) -> Any:
+        i, of_turn = xs
+        pick = [lambda state, k=k: (read[k], state[k]) for k in turns]
+        of_read, of_state = jax.lax.switch(i, pick, written[0])
+        new_state, new_out, results = function(of_read, of_state, of_turn)
+
+        def store(k: int) -> Callable[..., Any]:
+            return lambda lists, new: tuple(
+                [*items[:k], x, *items[k + 1 :]] for items, x in zip(lists, new, strict=True)
+            )
+
+        return jax.lax.switch(i, list(map(store, turns)), written, (new_state, new_out)), results
+
+    lists = (list(state), list(out))
+    (new_state, new_out), results = jax.lax.scan(turn, lists, (jnp.arange(len(read)), small))
+    return new_state, new_out, results
