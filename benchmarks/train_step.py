@@ -3,7 +3,8 @@
 python benchmarks/train_step.py --models gpt2_355m --json docs/benchmarks/train_step.json
 
 GPT-2 355M takes batches of 4 x 1024 tokens, ViT-B/16 of 32 images; data is random, parameters are
-float32, the models compute in bfloat16. Variants take turns in one process.
+float32, the models compute in bfloat16. Variants take turns in one process. Steps end with
+`lopt_jax.update_params`, which for AdamW is its update and `optax.apply_updates`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import models
 import optax
 
-from lopt_jax import benchmark
+from lopt_jax import benchmark, update_params
 from lopt_jax.benchmark import OPTIMIZERS, Record, Variant
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -57,8 +58,8 @@ def step_of(tx: Any, init: Callable, loss: Callable, batch: Any) -> tuple[Callab
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         value, gradients = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(gradients, state, params, value=value)
-        return optax.apply_updates(params, updates), state, value
+        params, state = update_params(tx, gradients, state, params, value=value)
+        return params, state, value
 
     params = jax.eval_shape(init, jax.random.key(0))
     return step, (params, *jax.eval_shape(lambda p, b: (tx.init(p), b), params, batch))

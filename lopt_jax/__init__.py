@@ -1,6 +1,7 @@
 """Learned optimizers for JAX, as optax transformations."""
 
 from lopt_jax import diagnostics, mup, plot
+from lopt_jax.applying import update_params
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
@@ -47,5 +48,6 @@ __all__ = [
     "save_weights",
     "small_fc_lopt",
     "unpack_state",
+    "update_params",
     "velo",
 ]

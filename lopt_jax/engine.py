@@ -446,7 +446,7 @@ def scatter(
 class Leaves(NamedTuple):
     """Lists of leaves that a step fills in."""
 
-    updates: list
+    updates: list  # or new parameters, where the rule applies its updates
     accumulators: Accumulators
 
 
@@ -537,6 +537,7 @@ class Prepared(NamedTuple):
     inputs: list[GroupInputs]
     calls: list[Call]  # groups that are updated together
     moments: list[list[Moments]]  # of each unit of each call
+    params: list  # the leaves
     out: Leaves
     treedef: Any  # of the params
     accumulators_treedef: Any  # boxes of rows and columns name other axes than the params' boxes
@@ -1254,6 +1255,7 @@ def first_pass(
         inputs=inputs,
         calls=calls,
         moments=moments,
+        params=leaves,
         out=Leaves(updates=[jnp.zeros_like(x) for x in leaves], accumulators=lists),
         treedef=treedef,
         accumulators_treedef=jax.tree.structure(accumulators),
@@ -1340,10 +1342,12 @@ def second_pass(
         tensors that are not updated keep theirs.
 
     Returns:
-      Updates like the params (in their dtypes; None where there was no gradient), the new
-      accumulators, and the new statistics.
+      Updates like the params (in their dtypes; None where there was no gradient), or the new params
+      where the rule applies its updates; the new accumulators, and the new statistics.
     """
     count = _tensor_count(prepared.tensors)
+    if rule.applies:  # of a copy: what is not updated stays
+        prepared = prepared._replace(out=prepared.out._replace(updates=list(prepared.params)))
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
@@ -1394,7 +1398,7 @@ def second_pass(
             lambda default, *rows: _by_tensor(prepared, rows, default), statistics, *new_statistics
         )
     updates = [
-        u if has else None
+        u if has or rule.applies else None
         for u, has in zip(prepared.out.updates, prepared.has_gradient, strict=True)
     ]
     return prepared.treedef.unflatten(updates), accumulators, statistics

@@ -1,16 +1,21 @@
 """Flax's TrainState for optimizers that read the loss."""
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
+
+from lopt_jax.applying import LearnedTransformation, update_params
 
 
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState` whose `apply_gradients` takes the loss.
 
-    Works with any optax transformation: those that do not read the loss ignore it.
+    Works with any optax transformation: those that do not read the loss ignore it, and those that
+    can write the new parameters themselves (`lopt_jax.update_params`).
 
     Example:
       >>> state = lopt_jax.flax.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
@@ -35,6 +40,13 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: the optimizer reads the loss and `value` is missing or no scalar.
         """
+        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+        if isinstance(self.tx, LearnedTransformation) and not overwrites:
+            params, opt_state = update_params(
+                self.tx, grads, self.opt_state, self.params, value=value
+            )
+            new = {"step": self.step + 1, "params": params, "opt_state": opt_state}
+            return self.replace(**new | kwargs)
         tx = optax.with_extra_args_support(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

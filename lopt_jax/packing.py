@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax.applying import LearnedTransformation, update_params
+
 PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
 
 
@@ -57,7 +59,14 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         updates, inner = tx.update(updates, inner, params, **extra_args)
         return updates, pack_state(inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def apply(
+        updates: Any, state: PackedState, params: Any, **extra_args: Any
+    ) -> tuple[Any, PackedState]:
+        inner = unpack_state(tx, state, params)
+        params, inner = update_params(tx, updates, inner, params, **extra_args)
+        return params, pack_state(inner)
+
+    return LearnedTransformation.of(init, update, apply)
 
 
 def pack_state(state: Any) -> PackedState:

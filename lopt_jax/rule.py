@@ -58,6 +58,7 @@ class Rule:
       small_elements: tensors up to this size are updated by `small_tensor_step`.
       write_out: write wide hidden layers out too, as elementwise operations: on CPUs half the time
         of matrix products, but a tensor takes seconds to compile.
+      applies: a step's results are the new parameters, not what is to be added to the old ones.
     """
 
     features: FeatureSet
@@ -70,6 +71,7 @@ class Rule:
     block_elements: int | None = None
     small_elements: int = 1 << 13
     write_out: bool = False
+    applies: bool = False
 
 
 class MLP(NamedTuple):
@@ -115,7 +117,7 @@ class Folded(NamedTuple):
 class TensorUpdate(NamedTuple):
     """What a step makes of one tensor."""
 
-    update: Any  # to be added to the parameter
+    update: Any  # to be added to the parameter; where the rule applies it, the new parameter
     accumulators: Accumulators
     statistics: Statistics | None
 
@@ -184,8 +186,9 @@ def second_pass(
       partition: where the arrays are shards of a tensor, how it is spread.
 
     Returns:
-      The update, -(scale * step + weight_decay * parameter), in float32 (float64 where the
-      accumulators are); the accumulators in their dtype; statistics if the rule asks for them.
+      The update, -(scale * step + weight_decay * parameter), or its sum with the parameter, in
+      float32 (float64 where the accumulators are); the accumulators in their dtype; statistics if
+      the rule asks for them.
     """
     dims = factored_dims(gradient.shape if partition is None else partition.shape)
     operands, row, column = operands_after(
@@ -218,10 +221,13 @@ def tensor_update(
     scale: jax.Array,
     weight_decay: jax.Array,
 ) -> jax.Array:
-    """What is added to the parameter of one tensor; arguments as in `second_pass`."""
+    """What is added to the parameter of one tensor; arguments as in `second_pass`.
+
+    Or, where the rule applies it, their sum.
+    """
     if rule.parameter_scale:
         scale = scale * parameter_scale(moments.parameter_mean_square)
-    return parameter_update(step, parameter, scale, weight_decay)
+    return parameter_update(rule, step, parameter, scale, weight_decay)
 
 
 def as_stored(new: Accumulators, old: Accumulators) -> Accumulators:
@@ -278,10 +284,15 @@ def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
 
 
 def parameter_update(
-    step: jax.Array, parameter: jax.Array, scale: jax.Array, weight_decay: jax.Array
+    rule: Rule,
+    step: jax.Array,
+    parameter: jax.Array,
+    scale: jax.Array,
+    weight_decay: jax.Array,
 ) -> jax.Array:
-    """What is added to the parameter; all shapes broadcast."""
-    return -(scale * step + weight_decay * parameter)
+    """What is added to the parameter, or their sum; all shapes broadcast."""
+    update = -(scale * step + weight_decay * parameter)
+    return parameter + update if rule.applies else update
 
 
 def separate(operands: Operands) -> Operands:

@@ -727,7 +727,7 @@ class Table(NamedTuple):
 class StepOutputs(NamedTuple):
     """What pass C makes."""
 
-    elements: list[Elements]  # the gradients' places hold the updates, the parameters' nothing
+    elements: list[Elements]  # the gradients' places hold the results, the parameters' nothing
     sums: jax.Array | None  # (all tensors, 2 * accumulators, programs and threads)
 
 
@@ -752,8 +752,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
       entries: of the table.
 
     Returns:
-      The update in the parameter's dtype, the accumulators; the sums of the accumulators' distances
-      to their centres, and of the squares of these, if the rule keeps statistics.
+      The update, or the new parameter, in the parameter's dtype, the accumulators; the sums of the
+      accumulators' distances to their centres, and of the squares of these, if the rule keeps
+      statistics.
     """
     view = plan.view
     features = _element_features(rule, view)
@@ -763,15 +764,17 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     hidden = 0 if matrices is not None else entries.weights.shape[1]
     momenta = len(inputs.elements[0].momentum)
     statistics = momenta + 1 if rule.accumulator_statistics else 0
+    # updates are arrays of their own; new parameters take the places of the old ones
+    updates = () if rule.applies else tuple(x.parameter for x in inputs.elements)
     outputs = [
-        *(jax.ShapeDtypeStruct(x.parameter.shape, x.parameter.dtype) for x in inputs.elements),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in updates),
         _sums_of_programs(plan, max(2 * statistics, 1), registers.step),
     ]
 
     def body(program: Any, *refs: Any) -> None:
         sources, refs = _split(refs, inputs)
-        update_outs, sums_out = refs[: plan.parts], refs[plan.parts]
-        refs = refs[plan.parts + 1 :]
+        update_outs: Any = refs[: len(updates)] or (None,) * plan.parts
+        sums_out, *refs = refs[len(updates) :]
         buffers, arrived, once, blocks = _buffers(inputs, refs)
         place = _place(plan, program)
         of_part = mosaic.any_of(list(zip(sources.elements, update_outs, strict=True)), place.part)
@@ -818,7 +821,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
                 outputs = network(values, numbers, rates, held, slot, row)
                 step = rules.output_step(*outputs, rule.exp_mult)
                 change = rules.parameter_update(
-                    step, operands.parameter, numbers.scale[()], numbers.weight_decay[()]
+                    rule, step, operands.parameter, numbers.scale[()], numbers.weight_decay[()]
                 )
                 buffer = written[0]
                 mosaic.store(buffer.at[slot, rows], change.astype(buffer.dtype))
@@ -840,9 +843,10 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
 
             def store_part(part: tuple[Elements, Any]) -> None:
                 elements, update_out = part
+                outs = (elements.parameter if rule.applies else update_out, *stored(elements))
                 mosaic.copy_out(
                     [buffer.at[slot] for buffer in written],
-                    [x.at[_tile_of(plan, place, tile)] for x in (update_out, *stored(elements))],
+                    [x.at[_tile_of(plan, place, tile)] for x in outs],
                 )
 
             of_part(store_part)
@@ -871,12 +875,18 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         _store_sums(plan, place, sums_out, sums)
         mosaic.await_writes()
 
-    changed = [(x.momentum, x.second_moment, x.average) for x in inputs.elements]
+    # all but the gradients, and but the parameters where these stay
+    changed = [
+        x._replace(gradient=None, parameter=x.parameter if rule.applies else None)
+        for x in inputs.elements
+    ]
 
     def run(changed: Any) -> tuple[jax.Array, ...]:
         elements = [
-            x._replace(momentum=momentum, second_moment=second_moment, average=average)
-            for x, (momentum, second_moment, average) in zip(inputs.elements, changed, strict=True)
+            new._replace(
+                gradient=x.gradient, parameter=new.parameter if rule.applies else x.parameter
+            )
+            for x, new in zip(inputs.elements, changed, strict=True)
         ]
         return mosaic.call(
             body,
@@ -889,11 +899,11 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             reduction_bytes=6144 if matrices is None else 0,
         )
 
-    changed, (*out, sums) = mosaic.in_place(run, changed, outputs)
+    changed, (*made, sums) = mosaic.in_place(run, changed, outputs)
+    made = made or [x.parameter for x in changed]
     return StepOutputs(
         elements=[
-            Elements(made, None, momentum, second_moment, average)
-            for made, (momentum, second_moment, average) in zip(out, changed, strict=True)
+            new._replace(gradient=x, parameter=None) for new, x in zip(changed, made, strict=True)
         ],
         sums=sums if statistics else None,
     )

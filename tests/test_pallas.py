@@ -32,6 +32,7 @@ DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.
 VELO = Rule(velo_features(), gradient_clip=1e3, parameter_scale=True, accumulator_statistics=True)
 SMALL_FC = Rule(small_fc_features())
 SPLIT = replace(SMALL_FC, precision=jax.lax.Precision.HIGH)  # wide layers on the matrix units
+APPLIED = replace(VELO, applies=True)  # new parameters in place of updates
 
 
 def random_part(shape, tensors, seed, parameter=jnp.float32, gradient=jnp.float32):
@@ -253,6 +254,10 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
         (SMALL_FC, (8, 6, 2), {}),  # the last axis is a batch axis
         (VELO, (130,), {"tensors": 2}),  # not factored
         (SMALL_FC, (8, 24), {"hidden": 16}),  # a wide layer
+        (APPLIED, (24, 160), {"parts": 2}),
+        (APPLIED, (6, 3, 16), {"tensors": 2, "parameter": jnp.bfloat16, "tolerance": 1e-2}),
+        (APPLIED, (8, 6, 2), {}),  # of a copy
+        (APPLIED, (130,), {"tensors": 2}),
         (SPLIT, (12, 70), {"hidden": 32, "parts": 2, "tensors": 2, "tolerance": 1e-4}),
         (replace(VELO, precision=SPLIT.precision), (3, 5, 8), {"hidden": 20, "tolerance": 1e-4}),
     ],
@@ -280,7 +285,7 @@ DTYPES = st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.slow
 @settings(max_examples=30 if kernels.are_compiled() else 6, deadline=None)
 @given(
-    rule=st.sampled_from([VELO, SMALL_FC, SPLIT]),
+    rule=st.sampled_from([VELO, SMALL_FC, SPLIT, APPLIED]),
     shape=st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple),
     parameter=DTYPES,
     gradient=DTYPES,
@@ -311,6 +316,7 @@ def test_random_shapes(rule, shape, parameter, gradient, hidden, seed):
         (SMALL_FC, {}),
         (SMALL_FC, {"hidden": 32}),
         (SPLIT, {"hidden": 32}),
+        (APPLIED, {}),
     ],
 )
 def test_odd_shapes(rule, shape, options):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimizers
 import pytest
+from kernels import one_device  # noqa: F401 (fixture)
 
 from lopt_jax import engine
 from lopt_jax.turns import in_turn
@@ -47,6 +48,7 @@ def test_in_turn_compiles_the_computation_once_and_joins_nothing():
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * 64 * 128 * 4
 
 
+@pytest.mark.usefixtures("one_device")  # a partitioner gets every leaf apart
 @pytest.mark.parametrize("stacked_axes", [0, 1])
 @pytest.mark.parametrize("name", ["velo", "small_fc_lopt", "celo2", "celo"])
 def test_turns_change_nothing(name, stacked_axes, monkeypatch):

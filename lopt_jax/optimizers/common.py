@@ -11,6 +11,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax import engine
+from lopt_jax.applying import LearnedTransformation
 from lopt_jax.engine import BACKENDS, tensors_of
 from lopt_jax.partition import current_shards, shards
 
@@ -220,7 +221,10 @@ def require_value(name: str, value: Any) -> jax.Array:
 
 
 def transformation(
-    init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]], meta_parameters: Any
+    init: Callable[[Any], Any],
+    update: Callable[..., tuple[Any, Any]],
+    meta_parameters: Any,
+    apply: Callable[..., tuple[Any, Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation from pure functions.
 
@@ -231,26 +235,33 @@ def transformation(
       init: from params to the state.
       update: (meta_parameters, updates, state, params, value) -> (updates, state).
       meta_parameters: pytree of arrays that the update reads.
+      apply: as update, but it returns the new params in place of the updates; None where there is
+        no such form.
 
     Returns:
       The transformation; it ignores extra arguments other than `value`.
     """
 
-    def lopt_update(partitions: Any, *arguments: Any) -> tuple[Any, Any]:
-        with shards(partitions):
-            return update(*arguments)
+    def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+        def lopt_update(partitions: Any, *arguments: Any) -> tuple[Any, Any]:
+            with shards(partitions):
+                return function(*arguments)
 
-    compiled = jax.jit(lopt_update, static_argnums=0)
+        jitted = jax.jit(lopt_update, static_argnums=0)
 
-    @functools.wraps(update)
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        del extra_args
-        require_params(params)
-        return compiled(current_shards(), meta_parameters, updates, state, params, value)
+        @functools.wraps(function)
+        def update_fn(
+            updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+        ) -> tuple[Any, Any]:
+            del extra_args
+            require_params(params)
+            return jitted(current_shards(), meta_parameters, updates, state, params, value)
 
-    return optax.GradientTransformationExtraArgs(init, update_fn)
+        return update_fn
+
+    if apply is None:
+        return optax.GradientTransformationExtraArgs(init, compiled(update))
+    return LearnedTransformation.of(init, compiled(update), compiled(apply))
 
 
 def check_precision(precision: str) -> jax.lax.Precision:

@@ -1,6 +1,8 @@
 """A rule that a learned controller steers, one LSTM row a tensor: what VeLO and Celo share."""
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +110,12 @@ def controlled(
         )
 
     def update(
-        meta_parameters: Any, gradients: Any, state: ControlledState, params: Any, value: Any
+        rule: Rule,
+        meta_parameters: Any,
+        gradients: Any,
+        state: ControlledState,
+        params: Any,
+        value: Any,
     ) -> tuple[Any, ControlledState]:
         loss, shared = observe_loss(name, state.loss, value, state.count, num_steps, loss_horizon)
         prepared = engine.first_pass(
@@ -119,7 +126,7 @@ def controlled(
         )
         sizes = step_size(controls.step_size)
         rate, decay = options.rates(state.count, params)
-        updates, accumulators, statistics = engine.second_pass(
+        results, accumulators, statistics = engine.second_pass(
             rule,
             prepared,
             controller.mix_banks(meta_parameters["mlp"], banks(controls.banks)),
@@ -129,7 +136,7 @@ def controlled(
             weight_decay=decay,
             statistics=state.statistics,
         )
-        return updates, ControlledState(
+        return results, ControlledState(
             count=optax.safe_increment(state.count),
             accumulators=accumulators,
             statistics=statistics,
@@ -138,4 +145,5 @@ def controlled(
             step_size=sizes.astype(state.step_size.dtype),
         )
 
-    return common.transformation(init, update, weights.params)
+    of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
+    return common.transformation(init, of(False), weights.params, of(True))

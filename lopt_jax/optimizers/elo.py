@@ -76,7 +76,9 @@ def elo(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate, decay),
     )
-    transformation = common.transformation(*functions, weights.params)
+    transformation = common.transformation(
+        functions.init, functions.update, weights.params, functions.apply
+    )
     if max_gradient_norm is None:
         return transformation
     common.check_number("max_gradient_norm", max_gradient_norm)

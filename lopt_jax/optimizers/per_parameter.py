@@ -1,6 +1,8 @@
 """A rule whose network is the same for every tensor, as an optax transformation."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +26,12 @@ class PerParameterState(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """Init and update before weights are bound to them by `common.transformation`."""
+    """What `common.transformation` binds weights to."""
 
     init: Callable[[Any], PerParameterState]  # from the params
     update: Callable[..., tuple[Any, PerParameterState]]
     # from (meta_parameters, gradients, state, params, value) to (updates, state)
+    apply: Callable[..., tuple[Any, PerParameterState]]  # the same to (new params, state)
 
 
 def per_parameter(
@@ -66,14 +69,19 @@ def per_parameter(
         return PerParameterState(jnp.zeros((), jnp.int32), accumulators)
 
     def update(
-        meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
+        rule: Rule,
+        meta_parameters: Any,
+        gradients: Any,
+        state: PerParameterState,
+        params: Any,
+        value: Any,
     ) -> tuple[Any, PerParameterState]:
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
         prepared = engine.first_pass(
             rule, gradients, params, state.accumulators, stacked_axes, backend
         )
-        updates, accumulators, _ = engine.second_pass(
+        results, accumulators, _ = engine.second_pass(
             rule,
             prepared,
             network(meta_parameters, state.count),
@@ -82,9 +90,10 @@ def per_parameter(
             scale=scale,
             weight_decay=weight_decay,
         )
-        return updates, PerParameterState(optax.safe_increment(state.count), accumulators)
+        return results, PerParameterState(optax.safe_increment(state.count), accumulators)
 
-    return Functions(init, update)
+    of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
+    return Functions(init, of(False), of(True))
 
 
 def fixed_decays(config: Any) -> Decays:
