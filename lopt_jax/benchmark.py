@@ -341,7 +341,7 @@ def measure(
 
     Args:
       model: a key of `MODELS`.
-      optimizers: keys of `OPTIMIZERS`.
+      optimizers: keys of `OPTIMIZERS`, "NAME:BACKEND" where it is not to be all of the backends.
       backends: "xla", "auto", "pallas"; a backend that cannot run here is reported and left out.
       dtype: of parameters and gradients.
       repetitions: timings of each variant.
@@ -364,9 +364,10 @@ def measure(
         params = _random_tree(shapes, 0)
         gradients = [_random_tree(shapes, seed) for seed in (1, 2)]
         variants[("copy", "xla")] = _copy_variant(elements, dtype)
-    for name in optimizers:
+    for name, _, own in (named.partition(":") for named in optimizers):
         for backend in OPTIMIZERS[name].backends:
-            if backend not in backends and len(OPTIMIZERS[name].backends) > 1:
+            wanted = [own] if own else backends
+            if backend not in wanted and len(OPTIMIZERS[name].backends) > 1:
                 continue
             try:
                 variants[(name, backend)] = _optimizer_variant(
@@ -450,6 +451,13 @@ def record_of(
 # -- command line -------------------------------------------------------------------------------
 
 
+def _optimizer(named: str) -> str:
+    name, _, backend = named.partition(":")
+    if name not in OPTIMIZERS or backend not in ("", *OPTIMIZERS[name].backends):
+        raise argparse.ArgumentTypeError(f"there is no {named!r}")
+    return named
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options to a parser."""
     on_cpu = jax.default_backend() == "cpu"
@@ -461,7 +469,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parameter lists; the large ones want a GPU (default here: %(default)s)",
     )
     parser.add_argument(
-        "--optimizers", nargs="+", choices=OPTIMIZERS, default=DEFAULT_OPTIMIZERS, help="which"
+        "--optimizers",
+        nargs="+",
+        type=_optimizer,
+        default=DEFAULT_OPTIMIZERS,
+        metavar="NAME[:BACKEND]",
+        help=f"of {', '.join(OPTIMIZERS)}",
     )
     parser.add_argument(
         "--backends",
