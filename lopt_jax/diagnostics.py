@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax import engine
 from lopt_jax.optimizers.celo_adam import CeloAdamState
 from lopt_jax.optimizers.common import to_float32
 from lopt_jax.optimizers.controlled import ControlledState
+from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
 
 
 class Diagnostics(NamedTuple):
@@ -27,7 +27,7 @@ class Diagnostics(NamedTuple):
 
 
 def diagnose(
-    updates: Any, state: Any, params: Any, stacked_axes: engine.StackedAxes = None
+    updates: Any, state: Any, params: Any, stacked_axes: StackedAxes = None
 ) -> Diagnostics:
     """Measures a step; can be part of a jitted training step.
 
@@ -45,7 +45,7 @@ def diagnose(
       ValueError: stacked_axes are not those of the optimizer.
     """
     leaves, treedef = jax.tree.flatten(params)
-    tensors = engine.tensors_of(params, stacked_axes)
+    tensors = tensors_of(params, stacked_axes)
     steps = [
         None if u is None else _norm(u, entry)
         for u, entry in zip(treedef.flatten_up_to(updates), tensors, strict=True)
@@ -94,19 +94,19 @@ def to_scalars(diagnostics: Diagnostics) -> dict[str, Any]:
     }
 
 
-def _norm(x: Any, entry: engine.Tensors) -> jax.Array:
+def _norm(x: Any, entry: Tensors) -> jax.Array:
     """L2 norm of every tensor of a leaf: its stacked axes."""
     x = to_float32(jnp.asarray(x))
     return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(len(entry.stack), x.ndim))))
 
 
-def _learned_multipliers(state: Any, stacked_axes: engine.StackedAxes) -> dict[str, jax.Array]:
+def _learned_multipliers(state: Any, stacked_axes: StackedAxes) -> dict[str, jax.Array]:
     """Multipliers of the leaves that a controller updates, by their path."""
     found = {}
     is_controlled = lambda x: isinstance(x, ControlledState | CeloAdamState)  # noqa: E731
     for part in filter(is_controlled, jax.tree.leaves(state, is_leaf=is_controlled)):
         tree = part.accumulators.second_moment
-        tensors = engine.tensors_of(tree, stacked_axes)
+        tensors = tensors_of(tree, stacked_axes)
         count = sum(entry.count for entry in tensors)
         if part.step_size.shape != (count,):
             raise ValueError(

@@ -1,13 +1,25 @@
-"""Parts of arrays, many of them taken by few kernels."""
+"""Rows and other parts of arrays: joined, and many of them taken by few kernels."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt_jax.partition import is_explicit
 
 PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
+
+
+def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays joined along their leading axis; a single one is no operation."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
+
+
+def take_rows(tree: Any, positions: Any) -> Any:
+    """Some tensors of arrays with a leading axis of tensors."""
+    return jax.tree.map(lambda x: x[np.asarray(positions)], tree)
 
 
 def part_taker(array: jax.Array) -> PartTaker:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lopt_jax import engine, partition
+from lopt_jax import partition
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
@@ -30,6 +30,7 @@ from lopt_jax.partition import (
     spec_of_dims,
     varying_axes,
 )
+from lopt_jax.tensors import StackedAxes, tensors_of
 
 AxisName = str | tuple[str, ...]
 
@@ -199,11 +200,11 @@ def _factor_spec(factor: _Factor, spec: PartitionSpec, shape: tuple[int, ...]) -
 
 
 def _plan(
-    params: Any, names: tuple[str, ...], devices: int, stacked_axes: engine.StackedAxes
+    params: Any, names: tuple[str, ...], devices: int, stacked_axes: StackedAxes
 ) -> list[Partition]:
     """How each leaf is spread over this many devices."""
     with shards(None):
-        tensors = engine.tensors_of(params, stacked_axes)
+        tensors = tensors_of(params, stacked_axes)
     return [
         _plan_leaf(tuple(leaf.shape), len(entry.stack), names, devices, path)
         for leaf, entry, path in zip(jax.tree.leaves(params), tensors, _paths(params), strict=True)
@@ -233,7 +234,7 @@ def distributed_specs(
     params: Any,
     axis_name: AxisName,
     devices: int,
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
 ) -> Any:
     """Partition specs of the state of `distributed(tx, axis_name)`, for `shard_map`.
 
@@ -259,7 +260,7 @@ def distributed_specs(
 def distributed(
     tx: optax.GradientTransformation,
     axis_name: AxisName,
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Spreads an optimizer over the devices of a data-parallel program.
 

@@ -29,7 +29,7 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.features import Feature, Operands, Varies
 from lopt_jax.partition import Partition
-from lopt_jax.rows import PartTaker, part_taker
+from lopt_jax.rows import PartTaker, concatenate, part_taker
 from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
@@ -254,7 +254,7 @@ def _vector_means(
 def _summed(arrays: Sequence[jax.Array]) -> jax.Array:
     """Arrays summed over their third axis, and joined: first those for which it is as long."""
     alike = itertools.groupby(arrays, lambda x: x.shape[2])
-    return _join([jnp.sum(_join(list(run)), axis=2) for _, run in alike])
+    return concatenate([jnp.sum(concatenate(list(run)), axis=2) for _, run in alike])
 
 
 def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moments:
@@ -264,7 +264,7 @@ def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moment
     partition = unit.whole if unit.whole.is_split() else None
     function = jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))
     by_part = [function(part.gradient, part.parameter) for part in unit.parts]
-    moments = jax.tree.map(lambda *xs: _join(xs), *by_part)
+    moments = jax.tree.map(lambda *xs: concatenate(xs), *by_part)
     if unit.lengths is None:
         return moments
     padded = math.prod(unit.shape) / unit.elements
@@ -373,9 +373,9 @@ def _second_pass(
         )
     kept = None
     if rule.accumulator_statistics:
-        sums = _join([batch.sums for batch in of_batches])
+        sums = concatenate([batch.sums for batch in of_batches])
         means = _means(sums, [units[i] for i in order])
-        kept = _statistics(means, _join([batch.centres for batch in of_batches]))
+        kept = _statistics(means, concatenate([batch.centres for batch in of_batches]))
         tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in order])
         kept = _tensors(kept, np.argsort(tensors), ends[-1])
     out: list[list[TensorUpdate]] = [[] for _ in units]
@@ -463,7 +463,7 @@ class _Vectors:
         rows, columns = ([x] for x in (self.row_factor, self.column_factor))
         if biases:
             rows, columns = [*rows, biases[0]], [*columns, biases[1]]
-        x = jnp.concatenate([_join(rows), _join(columns)], axis=1)
+        x = jnp.concatenate([concatenate(rows), concatenate(columns)], axis=1)
         x = x.reshape((x.shape[0], -1))
         unit = max(unit.view(tuning).vector_unit for unit in self.units)
         return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
@@ -540,7 +540,7 @@ def _passes(
     first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
     networks: Any = _folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
     if rule.parameter_scale:
-        squares = _join([x.parameter_mean_square for x in moments])
+        squares = concatenate([x.parameter_mean_square for x in moments])
         scale = scale * rules.parameter_scale(squares)
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     layers = _layers(mlp, mlp_per_tensor, tensors)
@@ -759,10 +759,6 @@ def _first(units: Sequence[_Unit], launch: _Launch, vectors: _Vectors | None) ->
     return First(tensors, numbers(down), numbers(across))
 
 
-def _join(arrays: Sequence[Any]) -> Any:
-    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays)
-
-
 def _added(launches: Sequence[_Launch], tuning: Tuning, sums: Sequence[jax.Array]) -> jax.Array:
     """The sums of all programs added up, for the tensors in their order.
 
@@ -786,7 +782,7 @@ def _added(launches: Sequence[_Launch], tuning: Tuning, sums: Sequence[jax.Array
         # where others have a few, those of large tensors are added up first
         short.append(x if x.shape[2] <= LONG_SUM else jnp.sum(x, axis=2, keepdims=True))
     most = max(x.shape[2] for x in short)
-    added = jnp.sum(_join([_padded_to(x, most) for x in short]), axis=2)
+    added = jnp.sum(concatenate([_padded_to(x, most) for x in short]), axis=2)
     order = np.argsort(np.concatenate([x for launch in launches for x in launch.tensors]))
     return _tensors(added, order, len(order))
 

@@ -18,7 +18,7 @@ from optax._src.base import NO_PARAMS_MSG
 from optimizers import OPTIMIZERS
 
 import lopt_jax
-from lopt_jax import engine
+from lopt_jax.tensors import tensors_of
 from lopt_jax.weights.schema import expected_shapes
 
 LOSS = 1.5
@@ -630,13 +630,13 @@ def test_stacked_axes_as_int_tree_and_function():
     def by_path(path, leaf):
         return 1 if path[0].key == "a" else 0
 
-    everywhere = engine.tensors_of(params, 1)
+    everywhere = tensors_of(params, 1)
     assert [(t.stack, t.shape) for t in everywhere] == [((2,), (3, 4)), ((2,), (5,))]
-    chosen = engine.tensors_of(params, by_path)
+    chosen = tensors_of(params, by_path)
     assert [(t.stack, t.shape) for t in chosen] == [((2,), (3, 4)), ((), (2, 5))]
-    assert chosen == engine.tensors_of(params, {"a": 1, "b": 0})
+    assert chosen == tensors_of(params, {"a": 1, "b": 0})
     nested = {"layers": params, "head": jnp.zeros((5, 3))}
-    prefix = engine.tensors_of(nested, {"layers": 1, "head": 0})
+    prefix = tensors_of(nested, {"layers": 1, "head": 0})
     assert [(t.stack, t.shape) for t in prefix] == [((), (5, 3)), ((2,), (3, 4)), ((2,), (5,))]
 
 

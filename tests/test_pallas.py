@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
-from lopt_jax import engine
+from lopt_jax import backends
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
@@ -236,7 +236,7 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
         return jax.vmap(jax.vmap(functools.partial(update, backend)))(factors)
 
     with kernels.running():
-        with engine.batch(64):
+        with backends.batch(64):
             got = jax.jit(functools.partial(updates, "auto"))()
         assert shapes == [(1, 16, 16)]
         jax.jit(functools.partial(updates, "auto"))()  # might be differentiated
@@ -572,7 +572,7 @@ class TestBackend:
     def test_auto_says_why(self, caplog):
         if mosaic.unsupported_reason() is None:
             pytest.skip("the kernels run here")
-        lopt_jax.engine._log_once.cache_clear()
+        lopt_jax.backends._log_once.cache_clear()
         with caplog.at_level(logging.INFO, "lopt_jax"):
             self.update("auto")
             self.update("auto")

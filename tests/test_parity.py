@@ -10,7 +10,7 @@ import pytest
 import reference
 
 import lopt_jax
-from lopt_jax import engine, rule
+from lopt_jax import rule, xla
 
 
 @pytest.mark.parametrize("name", reference.NAMES)
@@ -38,10 +38,10 @@ def test_trajectory_of_large_tensors(name, write_out, monkeypatch, record_proper
         large = dataclasses.replace(of, small_elements=0, write_out=write_out)
         return second_pass(large, *arguments, **options)
 
-    engine._passes.cache_clear()  # traced, maybe, with the rule as it is
+    xla.passes.cache_clear()  # traced, maybe, with the rule as it is
     monkeypatch.setattr(rule, "second_pass", as_if_large)
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
-    engine._passes.cache_clear()
+    xla.passes.cache_clear()
     assert calls
 
 
@@ -57,7 +57,7 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(5, 12), "b": jnp.linspace(0.1, 1.0, 12)}
 
     def update():
-        engine._passes.cache_clear()
+        xla.passes.cache_clear()
         tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
         return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
 
@@ -65,10 +65,10 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     got = update()
     assert len(calls) == of_cpu == 2
-    monkeypatch.setattr(engine, "FUSED_SMALL_GROUPS", 1)
+    monkeypatch.setattr(xla, "FUSED_SMALL_GROUPS", 1)
     update()
     assert len(calls) == 2 * of_cpu
-    engine._passes.cache_clear()
+    xla.passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 
@@ -85,7 +85,7 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
     params = optimizers.random_like({k: jnp.zeros(shape) for k, shape in shapes.items()}, 0)
 
     def update(stacked):
-        engine._passes.cache_clear()
+        xla.passes.cache_clear()
         tx = lopt_jax.small_fc_lopt(
             reference.weights("small_fc_lopt_h32"),
             weight_decay=0.1,
@@ -102,11 +102,11 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
 
     expected = update(None), update("stack")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(engine, "is_local", lambda: True)  # as with one device
+    monkeypatch.setattr(xla, "is_local", lambda: True)  # as with one device
     inputs.clear()
     got = update(None), update("stack")
     assert inputs == 2 * [(29, 128)]  # 116 elements, and zeros up to a multiple of 16
-    engine._passes.cache_clear()
+    xla.passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels import gpu  # noqa: F401 (a fixture)
 
-from lopt_jax import engine, sharding
+from lopt_jax import groups, sharding
 
 SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
 STEPS = 2
@@ -125,14 +125,14 @@ def check_against_xla(kind, specs, params, gradients):
 
 def test_explicit_equal_shapes(monkeypatch):
     """Parts of one operation, each split in its own way: those split alike run together."""
-    monkeypatch.setattr(engine, "STACKED_LEAF_ELEMENTS", 0)
+    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 0)
     check_equal_shapes_split_differently(AxisType.Explicit)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_automatic_equal_shapes(monkeypatch):
-    monkeypatch.setattr(engine, "STACKED_LEAF_ELEMENTS", 0)
+    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 0)
     check_equal_shapes_split_differently(AxisType.Auto)
 
 

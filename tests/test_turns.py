@@ -9,7 +9,7 @@ import optimizers
 import pytest
 from kernels import one_device  # noqa: F401 (fixture)
 
-from lopt_jax import engine
+from lopt_jax import groups, xla
 from lopt_jax.turns import in_turn
 
 
@@ -69,13 +69,13 @@ def test_turns_change_nothing(name, stacked_axes, monkeypatch):
             updates, state = tx.update(gradients, state, params, value=jnp.float32(1.5))
         return updates, state
 
-    monkeypatch.setattr(engine, "STACKED_LEAF_ELEMENTS", 8)
+    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 8)
     expected = jax.jit(steps)()
     jax.clear_caches()
-    monkeypatch.setattr(engine, "LARGE_GROUPS", 4)
+    monkeypatch.setattr(groups, "LARGE_GROUPS", 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
-    turns, calls = engine.in_turn, []
-    monkeypatch.setattr(engine, "in_turn", lambda *xs: calls.append(len(xs[1])) or turns(*xs))
+    turns, calls = xla.in_turn, []
+    monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or turns(*xs))
     got = jax.jit(lambda: steps())()
     assert calls.count(3) >= 6  # both passes of three kinds of leaves
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax import engine
+from lopt_jax import backends
 from lopt_jax.meta.rules import MetaParameters
 from lopt_jax.meta.unroll import Unroll, UnrollMetrics, UnrollState
 
@@ -121,7 +121,7 @@ def _truncated_evolution(
     start = jax.vmap(jax.vmap(unroll.init, (0, None)))
 
     def advance(*arguments: Any) -> Any:
-        with engine.batch(2 * num_pairs):
+        with backends.batch(2 * num_pairs):
             return jax.vmap(jax.vmap(unroll.advance, (0, None, 0)))(*arguments)
 
     def init(meta_parameters: MetaParameters, key: jax.Array) -> EstimatorState:

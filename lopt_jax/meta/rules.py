@@ -106,7 +106,7 @@ def make_rule(
       learning_rate: the peak of the schedule, for rules that are given one.
       weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
       backend: as the optimizers'; "auto" takes the kernels, where they can run, inside
-        `engine.batch` alone.
+        `backends.batch` alone.
 
     Returns:
       A function that builds the optimizer.

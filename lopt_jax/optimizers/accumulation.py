@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import engine
 from lopt_jax.optimizers import common
+from lopt_jax.tensors import zeros_like
 
 
 class AccumulationState(NamedTuple):
@@ -38,7 +38,7 @@ def accumulate_gradients(
     def init(params: Any) -> AccumulationState:
         return AccumulationState(
             micro_step=jnp.zeros((), jnp.int32),
-            gradient_sum=engine.zeros_like(params, jnp.float32),
+            gradient_sum=zeros_like(params, jnp.float32),
             loss_sum=jnp.zeros((), jnp.float32),
             inner=inner.init(params),
         )

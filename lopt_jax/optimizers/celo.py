@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import controller, engine
+from lopt_jax import controller
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule
+from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import Weights, resolve
 
 
@@ -22,7 +23,7 @@ def celo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -79,7 +80,7 @@ def celo(
         rule,
         options,
         inputs=lambda prepared, _, shared: controller.shared_features(
-            len(engine.tensor_shapes(prepared.tensors)), shared
+            len(tensor_shapes(prepared.tensors)), shared
         ),
         banks=lambda controls: jax.nn.softmax(controls, axis=-1),
         step_size=celo_step_size,

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import optax
 
-from lopt_jax import engine
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
+from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
@@ -25,7 +25,7 @@ def celo2(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -99,7 +99,7 @@ def celo2_base(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:

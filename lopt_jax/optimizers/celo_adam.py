@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import controller, engine
+from lopt_jax import controller
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
 from lopt_jax.optimizers.controlled import observe_loss
+from lopt_jax.tensors import StackedAxes, count_tensors, per_leaf, tensors_of, zeros_like
 from lopt_jax.weights import Weights, resolve
 
 
@@ -33,7 +34,7 @@ def celo_adam(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,9 +81,9 @@ def celo_adam(
     )
 
     def init(params: Any) -> CeloAdamState:
-        tensors = engine.count_tensors(params, stacked_axes)
+        tensors = count_tensors(params, stacked_axes)
         unused: Any = ()
-        zeros = [engine.zeros_like(params, options.accumulator_dtype) for _ in range(2)]
+        zeros = [zeros_like(params, options.accumulator_dtype) for _ in range(2)]
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=Accumulators((zeros[0],), zeros[1], row=unused, column=unused),
@@ -95,7 +96,7 @@ def celo_adam(
         meta_parameters: Any, gradients: Any, state: CeloAdamState, params: Any, value: Any
     ) -> tuple[Any, CeloAdamState]:
         loss, shared = observe_loss("celo_adam", state.loss, value, state.count, num_steps)
-        tensors = engine.tensors_of(params, stacked_axes)
+        tensors = tensors_of(params, stacked_axes)
         inputs = controller.shared_features(state.step_size.shape[0], shared)
         controls = controller.run_lstm(meta_parameters, inputs, state.lstm)
         sizes = celo_step_size(controls.step_size)
@@ -114,7 +115,7 @@ def celo_adam(
             step, momentum[i], second_moment[i] = adam_step(
                 settings, given[i], momentum[i], second_moment[i], count
             )
-            total = engine.per_leaf(scale, entry, p) * step + engine.per_leaf(decay, entry, p) * p
+            total = per_leaf(scale, entry, p) * step + per_leaf(decay, entry, p) * p
             updates[i] = (-total).astype(p.dtype)
         accumulators = state.accumulators._replace(
             momentum=(moments_treedef.unflatten(momentum),),

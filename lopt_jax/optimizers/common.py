@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from lopt_jax import engine
 from lopt_jax.applying import LearnedTransformation
-from lopt_jax.engine import BACKENDS, tensors_of
+from lopt_jax.backends import BACKENDS
 from lopt_jax.partition import current_shards, shards
+from lopt_jax.tensors import partitions_of_leaves, tensors_of
 
 GRADIENT_CLIP = 1000.0  # of every element, where the original clips
 
@@ -88,7 +88,7 @@ def weight_decay_of_tensors(
       mask: None, or as `optax.adamw`'s: a tree of bools that is a prefix of params, or a function
         from params to one.
       params: the parameters.
-      stacked_axes: as in `lopt_jax.engine.tensors_of`.
+      stacked_axes: as in `lopt_jax.tensors.tensors_of`.
 
     Returns:
       () or (tensors,) float32.
@@ -107,7 +107,7 @@ def values_of_tensors(name: str, tree: Any, params: Any, stacked_axes: Any) -> j
       name: the argument that holds them, for the message.
       tree: tree of numbers that is a prefix of params.
       params: the parameters.
-      stacked_axes: as in `lopt_jax.engine.tensors_of`.
+      stacked_axes: as in `lopt_jax.tensors.tensors_of`.
 
     Returns:
       (tensors,) float32.
@@ -184,7 +184,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
         wide = jax.tree.map(to_float32, gradients)
         with shards(shards_of_leaves):
-            partitions = engine.partitions_of_leaves(wide)
+            partitions = partitions_of_leaves(wide)
         squares = []
         for g, partition in zip(jax.tree.leaves(wide), partitions, strict=True):
             square = jnp.sum(jnp.square(g))

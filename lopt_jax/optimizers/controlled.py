@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import controller, engine
+from lopt_jax import backends, controller, engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
 from lopt_jax.rule import Rule, Statistics
+from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
 
 
@@ -93,14 +94,14 @@ def controlled(
     momenta = len(config["initial_momentum_decays"])
     factored = len(config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = engine.backend_for(options.backend, weights.params)
+    backend = backends.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> ControlledState:
-        tensors = engine.count_tensors(params, stacked_axes)
-        statistics = engine.init_statistics(tensors, momenta)
+        tensors = count_tensors(params, stacked_axes)
+        statistics = init_statistics(tensors, momenta)
         return ControlledState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=engine.init_accumulators(
+            accumulators=init_accumulators(
                 params, momenta, factored, options.accumulator_dtype, stacked_axes
             ),
             statistics=statistics if rule.accumulator_statistics else None,

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import optax
 
-from lopt_jax import engine
 from lopt_jax.features import small_fc_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays, per_parameter, timed_network
 from lopt_jax.rule import Rule
+from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
@@ -21,7 +21,7 @@ def elo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "high",
 ) -> optax.GradientTransformationExtraArgs:

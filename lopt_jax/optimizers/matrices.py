@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
@@ -25,6 +24,7 @@ from lopt_jax.optimizers.per_parameter import (
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
 from lopt_jax.rule import Rule, product_precision
+from lopt_jax.tensors import StackedAxes, is_box, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -111,7 +111,7 @@ def matrix_optimizer(
         second_moment = jax.tree.leaves(state.accumulators.second_moment)
 
         updates: list = []
-        for i, entry in enumerate(engine.tensors_of(params, stacked_axes)):
+        for i, entry in enumerate(tensors_of(params, stacked_axes)):
             if given[i] is None:
                 updates.append(None)
                 continue
@@ -123,7 +123,7 @@ def matrix_optimizer(
                     adamw.adam, given[i], momentum[i], second_moment[i], state.count
                 )
                 mult, leaf_decay = adamw.learning_rate_mult, adam_decay
-            decayed = engine.per_leaf(leaf_decay, entry, wide[i]) * wide[i]
+            decayed = per_leaf(leaf_decay, entry, wide[i]) * wide[i]
             updates.append((-mult * (rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = state.accumulators._replace(
             momentum=(moments_treedef.unflatten(momentum), *others),
@@ -140,14 +140,14 @@ def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulato
     def shrink(label: str, x: Any) -> Any:
         if label == LEARNED:
             return x
-        if not engine.is_box(x):
+        if not is_box(x):
             return jnp.zeros((1,), x.dtype)
         box = x.replace_boxed(jnp.zeros((1,), x.unbox().dtype))
         return box.replace(names=(None,)) if hasattr(box, "names") else box
 
     def shrink_tree(tree: Any) -> Any:
         label = iter(labels)
-        return jax.tree.map(lambda x: shrink(next(label), x), tree, is_leaf=engine.is_box)
+        return jax.tree.map(lambda x: shrink(next(label), x), tree, is_leaf=is_box)
 
     first, *others = accumulators.momentum
     return accumulators._replace(
@@ -181,12 +181,12 @@ def _learned_step(weights: Weights, options: common.Options) -> Functions:
     )
 
 
-def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: engine.StackedAxes) -> list[str]:
+def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: StackedAxes) -> list[str]:
     """Which of the two updates a leaf, in the order of the leaves."""
     labels = []
     for (path, leaf), entry in zip(
         jax.tree_util.tree_leaves_with_path(params),
-        engine.tensors_of(params, stacked_axes),
+        tensors_of(params, stacked_axes),
         strict=True,
     ):
         label = LEARNED if label_fn is None else label_fn(path, leaf)

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from lopt_jax import engine
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.small_fc_lopt import ARCHITECTURES, small_fc_rule
+from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
@@ -19,7 +19,7 @@ def mulo(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "high",
 ) -> optax.GradientTransformationExtraArgs:

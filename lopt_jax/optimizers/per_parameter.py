@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt_jax import engine
+from lopt_jax import backends, engine
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
 from lopt_jax.rule import MLP, Rule
+from lopt_jax.tensors import init_accumulators
 from lopt_jax.weights import Weights
 
 
@@ -60,10 +61,10 @@ def per_parameter(
     momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = engine.backend_for(options.backend, weights.params)
+    backend = backends.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> PerParameterState:
-        accumulators = engine.init_accumulators(
+        accumulators = init_accumulators(
             params, momenta, factored, options.accumulator_dtype, stacked_axes
         )
         return PerParameterState(jnp.zeros((), jnp.int32), accumulators)

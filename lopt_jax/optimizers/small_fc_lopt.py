@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import engine
 from lopt_jax.accumulators import Decays
 from lopt_jax.features import small_fc_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
 from lopt_jax.rule import Rule
+from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 ARCHITECTURES = ("small_fc_lopt", "mulo")  # one rule: their weights are of one kind
@@ -25,7 +25,7 @@ def small_fc_lopt(
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "high",
 ) -> optax.GradientTransformationExtraArgs:

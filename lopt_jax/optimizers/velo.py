@@ -14,6 +14,7 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.accumulation import accumulate_gradients
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule, Statistics
+from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import Weights, resolve
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
@@ -30,7 +31,7 @@ def velo(
     weight_decay_mask: Any = None,
     gradient_accumulation: int | None = None,
     accumulator_dtype: jax.typing.DTypeLike = "float32",
-    stacked_axes: engine.StackedAxes = None,
+    stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
@@ -93,7 +94,7 @@ def velo(
         prepared: engine.Prepared, statistics: Statistics, shared: Sequence[jax.Array]
     ) -> jax.Array:
         return controller.tensor_features(
-            engine.tensor_shapes(prepared.tensors),
+            tensor_shapes(prepared.tensors),
             statistics,
             engine.parameter_mean_squares(prepared),
             shared,

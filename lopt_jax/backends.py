@@ -1,0 +1,123 @@
+"""Which backend updates which groups: the fused kernels where they can and where it is worth it."""
+
+import contextlib
+import contextvars
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from lopt_jax.groups import Group, GroupInputs
+from lopt_jax.partition import Partition, say_once
+from lopt_jax.rule import Rule
+
+BACKENDS = ("auto", "xla", "pallas")
+
+_batch: contextvars.ContextVar[int] = contextvars.ContextVar("batch", default=1)
+_logger = logging.getLogger("lopt_jax.engine")  # the name that users know
+
+
+@contextlib.contextmanager
+def batch(size: int) -> Iterator[None]:
+    """Says, while it is traced, that `jax.vmap` makes this many trainings of one.
+
+    And that nothing differentiates through their updates: "auto" may take the kernels although the
+    weights are traced, and counts the tensors of all trainings.
+    """
+    before = _batch.set(size)
+    try:
+        yield
+    finally:
+        _batch.reset(before)
+
+
+def backend_for(backend: str, meta_parameters: Any) -> str:
+    """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))
+    return "xla" if backend == "auto" and traced and _batch.get() == 1 else backend
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.info(message)
+
+
+def choose_backend(
+    rule: Rule,
+    backend: str,
+    groups: Sequence[Group],
+    inputs: Sequence[GroupInputs],
+    vectors: Sequence[Sequence[int]] = (),
+) -> list[bool]:
+    """For each group, whether the fused kernels update it.
+
+    Args:
+      rule: the rule.
+      backend: "auto", "xla" or "pallas".
+      groups: the groups.
+      inputs: of the groups.
+      vectors: of `alike_vectors`: where the kernels take one of them, they take all.
+
+    Raises:
+      NotImplementedError: the backend is "pallas" and they cannot.
+    """
+    if backend == "xla" or not inputs:
+        return [False] * len(inputs)
+    must = backend == "pallas"
+    reason: str | None
+    try:
+        from pallas_kernels import choice
+    except ImportError as error:
+        reason = f"this jax has no Mosaic GPU backend ({error})"
+        choices: list[str | None] = [reason] * len(inputs)
+    else:
+        reason = choice.unsupported_reason()
+        choices = [
+            reason
+            or choice.unsupported_group_reason(
+                rule,
+                (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
+                [leaf.dtype for leaf in jax.tree.leaves(x)],
+                must,
+            )
+            for x in inputs
+        ]
+    for members in vectors:
+        if any(choices[i] is None for i in members):
+            for i in members:
+                choices[i] = None
+    if must and any(choices):
+        reason = next(filter(None, choices))
+        raise NotImplementedError(
+            f"backend='pallas' cannot run here: {reason}. backend='auto' uses XLA then."
+        )
+    if reason is not None:
+        _log_once(f"Updates run as XLA operations, not as fused kernels: {reason}.")
+    else:
+        elements = sum(x.gradient.size for x in inputs)
+        fused = sum(x.gradient.size for x, why in zip(inputs, choices, strict=True) if why is None)
+        _log_once(
+            f"Fused kernels update {fused:,} of {elements:,} parameters"
+            + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")
+        )
+    return [
+        why is None and kernels_split(group, group.partition, x)
+        for why, group, x in zip(choices, groups, inputs, strict=True)
+    ]
+
+
+def _reasons(choices: Sequence[str | None]) -> str:
+    return "; ".join(dict.fromkeys(filter(None, choices)))
+
+
+def kernels_split(group: Group, partition: Partition | None, x: GroupInputs) -> bool:
+    """Whether the kernels can update shards: they know of no padding."""
+    if partition is None or not partition.is_padded(x.gradient.shape[1:]):
+        return True
+    say_once(
+        f"{group.name}: its shape {partition.shape} does not divide evenly over the devices; XLA "
+        "updates its shards, as the fused kernels know of no padding."
+    )
+    return False

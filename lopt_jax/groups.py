@@ -1,0 +1,413 @@
+"""Tensors that are updated together.
+
+Small tensors of one shape are stacked, so that hundreds of leaves do not become hundreds of copies
+of the code. Each stack is a `Group`: arrays with one leading axis, of tensors. Groups that one call
+of a backend updates are a `Call`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.partition import (
+    BATCH,
+    REPLICATED_ELEMENTS,
+    Dims,
+    Partition,
+    is_local,
+    is_split,
+    match_sharding,
+)
+from lopt_jax.rows import PartTaker, concatenate, take_rows
+from lopt_jax.rule import MLP, Moments, Statistics, TensorUpdate
+from lopt_jax.tensors import Tensors
+
+STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
+PADDED_TIMES = 4  # the kernels stack vectors of different lengths, padded to at most so many times
+# Off CPUs, so many large tensors of one shape take turns in a loop where there are many: compilers
+# see one of them, for less than one more copy of each. (On CPUs a loop keeps to one core.)
+TURNS, LARGE_GROUPS = 3, 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """Leaves that are updated together: their tensors have one shape."""
+
+    leaves: tuple[int, ...]  # positions in the list of leaves
+    tensors: tuple[int, ...]  # positions of their tensors among all tensors of the tree
+    shape: tuple[int, ...]  # of each tensor
+    partition: Partition | None  # where they are shards, of what
+    name: str  # of the first leaf
+    lengths: tuple[int, ...] | None = None  # of each tensor, where they are vectors padded to shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements of all tensors."""
+        return len(self.tensors) * math.prod(self.shape)
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        """Factored dims of each tensor."""
+        return factored_dims(self.shape if self.partition is None else self.partition.shape)
+
+
+class GroupInputs(NamedTuple):
+    """Arrays of a group, each with a leading axis of tensors."""
+
+    gradient: Any
+    parameter: Any
+    accumulators: Accumulators
+
+
+class Factors(NamedTuple):
+    """What the tensors of a call have beside their arrays."""
+
+    mlp: MLP  # one for all, or with a leading axis of tensors
+    scale: jax.Array  # (tensors,)
+    weight_decay: jax.Array  # (tensors,)
+    statistics: Statistics | None  # with a leading axis of tensors
+
+    def rows(self, members: Sequence[int], mlp_per_tensor: bool) -> "Factors":
+        """Those of some of the tensors."""
+        if list(members) == list(range(self.scale.shape[0])):
+            return self
+        mlp = take_rows(self.mlp, members) if mlp_per_tensor else self.mlp
+        return Factors(mlp, *take_rows((self.scale, self.weight_decay, self.statistics), members))
+
+
+class Leaves(NamedTuple):
+    """Lists of leaves that a step fills in."""
+
+    updates: list  # or new parameters, where the rule applies its updates
+    accumulators: Accumulators
+
+
+class GroupDims(NamedTuple):
+    """What the dimensions of a group's arrays are, for `lopt_jax.partition.spread`."""
+
+    elementwise: Dims
+    row: Dims
+    column: Dims
+
+    part: int
+
+    @classmethod
+    def of(cls, group: Group, part: int = 0) -> "GroupDims":
+        """The dims of a group's arrays, which is one of the parts that run together."""
+        rank = len(group.shape)
+        without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731
+        dims = group.dims
+        if group.lengths is not None:  # their positions are counted from the first on
+            whole = Dims((None,) * (rank + 1), part)
+            return cls(whole, Dims((None,) * (rank + 2), part), Dims((None, None), part), part)
+        return cls(
+            elementwise=Dims((BATCH, *range(rank)), part),
+            row=without(dims.d0 if dims else None),
+            column=without(dims.d1) if dims else Dims((BATCH, None), part),
+            part=part,
+        )
+
+    def by_tensor(self, tree: Any) -> Any:
+        """Arrays with a leading axis of tensors."""
+        axes = lambda x: (BATCH,) + (None,) * (x.ndim - 1)  # noqa: E731
+        return jax.tree.map(lambda x: Dims(axes(x), self.part), tree)
+
+    @staticmethod
+    def shared(tree: Any) -> Any:
+        """Arrays that every tensor shares."""
+        return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
+
+    def accumulators(self, tree: Accumulators) -> Accumulators:
+        """The accumulators."""
+        return Accumulators(
+            momentum=tuple(self.elementwise for _ in tree.momentum),
+            second_moment=self.elementwise,
+            row=self.row,
+            column=self.column,
+        )
+
+    def inputs(self, tree: GroupInputs) -> GroupInputs:
+        """The inputs of a step."""
+        accumulators = self.accumulators(tree.accumulators)
+        return GroupInputs(self.elementwise, self.elementwise, accumulators)
+
+    def moments(self, tree: Moments) -> Moments:
+        """The results of the first pass."""
+        vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
+        return Moments(
+            row=None if tree.row is None else vector(self.row),
+            column=None if tree.column is None else vector(self.column),
+            parameter_mean_square=self.by_tensor(tree.parameter_mean_square),
+        )
+
+    def result(self, tree: TensorUpdate) -> TensorUpdate:
+        """The results of the second pass."""
+        return TensorUpdate(
+            update=self.elementwise,
+            accumulators=self.accumulators(tree.accumulators),
+            statistics=self.by_tensor(tree.statistics),
+        )
+
+
+class Call(NamedTuple):
+    """Groups that one call of a backend updates, by their positions."""
+
+    units: list[list[int]]  # those of a unit have tensors that are equal in shape and dtypes
+    on_kernels: bool  # whether it is the fused kernels that update them
+
+    @property
+    def members(self) -> list[int]:
+        """All of them."""
+        return [i for unit in self.units for i in unit]
+
+
+def _group_key(position: int, entry: Tensors, leaf: jax.Array, gradient: jax.Array) -> Any:
+    if math.prod(entry.shape) > STACKED_LEAF_ELEMENTS:
+        return position
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    return (
+        entry.shape,
+        len(entry.stack),
+        leaf.dtype,
+        gradient.dtype,
+        entry.partition,
+        sharding,
+    )
+
+
+def make_groups(
+    tensors: Sequence[Tensors],
+    params: Sequence[jax.Array],
+    gradients: Sequence[jax.Array | None],
+    names: Sequence[str],
+) -> list[Group]:
+    """Decides which leaves are updated together.
+
+    Args:
+      tensors: of `tensors_of`.
+      params: the leaves.
+      gradients: their gradients; leaves with None are left out, as are leaves without elements.
+      names: of the leaves, for messages.
+
+    Returns:
+      The groups.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (entry, leaf, gradient) in enumerate(zip(tensors, params, gradients, strict=True)):
+        if gradient is not None and leaf.size:
+            groups.setdefault(_group_key(i, entry, leaf, gradient), []).append(i)
+    return [
+        Group(
+            leaves=tuple(leaves),
+            tensors=tuple(
+                k
+                for i in leaves
+                for k in range(tensors[i].first, tensors[i].first + tensors[i].count)
+            ),
+            shape=tensors[leaves[0]].shape,
+            partition=tensors[leaves[0]].partition,
+            name=names[leaves[0]],
+        )
+        for leaves in groups.values()
+    ]
+
+
+def gather(
+    group: Group,
+    tensors: Sequence[Tensors],
+    gradients: Sequence[Any],
+    params: Sequence[jax.Array],
+    accumulators: Accumulators,
+) -> GroupInputs:
+    """Arrays of a group with one leading axis of tensors, from lists of leaves.
+
+    Args:
+      group: the group.
+      tensors: of `tensors_of`.
+      gradients: leaves.
+      params: leaves.
+      accumulators: lists of leaves in place of trees.
+
+    Returns:
+      The group's inputs: gradient (B, *shape) and so on; row (B, n, ...).
+    """
+
+    def elementwise(leaves: Sequence[jax.Array]) -> jax.Array:
+        return concatenate([leaves[i].reshape((-1, *group.shape)) for i in group.leaves])
+
+    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
+        dims = group.dims
+        arrays = []
+        for i in group.leaves:
+            leaf, count = leaves[i], tensors[i].count
+            if dims is None and which == 1:
+                arrays.append(jnp.broadcast_to(leaf, (count, 1)))
+                continue
+            shape = factored_shapes(group.shape, leaf.shape[0], dims)[which]
+            arrays.append(jnp.moveaxis(leaf.reshape((shape[0], count, *shape[1:])), 0, 1))
+        return concatenate(arrays)
+
+    return GroupInputs(
+        gradient=elementwise(gradients),
+        parameter=elementwise(params),
+        accumulators=Accumulators(
+            momentum=tuple(elementwise(m) for m in accumulators.momentum),
+            second_moment=elementwise(accumulators.second_moment),
+            row=factored(accumulators.row, 0),
+            column=factored(accumulators.column, 1),
+        ),
+    )
+
+
+def scatter(
+    group: Group,
+    tensors: Sequence[Tensors],
+    update: jax.Array,
+    accumulators: Accumulators,
+    take: PartTaker | None,
+    out: Leaves,
+) -> None:
+    """Writes a group's results back into lists of leaves, the inverse of `gather`.
+
+    Args:
+      group: the group.
+      tensors: of `tensors_of`.
+      update: (B, *shape).
+      accumulators: with a leading axis of tensors.
+      take: takes parts of arrays; None: there is one leaf.
+      out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
+    """
+    if len(group.leaves) > 1:
+        # else parts of their computation are repeated for every leaf, after its old value is gone:
+        # XLA copies that value first
+        update, accumulators = jax.lax.optimization_barrier((update, accumulators))
+    start = 0
+    for i in group.leaves:
+        first, count = start, tensors[i].count
+        start += count
+        whole = len(group.leaves) == 1
+        length = None if group.lengths is None else tensors[i].shape[-1]
+
+        def part(
+            x: jax.Array,
+            first: int = first,
+            count: int = count,
+            whole: bool = whole,
+            length: int | None = length,
+        ) -> jax.Array:
+            if whole or take is None:
+                return x
+            starts = (first, *(0 for _ in x.shape[1:]))
+            return take(x, starts, (count, *x.shape[1:-1], length or x.shape[-1]))
+
+        def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
+            x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
+            leaves[i] = match_sharding(x, leaves[i])
+
+        def factored(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
+            x = jnp.moveaxis(part(x), 1, 0)
+            x = x.reshape(leaves[i].shape).astype(leaves[i].dtype)
+            leaves[i] = match_sharding(x, leaves[i])
+
+        elementwise(out.updates, update)
+        for leaves, x in zip(out.accumulators.momentum, accumulators.momentum, strict=True):
+            elementwise(leaves, x)
+        elementwise(out.accumulators.second_moment, accumulators.second_moment)
+        factored(out.accumulators.row, accumulators.row)
+        if tensors[i].dims is not None:
+            factored(out.accumulators.column, accumulators.column)
+
+
+def alike_vectors(groups: Sequence[Group], inputs: Sequence[GroupInputs]) -> list[list[int]]:
+    """Groups of vectors that differ in length alone, and not much; the longest come first.
+
+    Where a partitioner may split tensors, only vectors that are best left whole: joined they are.
+    """
+    longest = STACKED_LEAF_ELEMENTS if is_local() else REPLICATED_ELEMENTS
+    kinds: dict[Any, list[list[int]]] = {}
+    for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
+        shape = groups[i].shape
+        if len(shape) > 1 or shape[0] > longest or groups[i].partition is not None:
+            continue
+        if any(map(is_split, jax.tree.leaves(inputs[i]))):
+            continue
+        alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
+        if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:
+            alike.append([])
+        alike[-1].append(i)
+    return [members for alike in kinds.values() for members in alike if len(members) > 1]
+
+
+def join_vectors(
+    groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> tuple[Group, GroupInputs]:
+    """One group of vectors of different lengths, the longest first, from one a length."""
+    longest = groups[0].shape[0]
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, longest - x.shape[-1]),))
+
+    columns = [x.accumulators.column for x in inputs]  # of no meaning, and of one length
+    joined = jax.tree.map(lambda *xs: jnp.concatenate([padded(x) for x in xs]), *inputs)
+    group = Group(
+        leaves=tuple(i for group in groups for i in group.leaves),
+        tensors=tuple(k for group in groups for k in group.tensors),
+        shape=groups[0].shape,
+        partition=None,
+        name=groups[0].name,
+        lengths=tuple(group.shape[0] for group in groups for _ in group.tensors),
+    )
+    column = jnp.concatenate(columns)
+    return group, joined._replace(accumulators=joined.accumulators._replace(column=column))
+
+
+def make_calls(
+    on_kernels: Sequence[bool], groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[Call]:
+    """Which groups are updated together.
+
+    One call of the kernels takes all that it can. Where a partitioner may split tensors in
+    different ways, that is groups of one tensor, and vectors that it may not split: other stacks
+    may be split along their axis of tensors. On XLA it is large tensors that take turns.
+    """
+    joins = is_local() or any(group.partition is not None for group in groups)
+    xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
+    turns = _turns([i for i in xla if joins], groups, inputs)
+    alone = [[i] for i in sorted(set(xla) - {i for members in turns for i in members})]
+    calls = [Call([members], False) for members in turns + alone]
+    units: dict[Any, list[int]] = {}
+    for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
+        is_joined = joins or len(group.tensors) == 1 or group.lengths is not None
+        if not chosen:
+            continue
+        if not is_joined:
+            calls.append(Call([[i]], True))
+            continue
+        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+        key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
+        units.setdefault(key, []).append(i)
+    if units:
+        # what has vectors first: then what is by tensor lies as the kernels take it
+        in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
+        calls.insert(0, Call(in_order, True))
+    return calls
+
+
+def _turns(
+    candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
+) -> list[list[int]]:
+    """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
+    large = [i for i in candidates if math.prod(groups[i].shape) > STACKED_LEAF_ELEMENTS]
+    if jax.default_backend() == "cpu" or len(large) <= LARGE_GROUPS:
+        return []
+    alike: dict[Any, list[int]] = {}
+    for i in large:
+        kinds = tuple(map(jax.typeof, jax.tree.leaves(inputs[i])))  # shardings are part of types
+        alike.setdefault((kinds, groups[i].partition), []).append(i)
+    return [members for members in alike.values() if len(members) >= TURNS]

@@ -1,0 +1,231 @@
+"""The leaves of a tree of parameters, seen as tensors.
+
+A leaf with stacked axes holds several. Rules are functions of one tensor, so what an optimizer
+keeps is by tensor too: accumulators like the leaves, and numbers with one row a tensor.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.partition import Partition, partitions_of, zeros
+from lopt_jax.rule import Statistics
+
+StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
+
+
+class Tensors(NamedTuple):
+    """How one leaf is seen as tensors."""
+
+    stack: tuple[int, ...]  # the leaf's leading axes that hold tensors
+    shape: tuple[int, ...]  # of each tensor; scalars are vectors of one element
+    first: int  # position of the leaf's first tensor among all tensors of the tree
+    partition: Partition | None = None  # where the leaf is a shard, of what
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """Number of tensors in the leaf."""
+        return math.prod(self.stack)
+
+    @property
+    def dims(self) -> FactoredDims | None:
+        """Factored dims of each tensor."""
+        return factored_dims(self.whole_shape)
+
+    @property
+    def leaf_partition(self) -> Partition | None:
+        """The partition with the stacked axes, which are never split."""
+        if self.partition is None:
+            return None
+        none = ((),) * len(self.stack)
+        return Partition(self.stack + self.partition.shape, none + self.partition.axes)
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor, also where the leaf is a shard."""
+        return self.shape if self.partition is None else self.partition.shape
+
+
+def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]:
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not paths_and_leaves:  # also the placeholder that optax.tree.map_params initialises with
+        return []
+    if stacked_axes is None:
+        axes = [0] * len(paths_and_leaves)
+    elif callable(stacked_axes):
+        axes = [stacked_axes(path, leaf) for path, leaf in paths_and_leaves]
+    else:
+        axes = jax.tree.leaves(
+            jax.tree.map(
+                lambda n, subtree: jax.tree.map(lambda _: n, subtree), stacked_axes, params
+            )
+        )
+    for (path, leaf), n in zip(paths_and_leaves, axes, strict=True):
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= leaf.ndim:
+            raise ValueError(
+                f"stacked_axes: expected an integer from 0 to {leaf.ndim}, the rank of the leaf "
+                f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)}; found {n!r}."
+            )
+    return [int(n) for n in axes]
+
+
+def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
+    """Sees every leaf of params as tensors.
+
+    Args:
+      params: pytree of arrays (or of anything with a shape).
+      stacked_axes: how many leading axes of a leaf hold tensors: an int, a tree of ints, or a
+        function of a leaf's path and the leaf; None means that every leaf is one tensor.
+
+    Returns:
+      One entry a leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: where a number of stacked axes is not in [0, rank].
+    """
+    out, first = [], 0
+    leaves = jax.tree.leaves(params)
+    partitions = partitions_of_leaves(params)
+    stacks = _stacked_axes_of_leaves(params, stacked_axes)
+    for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
+        if partition is not None:
+            if any(partition.axes[:n]):
+                raise ValueError(
+                    "distributed: stacked axes cannot be split over devices; give distributed the "
+                    "same stacked_axes as the optimizer."
+                )
+            partition = Partition(partition.shape[n:] or (1,), partition.axes[n:] or ((),))
+        entry = Tensors(tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,), first, partition)
+        out.append(entry)
+        first += entry.count
+    return out
+
+
+def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
+    """Number of tensors that a tree of parameters holds."""
+    return tensor_count(tensors_of(params, stacked_axes))
+
+
+def tensor_count(tensors: Sequence[Tensors]) -> int:
+    """Number of tensors of leaves that are seen as such."""
+    return sum(entry.count for entry in tensors)
+
+
+def tensor_shapes(tensors: Sequence[Tensors]) -> list[tuple[int, ...]]:
+    """The shape of every tensor of a tree, in the tree's order."""
+    return [entry.whole_shape for entry in tensors for _ in range(entry.count)]
+
+
+def per_leaf(values: jax.Array, entry: Tensors, leaf: jax.Array) -> jax.Array:
+    """The values of a leaf's tensors, broadcastable against the leaf.
+
+    Args:
+      values: (), or (tensors,), one for every tensor of the tree.
+      entry: how the leaf is seen as tensors.
+      leaf: the leaf.
+
+    Returns:
+      The stacked axes of the leaf, then axes of size one.
+    """
+    if not values.ndim:
+        return values
+    chosen = values[entry.first : entry.first + entry.count]
+    return chosen.reshape(entry.stack + (1,) * (leaf.ndim - len(entry.stack)))
+
+
+def paths(params: Any) -> list[str]:
+    """The name of every leaf: where it is in the tree."""
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def partitions_of_leaves(params: Any) -> list[Partition | None]:
+    """How the leaves of a tree like the params are spread; None where they are whole."""
+    return partitions_of(paths(params))
+
+
+def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """A tree of zeros like the params, sharded as they are."""
+    return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
+
+
+def is_box(x: Any) -> bool:
+    """Whether it is a metadata box, such as `flax.linen.Partitioned`."""
+    return hasattr(x, "replace_boxed") and hasattr(x, "unbox")
+
+
+def init_accumulators(
+    params: Any,
+    momenta: int,
+    factored: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    stacked_axes: StackedAxes = None,
+) -> Accumulators:
+    """Zero accumulators of a tree of parameters.
+
+    Args:
+      params: pytree of arrays.
+      momenta: number of momentum decays.
+      factored: number of factored decays.
+      dtype: of every accumulator.
+      stacked_axes: as in `tensors_of`.
+
+    Returns:
+      Trees with the structure of params: momentum (one tree a decay) and second moment shaped like
+      the parameters; row and column as `factored_shapes` says, stacked axes after the axis of
+      decays. Metadata boxes (such as `flax.linen.Partitioned`) are kept, their names following the
+      axes.
+    """
+    entries = iter(tensors_of(params, stacked_axes))
+
+    def factored_of(leaf: Any, box: Any) -> tuple[Any, Any]:
+        entry = next(entries)
+        n, dims = len(entry.stack), entry.dims
+        stack, shape = leaf.shape[:n], leaf.shape[n:]
+        row, column = factored_shapes(shape, factored, dims)
+        kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
+        arrays = (
+            zeros((row[0], *stack, *row[1:]), dtype, leaf, kept(dims.d0 if dims else None)),
+            zeros((column[0], *stack, *column[1:]), dtype, leaf, kept(dims.d1))
+            if dims
+            else jnp.zeros((1,), dtype),
+        )
+        if box is None:
+            return arrays
+        names = getattr(box, "names", None)
+        if names is None:
+            return tuple(box.replace_boxed(x) for x in arrays)
+        drop = lambda d: tuple(a for i, a in enumerate(names) if i != n + d)  # noqa: E731
+        row_names = (None, *(drop(dims.d0) if dims else names))
+        column_names = (None, *drop(dims.d1)) if dims else (None,)
+        return tuple(
+            box.replace_boxed(x).replace(names=axes)
+            for x, axes in zip(arrays, (row_names, column_names), strict=True)
+        )
+
+    pairs = jax.tree.map(
+        lambda x: factored_of(x.unbox(), x) if is_box(x) else factored_of(x, None),
+        params,
+        is_leaf=is_box,
+    )
+    take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
+    return Accumulators(
+        momentum=tuple(zeros_like(params, dtype) for _ in range(momenta)),
+        second_moment=zeros_like(params, dtype),
+        row=take(0),
+        column=take(1),
+    )
+
+
+def init_statistics(tensors: int, momenta: int) -> Statistics:
+    """Statistics of zero accumulators: zeros, with a leading axis of tensors."""
+    return Statistics(
+        momentum_mean=jnp.zeros((tensors, momenta), jnp.float32),
+        momentum_variance=jnp.zeros((tensors, momenta), jnp.float32),
+        second_moment_mean=jnp.zeros((tensors,), jnp.float32),
+        second_moment_variance=jnp.zeros((tensors,), jnp.float32),
+    )
