@@ -33,6 +33,11 @@ def batch(size: int) -> Iterator[None]:
         _batch.reset(before)
 
 
+def batch_size() -> int:
+    """Trainings of one, as `batch` says."""
+    return _batch.get()
+
+
 def backend_for(backend: str, meta_parameters: Any) -> str:
     """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))

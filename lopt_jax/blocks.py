@@ -16,8 +16,9 @@ def map_blocks(
 ) -> jax.Array:
     """Evaluates a function that is elementwise over a tensor, block by block.
 
-    A block takes every n-th index of one axis rather than a contiguous range: where that axis is
-    sharded, every block stays spread over the same devices and nothing moves.
+    A block takes every n-th index of one axis rather than a contiguous range, where their number
+    divides it: if that axis is sharded, every block stays spread over the same devices and nothing
+    moves.
 
     Args:
       function: takes arrays like `arguments`, cut to a block; returns the block's result.
@@ -35,19 +36,30 @@ def map_blocks(
     if blocks == 1:
         return function(*arguments)
 
-    cut = size // blocks * blocks
     leaves, treedef = jax.tree.flatten(arguments)
     at = [x.ndim - len(shape) + axis for x in leaves]
     is_cut = [x.shape[i] != 1 for x, i in zip(leaves, at, strict=True)]
+    dtype, each = jnp.result_type(*leaves), size // blocks
 
     def evaluate(choose: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
         chosen = [choose(x, i) if c else x for x, i, c in zip(leaves, at, is_cut, strict=True)]
         return function(*treedef.unflatten(chosen))
 
+    if size % blocks:  # an axis of blocks would be a copy of all arrays: contiguous ranges then
+
+        def body_of_range(block: Any, out: jax.Array) -> jax.Array:
+            result = evaluate(
+                lambda x, i: jax.lax.dynamic_slice_in_dim(x, block * each, each, axis=i)
+            )
+            return jax.lax.dynamic_update_slice_in_dim(out, result, block * each, axis)
+
+        out = jax.lax.fori_loop(0, blocks, body_of_range, jnp.zeros(shape, dtype))
+        rest = evaluate(lambda x, i: jax.lax.slice_in_dim(x, blocks * each, size, axis=i))
+        return jax.lax.dynamic_update_slice_in_dim(out, rest, blocks * each, axis)
+
     def every(x: jax.Array, axis: int) -> jax.Array:
         """Splits an axis into (size // blocks, blocks)."""
-        x = jax.lax.slice_in_dim(x, 0, cut, axis=axis)
-        return x.reshape((*x.shape[:axis], cut // blocks, blocks, *x.shape[axis + 1 :]))
+        return x.reshape((*x.shape[:axis], each, blocks, *x.shape[axis + 1 :]))
 
     split = {id(x): every(x, i) for x, i, c in zip(leaves, at, is_cut, strict=True) if c}
 
@@ -57,14 +69,8 @@ def map_blocks(
         )
         return jax.lax.dynamic_update_index_in_dim(out, result, block, axis + 1)
 
-    block_shape = (*shape[:axis], size // blocks, blocks, *shape[axis + 1 :])
-    dtype = jnp.result_type(*leaves)
-    out = jax.lax.fori_loop(0, blocks, body, jnp.zeros(block_shape, dtype))
-    out = out.reshape((*shape[:axis], cut, *shape[axis + 1 :]))
-    if cut == size:
-        return out
-    rest = evaluate(lambda x, i: jax.lax.slice_in_dim(x, cut, size, axis=i))
-    return jnp.concatenate([out, rest], axis)
+    block_shape = (*shape[:axis], each, blocks, *shape[axis + 1 :])
+    return jax.lax.fori_loop(0, blocks, body, jnp.zeros(block_shape, dtype)).reshape(shape)
 
 
 def _block_axis(shape: Sequence[int]) -> int:

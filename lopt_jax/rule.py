@@ -271,9 +271,9 @@ def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
     """
     ones = (1,) * (inputs.ndim - 1)
     is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
-    precision = product_precision(rule.precision, inputs.dtype) if is_wide else rule.precision
-    if precision == jax.lax.Precision.HIGH:  # not worth matrix units
-        precision = jax.lax.Precision.HIGHEST
+    precision = jax.lax.Precision.HIGHEST  # a narrow network is not worth matrix units
+    if is_wide:
+        precision = product_precision(rule.precision, inputs.dtype)
     # as a product's last row the first bias takes no pass over memory of its own
     first = jnp.concatenate([mlp.weights[0], mlp.biases[0][None]])
     hidden = jnp.einsum("kh,k...->h...", first, inputs, precision=precision)

@@ -17,6 +17,7 @@ import numpy as np
 
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
+from lopt_jax.backends import batch_size
 from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
 from lopt_jax.rows import part_taker
@@ -25,8 +26,8 @@ from lopt_jax.turns import in_turn
 
 # On a CPU, wide layers of so large groups are written out, unless that would take long to compile.
 WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
-# On a GPU, small tensors of so many groups take the passes of large ones: a quarter of the bytes
-# moved and fewer launches, for half as long again to compile.
+# On a GPU, where a step is hundreds of trainings, small tensors of so many groups take the passes
+# of large ones: a quarter of the bytes and fewer launches, for a minute more of compilation.
 FUSED_SMALL_GROUPS = 16
 
 
@@ -55,7 +56,7 @@ def write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
         is_large = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
         few = sum(map(is_large, groups)) <= WRITTEN_OUT_GROUPS
         return replace(rule, write_out=few and is_large(group))
-    if device == "gpu" and len(groups) <= FUSED_SMALL_GROUPS:
+    if device == "gpu" and batch_size() > 1 and len(groups) <= FUSED_SMALL_GROUPS:
         return replace(rule, small_elements=0)
     return rule
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lopt_jax.applying import update_params
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, cosine_schedule
 from lopt_jax.meta.tasks import Content, Params, Task
 
@@ -159,11 +160,7 @@ class Unroll:
             params, optimizer_state = carry
             batch = task.batch(key, content, "train")
             loss, gradient = jax.value_and_grad(task.loss)(params, content, batch)
-            updates, optimizer_state = optimizer.update(
-                gradient, optimizer_state, params, value=loss
-            )
-            params = jax.tree.map(lambda p, u: p + u, params, updates)
-            return (params, optimizer_state), None
+            return update_params(optimizer, gradient, optimizer_state, params, value=loss), None
 
         def measure(
             carry: tuple[Params, Any, jax.Array], key: jax.Array
