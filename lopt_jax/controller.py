@@ -180,7 +180,12 @@ def init_lstm(meta_parameters: Mapping[str, Any], tensors: int) -> LSTMState:
     return LSTMState(rows(lstm["initial_hidden"]), rows(lstm["initial_cell"]))
 
 
-def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMState) -> Controls:
+def run_lstm(
+    meta_parameters: Mapping[str, Any],
+    inputs: jax.Array,
+    state: LSTMState,
+    quickly: bool = False,
+) -> Controls:
     """One step of the LSTM over tensors.
 
     Tensors exchange information through a maximum over all of them, added to each one's input.
@@ -189,6 +194,7 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
       meta_parameters: with "mix", "input", "lstm", "step_size" and perhaps "controls".
       inputs: (tensors, features).
       state: before this step.
+      quickly: as in `products.product`.
 
     Returns:
       The controls, step sizes before any nonlinearity, and the new state.
@@ -198,7 +204,7 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
         if "controls" in meta_parameters:
             banks = jnp.zeros((0, meta_parameters["controls"]["b"].shape[0]))
         return Controls(banks, jnp.zeros((0,)), state)
-    linear = lambda layer, x: product(x, layer["w"]) + layer["b"]  # noqa: E731
+    linear = lambda layer, x: product(x, layer["w"], quickly) + layer["b"]  # noqa: E731
 
     def linear_layers(names: Sequence[str], x: jax.Array) -> list[jax.Array]:
         """Layers with the same inputs, as one product."""
@@ -218,12 +224,13 @@ def run_lstm(meta_parameters: Mapping[str, Any], inputs: jax.Array, state: LSTMS
     return Controls(others[0] if others else None, step_size[:, 0], LSTMState(hidden, cell))
 
 
-def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
+def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array, quickly: bool = False) -> MLP:
     """Every tensor's network, a weighted mean of the banks.
 
     Args:
       mlp: {"w0": (K, features, H), "b0": (K, H), ...}.
       weights: (tensors, K).
+      quickly: as in `products.product`.
 
     Returns:
       The networks, with a leading axis of tensors.
@@ -234,7 +241,7 @@ def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array) -> MLP:
     sizes = [math.prod(mlp[name].shape[1:]) for name in names]
     # one product, not one a layer
     banks = jnp.concatenate([mlp[name].reshape((count, -1)) for name in names], axis=1)
-    mixed = product(weights, banks) / count
+    mixed = product(weights, banks, quickly) / count
     parts = jnp.split(mixed, list(itertools.accumulate(sizes[:-1])), axis=1)
     shaped = [
         x.reshape((tensors, *mlp[name].shape[1:])) for x, name in zip(parts, names, strict=True)

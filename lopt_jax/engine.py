@@ -32,7 +32,7 @@ from lopt_jax.groups import (
     scatter,
 )
 from lopt_jax.partition import Partition, Partitions, is_local, spread
-from lopt_jax.rows import concatenate, part_taker, take_rows
+from lopt_jax.rows import concatenate, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.tensors import StackedAxes, Tensors, paths, tensor_count, tensors_of
 
@@ -231,6 +231,7 @@ def _second_pass(
     mlp_per_tensor: bool,
     decays: Decays,
     factors: Factors,
+    zero: jax.Array | None,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
     """Passes B and C over the groups of a call, on the shards of their tensors.
 
@@ -278,6 +279,7 @@ def _second_pass(
                 of.scale,
                 of.weight_decay,
                 of.statistics,
+                zero if is_local() else None,  # else it belongs to another program
             )
             for x, of_unit in zip(on_kernels, made, strict=True):
                 for k, update in zip(x.members, of_unit, strict=True):
@@ -461,7 +463,8 @@ def second_pass(
     )
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
-    take = part_taker(min(gradients, key=lambda x: x.size)) if gradients else None
+    zero = unknown_zero(min(gradients, key=lambda x: x.size)) if gradients else None
+    take = part_taker(zero)
     new_statistics = []
     hidden = mlp.biases[0].shape[-1]
     joined = xla.joined_calls(rule, prepared.calls, prepared.groups, hidden, mlp_per_tensor)
@@ -494,6 +497,7 @@ def second_pass(
             mlp_per_tensor,
             decays,
             of_all.rows([k for group in groups for k in group.tensors], mlp_per_tensor),
+            zero,
         )
         for group, result in zip(groups, results, strict=True):
             out = prepared.out

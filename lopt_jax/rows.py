@@ -22,7 +22,22 @@ def take_rows(tree: Any, positions: Any) -> Any:
     return jax.tree.map(lambda x: x[np.asarray(positions)], tree)
 
 
-def part_taker(array: jax.Array) -> PartTaker:
+def unknown_zero(array: jax.Array) -> jax.Array | None:
+    """A zero that XLA does not know to be one, for `part_taker`.
+
+    Args:
+      array: any array, not empty, whose values are known at run time only. If it is split over
+        devices, they exchange one number.
+
+    Returns:
+      () int32. None where shardings are part of types: an index may not be taken of a split axis.
+    """
+    if is_explicit(array):
+        return None
+    return (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
+
+
+def part_taker(zero: jax.Array | None) -> PartTaker:
     """A function (x, starts, sizes) that takes parts out of arrays in few launches.
 
     On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
@@ -30,18 +45,15 @@ def part_taker(array: jax.Array) -> PartTaker:
     slices of an array that are of one shape.
 
     Args:
-      array: any array, not empty, whose values are known at run time only. If it is split over
-        devices, they exchange one number.
+      zero: of `unknown_zero`; with another one places are different, and slices are not joined.
 
     Returns:
       The function.
     """
-    if is_explicit(array):  # there an index may not be taken of an axis that is split
+    if zero is None:
         return lambda x, starts, sizes: x[
             tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
         ]
-    # zero, but XLA does not know
-    zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
 
     def take(x: jax.Array, starts: Sequence[int], sizes: Sequence[int]) -> jax.Array:
         whole = [n == size for n, size in zip(sizes, x.shape, strict=True)]

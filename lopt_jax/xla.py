@@ -20,7 +20,7 @@ from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.backends import batch_size
 from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
-from lopt_jax.rows import part_taker
+from lopt_jax.rows import part_taker, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.turns import in_turn
 
@@ -153,7 +153,7 @@ def updates_in_turn(
         [x.parameter for x in inputs],
         small,
     )
-    take = part_taker(inputs[0].gradient)
+    take = part_taker(unknown_zero(inputs[0].gradient))
 
     def own(x: jax.Array, k: int) -> jax.Array:
         return take(x, (k, *(0 for _ in x.shape[1:])), (1, *x.shape[1:]))[0]

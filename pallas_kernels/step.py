@@ -29,7 +29,7 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.features import Feature, Operands, Varies
 from lopt_jax.partition import Partition
-from lopt_jax.rows import PartTaker, concatenate, part_taker
+from lopt_jax.rows import PartTaker, concatenate, part_taker, unknown_zero
 from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
@@ -281,6 +281,7 @@ def second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
+    zero: jax.Array | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
@@ -295,6 +296,7 @@ def second_pass(
       weight_decay: (tensors,).
       statistics: of the accumulators before this step, with a leading axis of tensors: centres of
         the new ones' sums. None: zeros.
+      zero: that parts are taken by, of `unknown_zero`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
@@ -306,19 +308,23 @@ def second_pass(
         by_tensor: tuple[jax.Array, jax.Array, Statistics | None],
         networks: Shared,
         rates: Shared,
+        zero: Shared,
     ) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         of = [_Unit.of(unit) for unit in given]
-        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor)
+        take = part_taker(zero.tree[0] if zero.per_tensor else zero.tree)
+        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
+    zero = unknown_zero(units[0].parts[0].gradient) if zero is None else zero
     parts, _, kept = batching.over_tensors(passes)(
         [tuple(unit.parts) for unit in units],
         list(moments),
         (scale, weight_decay, statistics),
         Shared(mlp, mlp_per_tensor),
         Shared(rates, False),
+        Shared(zero, False),  # not closed over: that `jax.vmap` could not batch
     )
     return Updates(parts, kept)
 
@@ -341,6 +347,7 @@ def _second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     statistics: Statistics | None,
+    take: PartTaker,
 ) -> tuple[list[list[TensorUpdate]], Statistics | None]:
     ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
     # units whose vectors are computed together
@@ -348,9 +355,6 @@ def _second_pass(
     batches = [factored] if factored else []
     batches += [[i] for i, unit in enumerate(units) if unit.dims is None]
     order = [i for batch in batches for i in batch]
-    # of this function's own arguments: what it closed over `jax.vmap` could not batch
-    gradients = [part.gradient for unit in units for part in unit.parts]
-    take = part_taker(min(gradients, key=lambda x: x.size))  # as the engine's, so XLA makes one
     of_batches = []
     for batch in batches:
         tensors = np.concatenate([np.arange(ends[i], ends[i + 1]) for i in batch])

@@ -23,15 +23,21 @@ def test_complex_products_are_as_exact_as_real_ones(inner):
 def test_a_gpu_gets_a_complex_product_where_it_is_large_enough(monkeypatch):
     x, weight = jnp.ones((64, 32)), jnp.ones((32, 16))
 
-    def text(platform):
-        traced = jax.jit(lambda *xs: products.product(*xs)).trace(x, weight)
+    def text(platform, quickly=True):
+        traced = jax.jit(lambda *xs: products.product(*xs, quickly)).trace(x, weight)
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
     assert "complex" not in text("cuda")
     monkeypatch.setattr(products, "WORTH_IT", 64 * 32 * 16)
     assert "dot_general" in text("cuda")
     assert "complex" in text("cuda")
+    assert "complex" not in text("cuda", quickly=False)
     assert "complex" not in text("cpu")
+
+
+def test_memory_for_it_is_at_most_twice_the_largest_leaf():
+    assert products.may_work(16 << 20)
+    assert not products.may_work((16 << 20) - 1)
 
 
 def test_both_forms_have_the_same_derivatives(monkeypatch):

@@ -13,6 +13,7 @@ from lopt_jax import backends, controller, engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
+from lopt_jax.products import may_work
 from lopt_jax.rule import Rule, Statistics
 from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
@@ -122,15 +123,18 @@ def controlled(
         prepared = engine.first_pass(
             rule, gradients, params, state.accumulators, stacked_axes, backend
         )
+        quickly = may_work(
+            max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
+        )
         controls = controller.run_lstm(
-            meta_parameters, inputs(prepared, state.statistics, shared), state.lstm
+            meta_parameters, inputs(prepared, state.statistics, shared), state.lstm, quickly
         )
         sizes = step_size(controls.step_size)
         rate, decay = options.rates(state.count, params)
         results, accumulators, statistics = engine.second_pass(
             rule,
             prepared,
-            controller.mix_banks(meta_parameters["mlp"], banks(controls.banks)),
+            controller.mix_banks(meta_parameters["mlp"], banks(controls.banks), quickly),
             mlp_per_tensor=True,
             decays=fixed_decays(config),
             scale=rate * config["step_mult"] * sizes,
