@@ -49,8 +49,9 @@ def test_in_turn_compiles_the_computation_once_and_joins_nothing():
 
 
 @pytest.mark.usefixtures("one_device")  # a partitioner gets every leaf apart
-@pytest.mark.parametrize("stacked_axes", [0, 1])
-@pytest.mark.parametrize("name", ["velo", "small_fc_lopt", "celo2", "celo"])
+@pytest.mark.parametrize(
+    ("name", "stacked_axes"), [("velo", 0), ("velo", 1), ("small_fc_lopt", 0), ("celo2", 1)]
+)
 def test_turns_change_nothing(name, stacked_axes, monkeypatch):
     """Updates and state of a step with turns and without, some leaves alike and some not."""
     shapes = {"x": (4, 16, 24), "y": (4, 24, 16), "z": (2, 16, 24)}
