@@ -23,6 +23,7 @@ from lopt_jax.partition import (
     is_local,
     is_split,
     match_sharding,
+    varying_axes,
 )
 from lopt_jax.rows import PartTaker, concatenate, take_rows
 from lopt_jax.rule import MLP, Moments, Statistics, TensorUpdate
@@ -408,6 +409,9 @@ def _turns(
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:
-        kinds = tuple(map(jax.typeof, jax.tree.leaves(inputs[i])))  # shardings are part of types
+        leaves = jax.tree.leaves(inputs[i])
+        if len(set(map(varying_axes, leaves))) > 1:
+            continue  # what a loop carries keeps its type, which results may widen
+        kinds = tuple(map(jax.typeof, leaves))  # shardings are part of types
         alike.setdefault((kinds, groups[i].partition), []).append(i)
     return [members for members in alike.values() if len(members) >= TURNS]

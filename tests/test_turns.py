@@ -80,3 +80,25 @@ def test_turns_change_nothing(name, stacked_axes, monkeypatch):
     got = jax.jit(lambda: steps())()
     assert calls.count(3) >= 6  # both passes of three kinds of leaves
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)
+
+
+def test_arrays_that_vary_in_different_ways_take_no_turns(monkeypatch):
+    """In `shard_map`, gradients of each device's own beside parameters that all share."""
+    kind = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(kind,))
+    params = {str(i): jnp.linspace(-1.0, 1.0, 12).reshape(4, 3) for i in range(4)}
+    tx = optimizers.make("small_fc_lopt")
+
+    def step(gradients):
+        updates, _ = tx.update(gradients, tx.init(params), params)
+        return jax.tree.map(lambda x: x[None], updates)
+
+    gradients = jax.tree.map(jnp.sin, params)
+    expected, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 8)
+    monkeypatch.setattr(groups, "LARGE_GROUPS", 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    varying = jax.tree.map(lambda x: jnp.tile(x, (jax.device_count(), 1)), gradients)
+    p = jax.sharding.PartitionSpec("d")
+    got = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=p, out_specs=p))(varying)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, 2e-5, 1e-7), got, expected)
