@@ -384,10 +384,9 @@ def make_calls(
     calls = [Call([members], False) for members in turns + alone]
     units: dict[Any, list[int]] = {}
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
-        is_joined = joins or len(group.tensors) == 1 or group.lengths is not None
         if not chosen:
             continue
-        if not is_joined:
+        if not (joins or len(group.tensors) == 1 or group.lengths is not None):
             calls.append(Call([[i]], True))
             continue
         dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
