@@ -94,7 +94,7 @@ def make_inputs(
     across_start = pieces(view.down) * PIECE
     size = across_start + pieces(view.across) * PIECE
     matrices = None
-    if step.uses_matrix_units(rule, hidden, view.is_factored):
+    if step.uses_matrix_units(rule, hidden):
         packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
         biases = matrix_units.pack_biases(normal(hidden, size))
         matrices = matrix_units.Matrices(*packed, biases)
@@ -147,7 +147,7 @@ def time_pass(
     """
     parts = parts or tensors(shape, sets_for(shape))
     wide = step.UPDATE if hidden < WIDE_HIDDEN_SIZE else step.WIDE_UPDATE
-    if step.uses_matrix_units(rule, hidden, len(shape) > 1):
+    if step.uses_matrix_units(rule, hidden):
         wide = step.MATRIX_UPDATE
     default = {"A": step.FIRST, "B": step.SUMS, "C": wide}[name]
     tuning = replace(default, **changes)

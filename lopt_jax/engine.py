@@ -489,7 +489,7 @@ def second_pass(
         groups = [prepared.groups[i] for i in call.members]
         of_all = Factors(mlp, scale, weight_decay, statistics if call.on_kernels else None)
         results, kept = _second_pass(
-            xla.write_out(rule, groups[0], prepared.groups),
+            xla.network_form(rule, groups[0], prepared.groups),
             call,
             groups,
             [prepared.inputs[i] for i in call.members],

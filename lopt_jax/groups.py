@@ -399,12 +399,22 @@ def make_calls(
     return calls
 
 
+def is_large(group: Group) -> bool:
+    """Whether a group's tensors are not stacked with others of their shape."""
+    return math.prod(group.shape) > STACKED_LEAF_ELEMENTS
+
+
+def are_many(groups: Sequence[Group]) -> bool:
+    """Whether so many groups are large that each of them should not be code of its own."""
+    return sum(map(is_large, groups)) > LARGE_GROUPS
+
+
 def _turns(
     candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
-    large = [i for i in candidates if math.prod(groups[i].shape) > STACKED_LEAF_ELEMENTS]
-    if jax.default_backend() == "cpu" or len(large) <= LARGE_GROUPS:
+    large = [i for i in candidates if is_large(groups[i])]
+    if jax.default_backend() == "cpu" or not are_many([groups[i] for i in large]):
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:

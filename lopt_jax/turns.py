@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 Tree = Any
 
+STORED_AT_ONCE = 9
+
 
 def in_turn(
     function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree, Tree]],
@@ -42,13 +44,25 @@ def in_turn(
         of_read, of_state = jax.lax.switch(i, pick, written[0])
         new_state, new_out, results = function(of_read, of_state, of_turn)
 
-        def store(k: int) -> Callable[..., Any]:
-            return lambda lists, new: tuple(
-                [*items[:k], x, *items[k + 1 :]] for items, x in zip(lists, new, strict=True)
-            )
-
-        return jax.lax.switch(i, list(map(store, turns)), written, (new_state, new_out)), results
+        pairs = list(zip(*written, strict=True))
+        return tuple(map(list, zip(*_stored(i, pairs, (new_state, new_out)), strict=True))), results
 
     lists = (list(state), list(out))
     (new_state, new_out), results = jax.lax.scan(turn, lists, (jnp.arange(len(read)), small))
     return new_state, new_out, results
+
+
+def _stored(i: jax.Array, items: Sequence[Tree], new: Tree) -> list[Tree]:
+    """The items with a new one at a place.
+
+    A branch for each place hands on all other items: compilers take time that grows with the
+    square of their number, so a few places at a time.
+    """
+    out: list[Tree] = []
+    for first in range(0, len(items), STORED_AT_ONCE):
+        some = list(items[first : first + STORED_AT_ONCE])
+        store = [lambda old, x, k=k: [*old[:k], x, *old[k + 1 :]] for k in range(len(some))]
+        inside = (i >= first) & (i < first + len(some))
+        branch = jnp.where(inside, i - first, len(some))
+        out += jax.lax.switch(branch, [*store, lambda old, _: old], some, new)
+    return out

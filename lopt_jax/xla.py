@@ -18,7 +18,7 @@ import numpy as np
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.backends import batch_size
-from lopt_jax.groups import Call, Factors, Group, GroupInputs
+from lopt_jax.groups import Call, Factors, Group, GroupInputs, are_many, is_large
 from lopt_jax.partition import Partition, is_local
 from lopt_jax.rows import part_taker, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
@@ -49,15 +49,17 @@ def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
     return jax.tree.map(lambda x: x[None], function(*single))
 
 
-def write_out(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
+def network_form(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     """The rule for a group: with its network written out where that is worth its compilation."""
     device = jax.default_backend()
     if device == "cpu":
-        is_large = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
-        few = sum(map(is_large, groups)) <= WRITTEN_OUT_GROUPS
-        return replace(rule, write_out=few and is_large(group))
+        is_worth = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
+        few = sum(map(is_worth, groups)) <= WRITTEN_OUT_GROUPS
+        return replace(rule, write_out=few and is_worth(group))
     if device == "gpu" and batch_size() > 1 and len(groups) <= FUSED_SMALL_GROUPS:
         return replace(rule, small_elements=0)
+    if device == "gpu" and batch_size() == 1:
+        return replace(rule, stack=are_many(groups) and is_large(group))
     return rule
 
 

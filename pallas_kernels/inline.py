@@ -75,7 +75,7 @@ class Layers:
         again the high parts of a factor meet.
       vectors: fragmented arrays (outputs,): biases of the hidden layers but the first, then the
         weights of the two outputs.
-      down: (rows, outputs) float32, a bias of the first layer for every row of the block.
+      down: (rows, outputs) float32, a bias of the first layer for every row of the block, or None.
       across: fragmented array (64, outputs): the rest of that bias.
       results: (2, rows, 64) float32, where the outputs go.
     """
@@ -102,7 +102,11 @@ def network(layers: Layers, rows: int, together: int, in_flight: int) -> None:
       in_flight: groups at once.
     """
     waiting = [range(first, first + together) for first in range(0, rows, together)]
-    load = lambda: [_vector(layers.down, row) for row in waiting[0]] if waiting else []  # noqa: E731
+
+    def load() -> list[Any]:
+        rows = waiting[0] if waiting else ()
+        return [None if layers.down is None else _vector(layers.down, row) for row in rows]
+
     ahead = load()
     active: list[Iterator[None]] = []
     while waiting or active:
@@ -119,7 +123,8 @@ def network(layers: Layers, rows: int, together: int, in_flight: int) -> None:
 
 def _group(layers: Layers, rows: Sequence[int], down: Sequence[Any]) -> Iterator[None]:
     """The network on some rows; yields where products are under way."""
-    sums = [mgpu.WGMMAAccumulator.from_registers(_add(layers.across, x)) for x in down]
+    biases = [layers.across if x is None else _add(layers.across, x) for x in down]
+    sums = [mgpu.WGMMAAccumulator.from_registers(x) for x in biases]
     tiles = ir.MemRefType(layers.weights[0].type).shape[1] // 2
     high, low = (
         utils.memref_slice(layers.weights[0], (slice(None), slice(k, k + tiles)))

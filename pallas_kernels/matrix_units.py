@@ -6,7 +6,8 @@ summed in float32: high by high, low by high, high by low. What is left out is 2
 The last layer, two outputs, is a sum on the ordinary units.
 
 Biases of the first layer that do not vary down are held in registers for a whole strip; those that
-do not vary across are added a row at a time: both are where a product's sum starts.
+do not vary across are added a row at a time: both are where a product's sum starts. Of a tensor
+that is not factored the bias is one of the vectors.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Matrices(NamedTuple):
 
     weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
     vectors: Any  # (tensors, hidden layers + 1, H): the biases but the first; the last weights
-    biases: Any  # (size, H), lines as in `passes.Inputs`: the parts of the first bias
+    biases: Any  # (size, H), lines as in `passes.Inputs`: the parts of the first bias; None: not
+    # factored, it is the first of the vectors
 
 
 class Held(NamedTuple):
@@ -44,12 +46,17 @@ class Layers(NamedTuple):
     vectors: Any
 
 
-def pack(first: jax.Array, layers: Sequence[tuple[jax.Array, jax.Array]]) -> Layers:
+def pack(
+    first: jax.Array,
+    layers: Sequence[tuple[jax.Array, jax.Array]],
+    bias: jax.Array | None = None,
+) -> Layers:
     """A network's matrices.
 
     Args:
       first: (tensors, outputs, inputs), folded first layers.
       layers: (tensors, outputs, inputs) and (tensors, outputs) of each layer but the first.
+      bias: (tensors, outputs), of the first layer, where that is not in lines.
 
     Returns:
       The matrices.
@@ -63,11 +70,14 @@ def pack(first: jax.Array, layers: Sequence[tuple[jax.Array, jax.Array]]) -> Lay
         high, low = mosaic.split(_padded(weight, (tensors, units, columns)))
         return jnp.concatenate([high, low] if is_first else [high, high, low], axis=2)
 
-    vectors = [bias[:, None] for _, bias in layers[:-1]] + [last_weight]
+    biases = [] if bias is None else [bias]
+    biases += [bias for _, bias in layers[:-1]]
+    vectors = [*(_padded(x[:, None], (tensors, 1, units)) for x in biases)]
+    vectors.append(_padded(last_weight, (tensors, 2, units)))
     hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
     return Layers(
         weights=(parts(first, columns, is_first=True), *hidden_layers),
-        vectors=_padded(jnp.concatenate(vectors, axis=1), (tensors, len(layers) + 1, units)),
+        vectors=jnp.concatenate(vectors, axis=1),
     )
 
 
@@ -111,7 +121,7 @@ class Blocks:
         """What stays in registers, from global memory.
 
         Args:
-          across: (WIDTH, H), the part of `Matrices.across` that is a strip's.
+          across: (WIDTH, H), the part of `Matrices.biases` that is a strip's; None: there is none.
           vectors: (rows, H), a tensor's.
 
         Returns:
@@ -120,7 +130,11 @@ class Blocks:
         layout = mosaic.matrix_layout
         rows = range(vectors.shape[0])
         load = lambda ref, layout: mosaic.load(ref, layout, optimized=False)  # noqa: E731
-        return Held(load(across, layout), [load(vectors.at[k], layout.reduce(0)) for k in rows])
+        loaded = [load(vectors.at[k], layout.reduce(0)) for k in rows]
+        if across is not None:
+            return Held(load(across, layout), loaded)
+        shape = (WIDTH, vectors.shape[1])
+        return Held(mosaic.spread(loaded[0], shape, 1, layout), loaded[1:])
 
     def outputs(
         self,
@@ -135,7 +149,7 @@ class Blocks:
         Args:
           values: the element features, blocks in registers.
           weights: operands, one a hidden layer.
-          down: ref (rows of the block, H).
+          down: ref (rows of the block, H); None: there is no such bias.
           held: of `held`.
           scratch: refs of `scratch`.
 

@@ -345,7 +345,7 @@ def network(
         of others (outputs, 3 * inputs), high, high and low parts.
       vectors: (outputs,) each, in `matrix_layout` without its rows: biases of the hidden layers but
         the first, then the weights of the two outputs.
-      down: (rows, outputs) float32, a bias of the first layer for every row of the block.
+      down: (rows, outputs) float32, a bias of the first layer for every row of the block, or None.
       across: (64, outputs) in `matrix_layout`, the rest of that bias.
       results: (2, rows, 64) float32, where the outputs go, without their bias.
       together: rows whose products start at once.
@@ -362,7 +362,7 @@ def network(
     @plgpu.inline_mgpu(
         arg_types=(
             [vector] * len(vectors),
-            plain,
+            None if down is None else plain,
             plain,
             matrix_layout,
             operands,
@@ -414,7 +414,8 @@ def _emulated_network(
         big, small = wide(weight[...])[:, :inputs].T, wide(weight[...])[:, -inputs:].T
         return first @ big + second @ big + first @ small
 
-    start = down[...][:, None] + across
+    start = across[None] if down is None else down[...][:, None] + across
+    start = jnp.broadcast_to(start, (results.shape[1], *across.shape))
     hidden = product((high[...], low[...]), weights[0]) + start.reshape(-1, start.shape[-1])
     for bias, weight in zip(vectors, weights[1:], strict=False):
         parts = split(jnp.maximum(hidden, 0), toward_zero=True)

@@ -8,6 +8,7 @@ Sums are deterministic: every program writes its own, and they are added outside
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -284,25 +285,22 @@ class _Registers:
         view = self.plan.view
         position = lambda axis: mosaic.positions(self.plan.block, axis, self.layout)  # noqa: E731
         down = tile * view.rows + row
+        lines, columns = position(0) + down, position(1) + place.strip * view.width
         if length is not None:
-            return ((position(0) + down) * view.width + position(1)).astype(jnp.float32) < length
+            return (lines * view.across + columns).astype(jnp.float32) < length
         if not view.is_factored:
-            elements = 1
-            for n in view.shape:
-                elements *= n
-            if elements % (view.rows * view.width) == 0:
+            elements = math.prod(view.shape)
+            if elements % (view.rows * view.across) == 0:
                 return None
-            lines = position(0) + down
-            full, rest = divmod(elements, view.width)
-            return (lines < full) | ((lines == full) & (position(1) < rest))
+            full, rest = divmod(elements, view.across)
+            return (lines < full) | ((lines == full) & (columns < rest))
         inside = None
         views, part = self.plan.views, place.part
         if any(v.down % v.rows for v in views):
-            inside = position(0) + down < _of_part(part, [v.down for v in views])
+            inside = lines < _of_part(part, [v.down for v in views])
         if any(v.across % v.width for v in views):
             size = _of_part(part, [v.across for v in views])
-            columns = position(1) + place.strip * view.width < size
-            inside = columns if inside is None else inside & columns
+            inside = columns < size if inside is None else inside & (columns < size)
         return inside
 
 
@@ -498,8 +496,9 @@ class _Kernel:
         blocks = []
         if inputs.matrices is not None:
             matrices = inputs.matrices
-            units = matrices.biases.shape[-1]
-            out.append(mosaic.shared((plan.stages, plan.view.rows, units), jnp.float32))
+            if matrices.biases is not None:
+                units = matrices.biases.shape[-1]
+                out.append(mosaic.shared((plan.stages, plan.view.rows, units), jnp.float32))
             constants += [mosaic.operand(w.shape[1:]) for w in matrices.weights]
             blocks = self.blocks.scratch(matrices)
         return [
@@ -618,7 +617,7 @@ def _buffers(inputs: Inputs, refs: Sequence[Any]) -> tuple[_Buffers, Any, Any, S
     down = across = weights = biases = None
     if inputs.lines is not None:
         (down, *refs) = refs
-    if inputs.matrices is not None:
+    if inputs.matrices is not None and inputs.matrices.biases is not None:
         (biases, *refs) = refs
     (table, *refs) = refs
     if inputs.lines is not None:
@@ -716,7 +715,7 @@ class Table(NamedTuple):
 
     decays: Decays
     weights: Any  # (element features, H); none where the network is in matrices
-    bias: tuple  # one (H,); none where the tensor is factored
+    bias: tuple  # one (H,); none where the tensor is factored, or the network is in matrices
     layers: tuple  # (weight (outputs, inputs), bias (outputs,)) each; or the last bias alone
     scale: Any  # ()
     weight_decay: Any  # ()
@@ -804,7 +803,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         ) -> tuple[jax.Array, jax.Array]:
             if matrices is None:
                 return rules.network_outputs(values, folded(numbers, rates, slot, row))
-            down = buffers.biases.at[slot, pl.ds(row, plan.block_rows)]
+            down = None
+            if buffers.biases is not None:
+                down = buffers.biases.at[slot, pl.ds(row, plan.block_rows)]
             outputs = kernel.blocks.outputs(values, buffers.weights, down, held, blocks)
             return outputs[0] + numbers.layers[0], outputs[1] + numbers.layers[1]
 
@@ -860,7 +861,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             rates = _rates(entries.decays, numbers)
             numbers, held = read(entries, numbers), None
             if matrices is not None:
-                across = sources.matrices.biases.at[_columns(plan, place, sources)]
+                across = None
+                if view.is_factored:
+                    across = sources.matrices.biases.at[_columns(plan, place, sources)]
                 vectors = sources.matrices.vectors.at[_tensor(plan, place, sources)]
                 held = kernel.blocks.held(across, vectors)
                 numbers = numbers._replace(  # read once

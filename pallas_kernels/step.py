@@ -70,7 +70,10 @@ class Tuning:
 
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
-SUMS = Tuning(tile_elements=2048, stages=2, programs=2, program_elements=1 << 16)
+# blocks in a loop: as fast as straight code within two percent, and a quarter of it to compile
+SUMS = Tuning(
+    tile_elements=2048, stages=2, programs=2, block_rows=4, program_elements=1 << 16, loops=True
+)
 UPDATE = Tuning(tile_elements=512, stages=3, programs=3, program_elements=1 << 13)
 # wide layers leave few registers, so a thread takes few elements
 WIDE_UPDATE = Tuning(
@@ -387,7 +390,7 @@ def _second_pass(
         pair for batch in of_batches for pair in zip(batch.elements, batch.vectors, strict=True)
     ]
     for i, (elements, vectors) in zip(order, made, strict=True):
-        view = units[i].view(_tuning(rule, networks_of.tree, units[i].dims is not None))
+        view = units[i].view(_tuning(rule, networks_of.tree))
         out[i] = [_update_of(view, *x) for x in zip(units[i].parts, elements, vectors, strict=True)]
     return out, kept
 
@@ -552,11 +555,13 @@ def _passes(
     weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
     if vectors is None:
         bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
-    elif uses_matrix_units(rule, weights.shape[2], is_factored):
-        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
-        weights, layers = None, layers[-1][1]
-        biases = jnp.concatenate([networks.row_bias, networks.column_bias], axis=1)
-        biases = matrix_units.pack_biases(biases.reshape((biases.shape[0], -1)))
+    if uses_matrix_units(rule, weights.shape[2]):
+        biases = None
+        if vectors is not None:
+            biases = jnp.concatenate([networks.row_bias, networks.column_bias], axis=1)
+            biases = matrix_units.pack_biases(biases.reshape((biases.shape[0], -1)))
+        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
+        weights, bias, layers = None, (), layers[-1][1]
         matrices = matrix_units.Matrices(*packed, biases)
     numbers, entries = table.pack(
         Table(
@@ -573,7 +578,7 @@ def _passes(
     )
 
     # pass C
-    tuning = _tuning(rule, mlp, is_factored)
+    tuning = _tuning(rule, mlp)
     if vectors is not None:
         biases_of = (networks.row_bias, networks.column_bias)
         factors = vectors.stacked(tuning, () if matrices else biases_of)
@@ -600,18 +605,18 @@ def _passes(
     return _Result(made, kept, new_vectors, centres)
 
 
-def _tuning(rule: Rule, mlp: MLP, is_factored: bool) -> Tuning:
+def _tuning(rule: Rule, mlp: MLP) -> Tuning:
     """How pass C is cut."""
     hidden = mlp.biases[0].shape[-1]
     if hidden < rules.WIDE_HIDDEN_SIZE:
         return UPDATE
-    return MATRIX_UPDATE if uses_matrix_units(rule, hidden, is_factored) else WIDE_UPDATE
+    return MATRIX_UPDATE if uses_matrix_units(rule, hidden) else WIDE_UPDATE
 
 
-def uses_matrix_units(rule: Rule, hidden: int, is_factored: bool) -> bool:
-    """Whether pass C of tensors takes the matrix units."""
+def uses_matrix_units(rule: Rule, hidden: int) -> bool:
+    """Whether pass C takes the matrix units."""
     is_wide = hidden >= rules.WIDE_HIDDEN_SIZE
-    return is_wide and is_factored and rule.precision != jax.lax.Precision.HIGHEST
+    return is_wide and rule.precision != jax.lax.Precision.HIGHEST
 
 
 def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:

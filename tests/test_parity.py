@@ -20,22 +20,24 @@ def test_trajectory(name, record_property):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "write_out"),
+    ("name", "form"),
     [
-        ("small_fc_lopt_h4", False),
-        ("small_fc_lopt_h32", False),
-        ("small_fc_lopt_h32", True),
-        ("velo", False),
-        ("celo2_base", False),
+        ("small_fc_lopt_h4", {}),
+        ("small_fc_lopt_h4", {"stack": True, "block_elements": 100}),
+        ("small_fc_lopt_h32", {}),
+        ("small_fc_lopt_h32", {"write_out": True}),
+        ("velo", {}),
+        ("velo", {"stack": True, "block_elements": 100}),
+        ("celo2_base", {}),
     ],
 )
-def test_trajectory_of_large_tensors(name, write_out, monkeypatch, record_property):
+def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
     """The same through the passes of large tensors: the fixtures' own are small."""
     second_pass, calls = rule.second_pass, []
 
     def as_if_large(of, *arguments, **options):
         calls.append(of)
-        large = dataclasses.replace(of, small_elements=0, write_out=write_out)
+        large = dataclasses.replace(of, small_elements=0, **form)
         return second_pass(large, *arguments, **options)
 
     xla.passes.cache_clear()  # traced, maybe, with the rule as it is
