@@ -275,7 +275,8 @@ def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
     ones = (1,) * (inputs.ndim - 1)
     is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
     precision = jax.lax.Precision.HIGHEST  # a narrow network is not worth matrix units
-    if is_wide:
+    # of a product with a vector XLA takes one of the six products on a GPU, not their sum
+    if is_wide and math.prod(inputs.shape[1:]) > 1:
         precision = product_precision(rule.precision, inputs.dtype)
     # as a product's last row the first bias takes no pass over memory of its own
     first = jnp.concatenate([mlp.weights[0], mlp.biases[0][None]])

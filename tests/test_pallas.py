@@ -268,6 +268,7 @@ def test_equals_xla(rule, shape, options):
 
 CUDA_CORES, MATRIX_UNITS = {"precision": "highest"}, {"precision": "high"}
 ODD_SHAPES = [
+    (1,),
     (7, 13),
     (1000,),
     (50_257, 8),

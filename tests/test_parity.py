@@ -1,6 +1,8 @@
 """Every step and leaf of the reference trajectories, within the reference module's bound."""
 
 import dataclasses
+import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import reference
 
 import lopt_jax
 from lopt_jax import rule, xla
+from lopt_jax.features import small_fc_features
 
 
 @pytest.mark.parametrize("name", reference.NAMES)
@@ -76,6 +79,22 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     assert len(calls) == of_cpu
     xla.passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
+
+
+@pytest.mark.parametrize(("elements", "is_summed"), [(1, False), (2, True)])
+def test_products_with_a_vector_are_float32(elements, is_summed, monkeypatch):
+    """A GPU takes six bfloat16 products for a matrix, but for a vector one of them (seen: 3e-3)."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    of = rule.Rule(small_fc_features(), precision=jax.lax.Precision.HIGH)
+    sizes = (4, 16, 16, 2)
+    mlp = rule.MLP(
+        tuple(jnp.ones(pair) for pair in itertools.pairwise(sizes)),
+        tuple(jnp.zeros(n) for n in sizes[1:]),
+    )
+    step = functools.partial(rule.small_tensor_step, of)
+    traced = str(jax.make_jaxpr(step)(mlp, jnp.ones((5, elements))))
+    assert ("X6" in traced) == is_summed, traced
+    assert ("HIGHEST" in traced) != is_summed, traced
 
 
 def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
