@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lopt_jax.groups import Group, GroupInputs
-from lopt_jax.partition import Partition, say_once
+from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
 
 BACKENDS = ("auto", "xla", "pallas")
@@ -89,6 +89,8 @@ def choose_backend(
             )
             for x in inputs
         ]
+    if reason is None and is_local():
+        choices = choice.with_company(choices, [choice.Part(*x) for x in inputs])
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from lopt_jax.partition import checked_axes
 from lopt_jax.rule import Rule
 from pallas_kernels import mosaic
+from pallas_kernels.step import Part, launch_kind
 from pallas_kernels.view import view_of
 
+SMALL = "tensors are small"
 WORTHWHILE_ELEMENTS = 1 << 14  # of the tensors of a group; smaller ones XLA updates as fast
 
 
@@ -44,7 +46,26 @@ def unsupported_group_reason(
     if is_asked_for:
         return None
     if math.prod(shape) < WORTHWHILE_ELEMENTS:
-        return "tensors are small"
+        return SMALL
     if view_of(tuple(shape[1:])).is_copied:
         return "sizes are not aligned to 16 bytes"
     return None
+
+
+def with_company(choices: Sequence[str | None], parts: Sequence[Part]) -> list[str | None]:
+    """Has the kernels take small tensors that a launch for others can take along.
+
+    Args:
+      choices: of each part, why the kernels do not update it, or None.
+      parts: their arrays.
+
+    Returns:
+      The choices.
+    """
+    shapes = [part.gradient.shape[1:] for part in parts]
+    kinds = [launch_kind(*pair) for pair in zip(parts, shapes, strict=True)]
+    taken = {kind for kind, reason in zip(kinds, choices, strict=True) if reason is None} - {None}
+    return [
+        None if reason == SMALL and kind in taken and not view_of(shape).is_copied else reason
+        for reason, kind, shape in zip(choices, kinds, shapes, strict=True)
+    ]

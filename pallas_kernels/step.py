@@ -666,6 +666,26 @@ class _Launch:
         return out
 
 
+def launch_kind(part: Part, whole: tuple[int, ...]) -> tuple | None:
+    """What parts of different shapes have in common where one launch may take them all.
+
+    Args:
+      part: the part.
+      whole: the shape of its tensors, where they are shards of the whole ones.
+
+    Returns:
+      The number of tensors, their dtypes and what tiles are; None for tensors that are vectors, or
+      have a batch or a middle.
+    """
+    tensors, *shape = part.gradient.shape
+    tunings = (FIRST, SUMS, UPDATE, WIDE_UPDATE)
+    views = [view_for(tuple(shape), tuning, whole) for tuning in tunings]
+    if not views[0].is_factored or views[0].batch * views[0].middle > 1:
+        return None
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(part))
+    return tensors, dtypes, tuple((view.rows, view.width) for view in views)
+
+
 def _launches(units: Sequence[_Unit]) -> list[_Launch]:
     """Which parts one launch takes: of equal numbers of tensors, up to `LAUNCH_PARTS`.
 
@@ -675,12 +695,7 @@ def _launches(units: Sequence[_Unit]) -> list[_Launch]:
     alike: dict[Any, dict[int, list[tuple[int, int]]]] = {}
     for i, unit in enumerate(units):
         for k, part in enumerate(unit.parts):
-            views = [unit.view(tuning) for tuning in (FIRST, SUMS, UPDATE, WIDE_UPDATE)]
-            dtypes = tuple(x.dtype for x in jax.tree.leaves(part))
-            tiles = tuple((view.rows, view.width) for view in views)
-            is_matrix = unit.dims is not None and views[0].batch * views[0].middle == 1
-            mixed = tiles if is_matrix else i
-            key = part.gradient.shape[0], dtypes, mixed
+            key = launch_kind(part, unit.whole.shape) or (i, part.gradient.shape[0])
             alike.setdefault(key, {}).setdefault(i, []).append((i, k))
     return [_Launch(units, x) for by_unit in alike.values() for x in _shares(by_unit)]
 

@@ -591,3 +591,27 @@ class TestBackend:
             celo2, (1, 3, 64, 64), [jnp.float32], is_asked_for=True
         )
         assert "matrices" in reason
+
+    @pytest.mark.parametrize(
+        ("tensors", "shape", "options", "joins"),
+        [
+            (1, (1, 1, 768), {}, True),  # ViT's class token beside its matrices
+            (1, (3, 256), {}, True),
+            (2, (3, 256), {}, False),  # a stack of two
+            (1, (3, 256), {"gradient": jnp.bfloat16}, False),
+            (1, (3, 3, 256), {}, False),  # it has a batch
+            (1, (3, 40), {}, False),  # of another width
+            (1, (3, 253), {}, False),  # it must be copied
+            (1, (700,), {}, False),
+        ],
+    )
+    def test_small_tensors_go_along(self, tensors, shape, options, joins):
+        """Only where a launch for large ones takes them, and not if they are not just small."""
+        parts = [random_part((64, 256), 1, 0), random_part(shape, tensors, 1, **options)]
+        assert choice.with_company([None, choice.SMALL], parts) == [
+            None,
+            None if joins else choice.SMALL,
+        ]
+        others = [choice.SMALL, choice.SMALL], ["arrays are int8", choice.SMALL], [None, "no"]
+        for choices in others:
+            assert choice.with_company(choices, parts) == choices
