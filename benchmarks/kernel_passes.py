@@ -97,7 +97,8 @@ def make_inputs(
     if step.uses_matrix_units(rule, hidden):
         packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
         biases = matrix_units.pack_biases(normal(hidden, size))
-        matrices = matrix_units.Matrices(*packed, biases)
+        starts = (jnp.full((1,), n, jnp.int32) for n in (0, across_start))
+        matrices = matrix_units.Matrices(*packed, biases, *starts)
     numbers = Table(
         decays=decays,
         weights=weights if matrices is None else None,

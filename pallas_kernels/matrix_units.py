@@ -24,12 +24,17 @@ UNITS = 16  # hidden layers are padded to a multiple
 
 
 class Matrices(NamedTuple):
-    """A folded network as the matrix units read it, H its hidden units rounded up."""
+    """A folded network as the matrix units read it, H its hidden units rounded up.
+
+    The first layer's biases are those of a launch alone: of all launches they are the largest
+    arrays of a step. Of tensors that are not factored they are the first of the vectors.
+    """
 
     weights: Any  # one (tensors, H, columns) bfloat16 a hidden layer, as `mosaic.network` has them
     vectors: Any  # (tensors, hidden layers + 1, H): the biases but the first; the last weights
-    biases: Any  # (size, H), lines as in `passes.Inputs`: the parts of the first bias; None: not
-    # factored, it is the first of the vectors
+    biases: Any = None  # (size, H): lines, one behind another; None: not factored
+    down: Any = None  # (parts,) int32: where the lines down each part's tensors begin
+    across: Any = None  # the same for those across
 
 
 class Held(NamedTuple):

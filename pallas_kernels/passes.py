@@ -453,10 +453,16 @@ def _line(plan: Plan, place: Place, first: Any, lengths: Sequence[int]) -> jax.A
     return first[place.part] + line * size
 
 
-def _columns(plan: Plan, place: Place, refs: Inputs) -> Any:
-    """Where what belongs to the columns of a program's strip lies among the lines."""
-    start = _line(plan, place, refs.first.across, [view.across for view in plan.views])
+def _columns(plan: Plan, place: Place, first: Any) -> Any:
+    """Where what belongs to the columns of a program's strip lies among lines."""
+    start = _line(plan, place, first, [view.across for view in plan.views])
     return pl.ds(start + place.strip * plan.view.width, plan.view.width)
+
+
+def _rows(plan: Plan, place: Place, first: Any, tile: Any) -> Any:
+    """The same for the rows of a tile."""
+    start = _line(plan, place, first, [view.down for view in plan.views])
+    return pl.ds(start + tile * plan.view.rows, plan.view.rows)
 
 
 class _Buffers(NamedTuple):
@@ -541,7 +547,7 @@ class _Kernel:
             tensor = _tensor(plan, place, refs)
             mosaic.copy_in(refs.table.at[0 if tables == 1 else tensor], buffers.table, once)
             if refs.lines is not None:
-                columns = _columns(plan, place, refs)
+                columns = _columns(plan, place, refs.first.across)
                 mosaic.copy_in(refs.lines.at[:, columns], buffers.across, once)
             if refs.matrices is not None:
                 pairs = zip(refs.matrices.weights, buffers.weights, strict=True)
@@ -560,10 +566,10 @@ class _Kernel:
 
             of_part(lambda part: start_part(part[0]))
             if refs.lines is not None:
-                start = _line(plan, place, refs.first.down, [v.down for v in plan.views])
-                rows = pl.ds(start + tile * plan.view.rows, plan.view.rows)
+                rows = _rows(plan, place, refs.first.down, tile)
                 mosaic.copy_in(refs.lines.at[:, rows], buffers.down.at[slot], arrived.at[slot])
                 if refs.matrices is not None:
+                    rows = _rows(plan, place, refs.matrices.down, tile)
                     source = refs.matrices.biases.at[rows]
                     mosaic.copy_in(source, buffers.biases.at[slot], arrived.at[slot])
 
@@ -863,7 +869,8 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             if matrices is not None:
                 across = None
                 if view.is_factored:
-                    across = sources.matrices.biases.at[_columns(plan, place, sources)]
+                    columns = _columns(plan, place, sources.matrices.across)
+                    across = sources.matrices.biases.at[columns]
                 vectors = sources.matrices.vectors.at[_tensor(plan, place, sources)]
                 held = kernel.blocks.held(across, vectors)
                 numbers = numbers._replace(  # read once

@@ -475,6 +475,41 @@ class _Vectors:
         unit = max(unit.view(tuning).vector_unit for unit in self.units)
         return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
 
+    def of_launch(
+        self, launch: "_Launch", sides: Sequence[jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A launch's own lines.
+
+        Args:
+          launch: the launch.
+          sides: (n, pieces, PIECE): of rows and of columns.
+
+        Returns:
+          (n, size), and where in it the lines down and across the tensors of each part begin.
+        """
+        own, end = [], 0
+        starts: list[list[int]] = []
+        for side, x in zip(self.lines.values(), sides, strict=True):
+            ranges: list[list[int]] = []
+            starts.append([])
+            for i, k in launch.members:
+                unit = self.units[i]
+                first = side.start(i, sum(unit.counts[:k]))
+                last = first + unit.counts[k] * side.blocks[i].size
+                if ranges and ranges[-1][1] == first:
+                    ranges[-1][1] = last
+                else:
+                    ranges.append([first, last])
+                starts[-1].append(end)
+                end += last - first
+            own += [x[:, first // PIECE : last // PIECE] for first, last in ranges]
+        joined = jnp.concatenate(own, axis=1)
+        pairs = zip(*starts, strict=True)
+        is_row = [self.units[i].view(SUMS).down_is_row for i, _ in launch.members]
+        sides_of = [x if down else x[::-1] for x, down in zip(pairs, is_row, strict=True)]
+        down, across = (jnp.asarray(np.asarray(x, np.int32)) for x in zip(*sides_of, strict=True))
+        return joined.reshape((joined.shape[0], -1)), down, across
+
     def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
         """The new row and column accumulators of each part of each unit."""
         rows, columns = jax.lax.optimization_barrier((self.row, self.column))
@@ -556,13 +591,10 @@ def _passes(
     if vectors is None:
         bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
     if uses_matrix_units(rule, weights.shape[2]):
-        biases = None
-        if vectors is not None:
-            biases = jnp.concatenate([networks.row_bias, networks.column_bias], axis=1)
-            biases = matrix_units.pack_biases(biases.reshape((biases.shape[0], -1)))
-        packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
+        matrices = matrix_units.Matrices(
+            *matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
+        )
         weights, bias, layers = None, (), layers[-1][1]
-        matrices = matrix_units.Matrices(*packed, biases)
     numbers, entries = table.pack(
         Table(
             decays=decays if decays_per_tensor else repeated(tensors),
@@ -582,16 +614,17 @@ def _passes(
     if vectors is not None:
         biases_of = (networks.row_bias, networks.column_bias)
         factors = vectors.stacked(tuning, () if matrices else biases_of)
-    results = [
-        _update(
-            launch.plan(tuning, backwards=True),
-            rule,
-            entries,
-            mosaic.is_interpreting(),
-            Inputs(x, numbers, factors, first, matrices),
-        )
-        for launch, x, first in zip(launches, elements, starts, strict=True)
-    ]
+    results = []
+    for launch, x, first in zip(launches, elements, starts, strict=True):
+        own = matrices
+        if matrices is not None and vectors is not None:
+            biases, down, across = vectors.of_launch(launch, biases_of)
+            own = matrices._replace(
+                biases=matrix_units.pack_biases(biases), down=down, across=across
+            )
+        inputs = Inputs(x, numbers, factors, first, own)
+        plan = launch.plan(tuning, backwards=True)
+        results.append(_update(plan, rule, entries, mosaic.is_interpreting(), inputs))
     made: list[list[Any]] = [[None] * len(unit.parts) for unit in units]
     for launch, result in zip(launches, results, strict=True):
         for (i, k), x in zip(launch.members, result.elements, strict=True):
