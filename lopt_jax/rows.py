@@ -1,5 +1,6 @@
 """Rows and other parts of arrays: joined, and many of them taken by few kernels."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,9 +56,11 @@ def part_taker(zero: jax.Array | None) -> PartTaker:
             tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
         ]
 
+    place_of = functools.cache(lambda i: i + zero)  # once for the parts of all arrays
+
     def take(x: jax.Array, starts: Sequence[int], sizes: Sequence[int]) -> jax.Array:
         whole = [n == size for n, size in zip(sizes, x.shape, strict=True)]
-        places = [i if all_ else i + zero for i, all_ in zip(starts, whole, strict=True)]
+        places = [i if all_ else place_of(i) for i, all_ in zip(starts, whole, strict=True)]
         return jax.lax.dynamic_slice(x, places, sizes, allow_negative_indices=False)
 
     return take

@@ -8,6 +8,7 @@ is (rows, width) of down x across at one index of batch and middle, whatever the
 A tensor without factored axes is seen as one batch of lines of 128 elements.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -148,6 +149,7 @@ class View:
         return jnp.transpose(x, (0, *(i + 1 for i in inverse)))
 
 
+@functools.lru_cache(maxsize=4096)
 def view_of(
     shape: tuple[int, ...],
     tile_elements: int = 1024,
