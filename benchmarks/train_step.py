@@ -91,7 +91,7 @@ def measure(model: str, variants: list[tuple[str, str]], repetitions: int) -> li
         built[optimizer, backend] = variant_of(optimizer, backend, init, loss, batch)
         seconds = built[optimizer, backend].compile_s
         print(f"{model}: {optimizer} on {backend} compiled in {seconds:.1f} s", flush=True)
-    benchmark.take_turns(list(built.values()), repetitions)
+    benchmark.take_turns(list(built.values()), repetitions, seconds=1.0)
     return [
         benchmark.record_of(
             v, model, *names, "float32", 1e3 * statistics.median(v.seconds), None, step="train"

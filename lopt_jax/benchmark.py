@@ -33,7 +33,8 @@ from lopt_jax.weights.schema import expected_shapes
 Shapes = dict[str, tuple[int, ...]]
 
 # Of one timing; shorter steps are repeated within it, and nothing waits for them in between: the
-# host hands out the next step while a GPU works, as in any training loop.
+# host hands out the next step while a GPU works, as in any training loop. What passes until the
+# first step reaches the GPU is part of the time: of whole training steps, take more of them.
 _MINIMUM_SECONDS = 0.25
 
 
@@ -383,11 +384,19 @@ def measure(
     return _records(model, variants, dtype, elements, itemsize)
 
 
-def take_turns(variants: Sequence[Variant], repetitions: int) -> None:
-    """Times variants, one after another, again and again."""
+def take_turns(
+    variants: Sequence[Variant], repetitions: int, seconds: float = _MINIMUM_SECONDS
+) -> None:
+    """Times variants, one after another, again and again.
+
+    Args:
+      variants: these; each gets its timings.
+      repetitions: timings of each.
+      seconds: that one timing takes at least, of as many steps as that needs.
+    """
     for variant in variants:
         variant.time()  # the first call is not like the others
-        variant.inner = max(1, math.ceil(_MINIMUM_SECONDS / variant.time()))
+        variant.inner = max(1, math.ceil(seconds / variant.time()))
     for _ in range(repetitions):
         for variant in variants:
             variant.seconds.append(variant.time())
