@@ -34,7 +34,7 @@ from lopt_jax.groups import (
 from lopt_jax.partition import Partition, Partitions, is_local, spread
 from lopt_jax.rows import concatenate, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
-from lopt_jax.tensors import StackedAxes, Tensors, paths, tensor_count, tensors_of
+from lopt_jax.tensors import StackedAxes, Tensors, number_of, paths, tensors_of
 
 # The first accumulator and the parameter decide how a group is split, in a draw the accumulator: it
 # stands for more arrays. A gradient that comes otherwise is no news: its way is the batch's sum.
@@ -417,7 +417,7 @@ def parameter_mean_squares(prepared: Prepared) -> jax.Array:
 def _by_tensor(prepared: Prepared, arrays: Sequence[jax.Array], default: Any = None) -> jax.Array:
     """Puts arrays with one row a tensor of each call into the order of all tensors."""
     order = [k for call in prepared.calls for i in call.members for k in prepared.groups[i].tensors]
-    count = tensor_count(prepared.tensors)
+    count = number_of(prepared.tensors)
     if not arrays:
         return jnp.zeros((count,), jnp.float32) if default is None else default
     joined = concatenate(arrays)
@@ -455,7 +455,7 @@ def second_pass(
       Updates like the params (in their dtypes; None where there was no gradient), or the new params
       where the rule applies its updates; the new accumulators, and the new statistics.
     """
-    count = tensor_count(prepared.tensors)
+    count = number_of(prepared.tensors)
     if rule.applies:  # of a copy: what is not updated stays
         prepared = prepared._replace(out=prepared.out._replace(updates=list(prepared.params)))
     scale, weight_decay = (

@@ -58,7 +58,7 @@ class Rule:
       small_elements: tensors up to this size are updated by `small_tensor_step`.
       write_out: write wide hidden layers out too, as elementwise operations: on CPUs half the time
         of matrix products, but a tensor takes seconds to compile.
-      stack: take narrow hidden layers as arrays instead of writing them out: a fifth of the time to
+      stack: take narrow hidden layers as arrays instead of writing them out: half the time to
         compile for GPUs, for a slower step.
       applies: a step's results are the new parameters, not what is to be added to the old ones.
     """

@@ -108,10 +108,10 @@ def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
 
 def count_tensors(params: Any, stacked_axes: StackedAxes = None) -> int:
     """Number of tensors that a tree of parameters holds."""
-    return tensor_count(tensors_of(params, stacked_axes))
+    return number_of(tensors_of(params, stacked_axes))
 
 
-def tensor_count(tensors: Sequence[Tensors]) -> int:
+def number_of(tensors: Sequence[Tensors]) -> int:
     """Number of tensors of leaves that are seen as such."""
     return sum(entry.count for entry in tensors)
 

@@ -70,7 +70,7 @@ class Tuning:
 
 
 FIRST = Tuning(tile_elements=2048, widest=256, stages=4, programs=3)
-# blocks in a loop: as fast as straight code within two percent, and a quarter of it to compile
+# blocks in a loop: one to five percent slower than straight code, and a quarter of it to compile
 SUMS = Tuning(
     tile_elements=2048, stages=2, programs=2, block_rows=4, program_elements=1 << 16, loops=True
 )
