@@ -77,12 +77,11 @@ def pack(
 
     biases = [] if bias is None else [bias]
     biases += [bias for _, bias in layers[:-1]]
-    vectors = [*(_padded(x[:, None], (tensors, 1, units)) for x in biases)]
-    vectors.append(_padded(last_weight, (tensors, 2, units)))
+    vectors = jnp.concatenate([*(x[:, None] for x in biases), last_weight], axis=1)
     hidden_layers = [parts(weight, units, is_first=False) for weight, _ in layers[:-1]]
     return Layers(
         weights=(parts(first, columns, is_first=True), *hidden_layers),
-        vectors=jnp.concatenate(vectors, axis=1),
+        vectors=_padded(vectors, (tensors, vectors.shape[1], units)),
     )
 
 

@@ -504,10 +504,7 @@ class _Vectors:
                 end += last - first
             own += [x[:, first // PIECE : last // PIECE] for first, last in ranges]
         joined = jnp.concatenate(own, axis=1)
-        pairs = zip(*starts, strict=True)
-        is_row = [self.units[i].view(SUMS).down_is_row for i, _ in launch.members]
-        sides_of = [x if down else x[::-1] for x, down in zip(pairs, is_row, strict=True)]
-        down, across = (jnp.asarray(np.asarray(x, np.int32)) for x in zip(*sides_of, strict=True))
+        down, across = _down_and_across(launch, list(zip(*starts, strict=True)))
         return joined.reshape((joined.shape[0], -1)), down, across
 
     def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
@@ -804,16 +801,25 @@ def plan_for(
 
 def _first(units: Sequence[_Unit], launch: _Launch, vectors: _Vectors | None) -> First:
     """Where the tensors of each part of a launch begin, for the kernels to read."""
-    numbers = lambda x: jnp.asarray(np.asarray(x, np.int32))  # noqa: E731
-    tensors = numbers([of_part[0] for of_part in launch.tensors])
+    tensors = _numbers([of_part[0] for of_part in launch.tensors])
     if vectors is None:
         return First(tensors, None, None)
-    sides = []
-    for i, k in launch.members:
-        row, column = vectors.starts(i, sum(units[i].counts[:k]))
-        sides.append((row, column) if units[i].view(SUMS).down_is_row else (column, row))
+    starts = [vectors.starts(i, sum(units[i].counts[:k])) for i, k in launch.members]
+    return First(tensors, *_down_and_across(launch, starts))
+
+
+def _down_and_across(
+    launch: _Launch, starts: Sequence[tuple[int, int]]
+) -> tuple[jax.Array, jax.Array]:
+    """Where lines down and across the tensors of each part begin, given rows and columns."""
+    views = [x.view for x in launch.of(SUMS)]
+    sides = [x if v.down_is_row else x[::-1] for v, x in zip(views, starts, strict=True)]
     down, across = zip(*sides, strict=True)
-    return First(tensors, numbers(down), numbers(across))
+    return _numbers(down), _numbers(across)
+
+
+def _numbers(x: Sequence[int]) -> jax.Array:
+    return jnp.asarray(np.asarray(x, np.int32))
 
 
 def _added(launches: Sequence[_Launch], tuning: Tuning, sums: Sequence[jax.Array]) -> jax.Array:

@@ -260,6 +260,9 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
         (APPLIED, (130,), {"tensors": 2}),
         (SPLIT, (12, 70), {"hidden": 32, "parts": 2, "tensors": 2, "tolerance": 1e-4}),
         (replace(VELO, precision=SPLIT.precision), (3, 5, 8), {"hidden": 20, "tolerance": 1e-4}),
+        # statistics of what tiles of half a line cut
+        (replace(VELO, precision=SPLIT.precision), (130,), {"hidden": 16, "tolerance": 1e-4}),
+        (VELO, (130,), {"hidden": 16}),
     ],
 )
 def test_equals_xla(rule, shape, options):

@@ -9,12 +9,14 @@ import optimizers
 import pytest
 from kernels import one_device  # noqa: F401 (fixture)
 
-from lopt_jax import groups, xla
+from lopt_jax import groups, turns, xla
 from lopt_jax.turns import in_turn
 
 
-def test_in_turn_is_a_python_loop():
+@pytest.mark.parametrize("stored_at_once", [1, 3, 9])
+def test_in_turn_is_a_python_loop(stored_at_once, monkeypatch):
     """What is read, replaced, written over and joined, each by its own formula."""
+    monkeypatch.setattr(turns, "STORED_AT_ONCE", stored_at_once)
     # whole numbers: sums and products of them are exact, in whatever order
     draw = lambda i, *shape: jnp.round(9 * jax.random.normal(jax.random.key(i), shape))  # noqa: E731
     read = [{"a": draw(i, 5, 7), "b": draw(10 + i, 3)} for i in range(4)]
@@ -75,8 +77,8 @@ def test_turns_change_nothing(name, stacked_axes, monkeypatch):
     jax.clear_caches()
     monkeypatch.setattr(groups, "LARGE_GROUPS", 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
-    turns, calls = xla.in_turn, []
-    monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or turns(*xs))
+    take_turns, calls = xla.in_turn, []
+    monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or take_turns(*xs))
     got = jax.jit(lambda: steps())()
     assert calls.count(3) >= 6  # both passes of three kinds of leaves
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)
