@@ -24,7 +24,7 @@ from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
-from lopt_jax.rule import MLP, Rule
+from lopt_jax.rule import MLP, Rule, Statistics
 from pallas_kernels import choice, lines, mosaic, step, table
 from pallas_kernels.view import view_of
 
@@ -61,12 +61,10 @@ def random_mlp(rule, tensors, hidden, seed):
     )
 
 
-def on_kernels(rule, parts, mlp, scale, weight_decay):
+def on_kernels(rule, parts, mlp, scale, weight_decay, statistics=None):
     units = [step.Unit(parts)]
     moments = step.first_pass(rule, units)
-    out = step.second_pass(
-        rule, units, moments, mlp, True, DECAYS, scale, weight_decay, statistics=None
-    )
+    out = step.second_pass(rule, units, moments, mlp, True, DECAYS, scale, weight_decay, statistics)
     join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
     return moments[0], jax.tree.map(join, *out.parts[0])._replace(statistics=out.statistics)
 
@@ -260,13 +258,23 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
         (APPLIED, (130,), {"tensors": 2}),
         (SPLIT, (12, 70), {"hidden": 32, "parts": 2, "tensors": 2, "tolerance": 1e-4}),
         (replace(VELO, precision=SPLIT.precision), (3, 5, 8), {"hidden": 20, "tolerance": 1e-4}),
-        # statistics of what tiles of half a line cut
-        (replace(VELO, precision=SPLIT.precision), (130,), {"hidden": 16, "tolerance": 1e-4}),
-        (VELO, (130,), {"hidden": 16}),
     ],
 )
 def test_equals_xla(rule, shape, options):
     check(rule, shape, **options)
+
+
+@pytest.mark.parametrize("precision", [jax.lax.Precision.HIGHEST, SPLIT.precision])
+def test_statistics_leave_out_what_pads_a_vector(precision):
+    """Tiles of wide layers are half a line; about far centres every element counts."""
+    rule = replace(VELO, precision=precision)
+    arguments = random_arguments(rule, (130,), hidden=16)
+    centres = Statistics(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.ones(1), jnp.ones(1))
+    with kernels.running():
+        _, got = jax.jit(functools.partial(on_kernels, rule, statistics=centres))(*arguments)
+    _, expected = jax.jit(functools.partial(on_xla, rule))(*arguments)
+    for a, b in zip(got.statistics, expected.statistics, strict=True):
+        np.testing.assert_allclose(a, b, 1e-3, 1e-6)
 
 
 CUDA_CORES, MATRIX_UNITS = {"precision": "highest"}, {"precision": "high"}
