@@ -90,7 +90,7 @@ def choose_backend(
             for x in inputs
         ]
     if reason is None and is_local():
-        choices = choice.with_company(choices, [choice.Part(*x) for x in inputs])
+        choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from lopt_jax.partition import checked_axes
 from lopt_jax.rule import Rule
 from pallas_kernels import mosaic
-from pallas_kernels.step import Part, launch_kind
 from pallas_kernels.view import view_of
 
 SMALL = "tensors are small"
@@ -52,16 +51,18 @@ def unsupported_group_reason(
     return None
 
 
-def with_company(choices: Sequence[str | None], parts: Sequence[Part]) -> list[str | None]:
+def with_company(choices: Sequence[str | None], parts: Sequence[Any]) -> list[str | None]:
     """Has the kernels take small tensors that a launch for others can take along.
 
     Args:
       choices: of each part, why the kernels do not update it, or None.
-      parts: their arrays.
+      parts: their arrays, as `step.Part` has them.
 
     Returns:
       The choices.
     """
+    from pallas_kernels.step import launch_kind  # not before they are known to run here
+
     shapes = [part.gradient.shape[1:] for part in parts]
     kinds = [launch_kind(*pair) for pair in zip(parts, shapes, strict=True)]
     taken = {kind for kind, reason in zip(kinds, choices, strict=True) if reason is None} - {None}

@@ -700,7 +700,7 @@ def launch_kind(part: Part, whole: tuple[int, ...]) -> tuple | None:
     """What parts of different shapes have in common where one launch may take them all.
 
     Args:
-      part: the part.
+      part: the part, or a group's inputs, which are the same arrays.
       whole: the shape of its tensors, where they are shards of the whole ones.
 
     Returns:
