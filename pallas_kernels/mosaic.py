@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array, launch_context
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
+from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import inline
@@ -200,6 +200,7 @@ def _adjust(context: Any) -> None:
     """Changes, for the kernel that is being built, what its copies become."""
     _copy_by_descriptor(context)
     _load_words(context.scratch)
+    _simplify(context)
     # asked for with every descriptor, and searched for in the whole kernel
     pointer = context.scratch.device_ptr()
     context.scratch.device_ptr = lambda: pointer
@@ -235,6 +236,23 @@ def _load_words(scratch: Any) -> None:
         load.result.set_type(words)
 
     scratch.finalize_size = finalize_size
+
+
+def _simplify(context: Any) -> None:
+    """Has constants and other common code joined before the kernel is handed on.
+
+    It leaves a third of the operations. The kernel is written, read and verified several times, and
+    XLA searches its text for every operand of every launch.
+    """
+    finalize = context.scratch.finalize_size
+
+    def finalize_size() -> None:
+        finalize()
+        module = context.module
+        passes = passmanager.PassManager.parse("builtin.module(canonicalize,cse)", module.context)
+        passes.run(module.operation)
+
+    context.scratch.finalize_size = finalize_size
 
 
 def call(

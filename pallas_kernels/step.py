@@ -476,13 +476,15 @@ class _Vectors:
         return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
 
     def of_launch(
-        self, launch: "_Launch", sides: Sequence[jax.Array]
+        self, launch: "_Launch", sides: Sequence[jax.Array], zero: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A launch's own lines.
 
         Args:
           launch: the launch.
           sides: (n, pieces, PIECE): of rows and of columns.
+          zero: of `unknown_zero`, of what the launch before this one made: so XLA does not make the
+            lines of all launches at once. At places that it does not know launches share code.
 
         Returns:
           (n, size), and where in it the lines down and across the tensors of each part begin.
@@ -502,7 +504,10 @@ class _Vectors:
                     ranges.append([first, last])
                 starts[-1].append(end)
                 end += last - first
-            own += [x[:, first // PIECE : last // PIECE] for first, last in ranges]
+            places = _numbers([first // PIECE for first, _ in ranges])
+            places = places if zero is None else places + zero
+            for place, (first, last) in zip(places, ranges, strict=True):
+                own.append(jax.lax.dynamic_slice_in_dim(x, place, (last - first) // PIECE, axis=1))
         joined = jnp.concatenate(own, axis=1)
         down, across = _down_and_across(launch, list(zip(*starts, strict=True)))
         return joined.reshape((joined.shape[0], -1)), down, across
@@ -611,11 +616,13 @@ def _passes(
     if vectors is not None:
         biases_of = (networks.row_bias, networks.column_bias)
         factors = vectors.stacked(tuning, () if matrices else biases_of)
-    results = []
+    results: list[Any] = []
     for launch, x, first in zip(launches, elements, starts, strict=True):
         own = matrices
         if matrices is not None and vectors is not None:
-            biases, down, across = vectors.of_launch(launch, biases_of)
+            before = results[-1].elements if results else numbers
+            zero = unknown_zero(jax.tree.leaves(before)[0])
+            biases, down, across = vectors.of_launch(launch, biases_of, zero)
             own = matrices._replace(
                 biases=matrix_units.pack_biases(biases), down=down, across=across
             )
