@@ -39,6 +39,7 @@ from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132
 LONG_SUM = 4096  # programs' numbers that are added up apart from those of other tensors
+BIASES = 1 / 3  # of the largest array: what biases of wide layers may take at a time
 LAUNCH_PARTS = 8  # arrays that one launch takes: each one more is code to compile
 
 
@@ -475,26 +476,31 @@ class _Vectors:
         unit = max(unit.view(tuning).vector_unit for unit in self.units)
         return jnp.pad(x, ((0, -x.shape[0] % unit), (0, 0)))
 
-    def of_launch(
-        self, launch: "_Launch", sides: Sequence[jax.Array], zero: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A launch's own lines.
+    def of_launches(
+        self,
+        launches: Sequence["_Launch"],
+        sides: Sequence[jax.Array],
+        zero: jax.Array | None,
+    ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
+        """The lines of some launches alone.
 
         Args:
-          launch: the launch.
+          launches: the launches.
           sides: (n, pieces, PIECE): of rows and of columns.
-          zero: of `unknown_zero`, of what the launch before this one made: so XLA does not make the
-            lines of all launches at once. At places that it does not know launches share code.
+          zero: of `unknown_zero`, of what the launches before these made: so XLA does not make all
+            lines at once, and at places that it does not know it takes the same code for all. None:
+            these are all launches.
 
         Returns:
-          (n, size), and where in it the lines down and across the tensors of each part begin.
+          (n, size), and for each launch where in it the lines down and across the tensors of each
+          part begin.
         """
         own, end = [], 0
-        starts: list[list[int]] = []
+        starts: dict[tuple[int, int], tuple[int, ...]] = {}  # of the row, then of the column
+        members = sorted(member for launch in launches for member in launch.members)
         for side, x in zip(self.lines.values(), sides, strict=True):
             ranges: list[list[int]] = []
-            starts.append([])
-            for i, k in launch.members:
+            for i, k in members:
                 unit = self.units[i]
                 first = side.start(i, sum(unit.counts[:k]))
                 last = first + unit.counts[k] * side.blocks[i].size
@@ -502,15 +508,17 @@ class _Vectors:
                     ranges[-1][1] = last
                 else:
                     ranges.append([first, last])
-                starts[-1].append(end)
+                starts[i, k] = (*starts.get((i, k), ()), end)
                 end += last - first
             places = _numbers([first // PIECE for first, _ in ranges])
             places = places if zero is None else places + zero
             for place, (first, last) in zip(places, ranges, strict=True):
-                own.append(jax.lax.dynamic_slice_in_dim(x, place, (last - first) // PIECE, axis=1))
+                size = (last - first) // PIECE
+                is_all = size == x.shape[1]
+                own.append(x if is_all else jax.lax.dynamic_slice_in_dim(x, place, size, axis=1))
         joined = jnp.concatenate(own, axis=1)
-        down, across = _down_and_across(launch, list(zip(*starts, strict=True)))
-        return joined.reshape((joined.shape[0], -1)), down, across
+        first_of = [_down_and_across(x, [starts[member] for member in x.members]) for x in launches]
+        return joined.reshape((joined.shape[0], -1)), first_of
 
     def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
         """The new row and column accumulators of each part of each unit."""
@@ -592,7 +600,8 @@ def _passes(
     weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
     if vectors is None:
         bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
-    if uses_matrix_units(rule, weights.shape[2]):
+    hidden = weights.shape[2]
+    if uses_matrix_units(rule, hidden):
         matrices = matrix_units.Matrices(
             *matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
         )
@@ -617,18 +626,22 @@ def _passes(
         biases_of = (networks.row_bias, networks.column_bias)
         factors = vectors.stacked(tuning, () if matrices else biases_of)
     results: list[Any] = []
-    for launch, x, first in zip(launches, elements, starts, strict=True):
-        own = matrices
-        if matrices is not None and vectors is not None:
+    remaining = zip(elements, starts, strict=True)
+    has_biases = matrices is not None and vectors is not None
+    batches = _sharing_biases(launches, hidden) if has_biases else [launches]
+    for batch in batches:
+        own = [matrices] * len(batch)
+        if has_biases:
             before = results[-1].elements if results else numbers
-            zero = unknown_zero(jax.tree.leaves(before)[0])
-            biases, down, across = vectors.of_launch(launch, biases_of, zero)
-            own = matrices._replace(
-                biases=matrix_units.pack_biases(biases), down=down, across=across
-            )
-        inputs = Inputs(x, numbers, factors, first, own)
-        plan = launch.plan(tuning, backwards=True)
-        results.append(_update(plan, rule, entries, mosaic.is_interpreting(), inputs))
+            zero = unknown_zero(jax.tree.leaves(before)[0]) if len(batches) > 1 else None
+            biases, first_of = vectors.of_launches(batch, biases_of, zero)
+            packed = matrix_units.pack_biases(biases)
+            own = [matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]
+        for launch, network in zip(batch, own, strict=True):
+            x, first = next(remaining)
+            inputs = Inputs(x, numbers, factors, first, network)
+            plan = launch.plan(tuning, backwards=True)
+            results.append(_update(plan, rule, entries, mosaic.is_interpreting(), inputs))
     made: list[list[Any]] = [[None] * len(unit.parts) for unit in units]
     for launch, result in zip(launches, results, strict=True):
         for (i, k), x in zip(launch.members, result.elements, strict=True):
@@ -640,6 +653,27 @@ def _passes(
     if vectors is not None:
         new_vectors = vectors.parts(take)
     return _Result(made, kept, new_vectors, centres)
+
+
+def _sharing_biases(launches: Sequence["_Launch"], hidden: int) -> list[list["_Launch"]]:
+    """Launches whose biases are made at once: as many as take `BIASES` of the largest array."""
+    units = launches[0].units
+    limit = BIASES * max(part.gradient.size for unit in units for part in unit.parts)
+    out: list[list[_Launch]] = []
+    size = 0.0
+    for launch in launches:
+        of_members = (
+            units[i].counts[k] * units[i].block(is_row).size
+            for i, k in launch.members
+            for is_row in (True, False)
+        )
+        own = hidden * sum(of_members)
+        size += own
+        if not out or size > limit:
+            out.append([])
+            size = own
+        out[-1].append(launch)
+    return out
 
 
 def _tuning(rule: Rule, mlp: MLP) -> Tuning:

@@ -139,12 +139,17 @@ def random_mixed(rule, hidden):
     ]
 
 
-@pytest.mark.parametrize(("rule", "hidden"), [(VELO, 4), (SPLIT, 32)])
+@pytest.mark.parametrize(
+    ("rule", "hidden", "limit"), [(VELO, 4, 0), (SPLIT, 32, 0), (SPLIT, 32, 1e9)]
+)
 @pytest.mark.usefixtures("one_device")
-def test_launches_of_several_shapes(rule, hidden):
+def test_launches_of_several_shapes(monkeypatch, rule, hidden, limit):
     arguments = random_mixed(rule, hidden)
     units = [step._Unit.of(step.Unit(parts)) for parts, *_ in arguments]
-    assert len(step._launches(units)) == 3
+    launches = step._launches(units)
+    assert len(launches) == 3
+    monkeypatch.setattr(step, "BIASES", limit)
+    assert len(step._sharing_biases(launches, hidden)) == (1 if limit else 3)
     with kernels.running():
         got = jax.block_until_ready(jax.jit(functools.partial(on_mixed_shapes, rule))(arguments))
     expected = [jax.jit(functools.partial(on_xla, rule))(*x) for x in arguments]
