@@ -489,7 +489,7 @@ class _Vectors:
           sides: (n, pieces, PIECE): of rows and of columns.
           zero: of `unknown_zero`, of what the launches before these made: so XLA does not make all
             lines at once, and at places that it does not know it takes the same code for all. None:
-            these are all launches.
+            places are known.
 
         Returns:
           (n, size), and for each launch where in it the lines down and across the tensors of each
@@ -510,6 +510,7 @@ class _Vectors:
                     ranges.append([first, last])
                 starts[i, k] = (*starts.get((i, k), ()), end)
                 end += last - first
+            # in an array: XLA makes constants of one number part of the code
             places = _numbers([first // PIECE for first, _ in ranges])
             places = places if zero is None else places + zero
             for place, (first, last) in zip(places, ranges, strict=True):
@@ -597,10 +598,10 @@ def _passes(
     centres = _centres(statistics, decays, means) if rule.accumulator_statistics else ()
     layers = _layers(mlp, mlp_per_tensor, tensors)
     weights: Any = jnp.stack(networks.weights)  # (features, H, tensors)
+    hidden = weights.shape[1]
     weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
     if vectors is None:
-        bias = (jnp.broadcast_to(networks.row_bias, (*weights.shape[2:], tensors)).T,)
-    hidden = weights.shape[2]
+        bias = (jnp.broadcast_to(networks.row_bias, (hidden, tensors)).T,)
     if uses_matrix_units(rule, hidden):
         matrices = matrix_units.Matrices(
             *matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
