@@ -464,7 +464,7 @@ def second_pass(
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
     zero = unknown_zero(min(gradients, key=lambda x: x.size)) if gradients else None
-    take = part_taker(zero)
+    takers = part_taker(zero), part_taker(zero, of_state=True)
     new_statistics = []
     hidden = mlp.biases[0].shape[-1]
     joined = xla.joined_calls(rule, prepared.calls, prepared.groups, hidden, mlp_per_tensor)
@@ -482,7 +482,7 @@ def second_pass(
         )
         for group, result in zip(groups, results, strict=True):
             out = prepared.out
-            scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
+            scatter(group, prepared.tensors, result.update, result.accumulators, takers, out)
     for i, (call, moments) in enumerate(zip(prepared.calls, prepared.moments, strict=True)):
         if i in joined:
             continue
@@ -501,7 +501,7 @@ def second_pass(
         )
         for group, result in zip(groups, results, strict=True):
             out = prepared.out
-            scatter(group, prepared.tensors, result.update, result.accumulators, take, out)
+            scatter(group, prepared.tensors, result.update, result.accumulators, takers, out)
         new_statistics.append(kept)
     accumulators = prepared.accumulators_treedef.unflatten(
         jax.tree.leaves(prepared.out.accumulators)

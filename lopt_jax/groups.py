@@ -6,7 +6,7 @@ of a backend updates are a `Call`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -219,6 +219,15 @@ def make_groups(
     ]
 
 
+def _joined(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of tensors of a shape that are joined: along their first axis.
+
+    Leaves have it as they are; a reshape of each would be one more operation that XLA looks at
+    again and again. Where a partitioner may have split that axis, the tensors' own axis is kept.
+    """
+    return (-1, *shape[1:]) if shape and is_local() else (-1, *shape)
+
+
 def gather(
     group: Group,
     tensors: Sequence[Tensors],
@@ -239,20 +248,24 @@ def gather(
       The group's inputs: gradient (B, *shape) and so on; row (B, n, ...).
     """
 
+    def stack(arrays: Sequence[jax.Array], shape: tuple[int, ...]) -> jax.Array:
+        joined = concatenate([x.reshape(_joined(shape)) for x in arrays])
+        return joined.reshape((-1, *shape))
+
     def elementwise(leaves: Sequence[jax.Array]) -> jax.Array:
-        return concatenate([leaves[i].reshape((-1, *group.shape)) for i in group.leaves])
+        return stack([leaves[i] for i in group.leaves], group.shape)
 
     def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
-        dims = group.dims
         arrays = []
         for i in group.leaves:
             leaf, count = leaves[i], tensors[i].count
-            if dims is None and which == 1:
-                arrays.append(jnp.broadcast_to(leaf, (count, 1)))
-                continue
-            shape = factored_shapes(group.shape, leaf.shape[0], dims)[which]
-            arrays.append(jnp.moveaxis(leaf.reshape((shape[0], count, *shape[1:])), 0, 1))
-        return concatenate(arrays)
+            shape = factored_shapes(group.shape, leaf.shape[0], group.dims)[which]
+            if group.dims is None and which == 1:
+                leaf = jnp.broadcast_to(leaf, (count, 1))
+            elif count > 1:
+                leaf = jnp.moveaxis(leaf.reshape((shape[0], count, *shape[1:])), 0, 1)
+            arrays.append(leaf)
+        return stack(arrays, shape)
 
     return GroupInputs(
         gradient=elementwise(gradients),
@@ -271,7 +284,7 @@ def scatter(
     tensors: Sequence[Tensors],
     update: jax.Array,
     accumulators: Accumulators,
-    take: PartTaker | None,
+    takers: tuple[PartTaker, PartTaker],
     out: Leaves,
 ) -> None:
     """Writes a group's results back into lists of leaves, the inverse of `gather`.
@@ -281,48 +294,53 @@ def scatter(
       tensors: of `tensors_of`.
       update: (B, *shape).
       accumulators: with a leading axis of tensors.
-      take: takes parts of arrays; None: there is one leaf.
+      takers: take parts of the update and of the accumulators.
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
+    old = out.accumulators
+    pairs = [(update, out.updates), (accumulators.second_moment, old.second_moment)]
+    pairs += zip(accumulators.momentum, old.momentum, strict=True)
+    factored = [(accumulators.row, old.row)]
+    if group.dims is not None:
+        factored.append((accumulators.column, old.column))
+    shapes = [x.shape[1:] for x, _ in pairs + factored]
+    new = [x.reshape(_joined(x.shape[1:])) for x, _ in pairs + factored]
     if len(group.leaves) > 1:
         # else parts of their computation are repeated for every leaf, after its old value is gone:
         # XLA copies that value first
-        update, accumulators = jax.lax.optimization_barrier((update, accumulators))
-    start = 0
-    for i in group.leaves:
-        first, count = start, tensors[i].count
-        start += count
-        whole = len(group.leaves) == 1
-        length = None if group.lengths is None else tensors[i].shape[-1]
+        new = jax.lax.optimization_barrier(new)
+    for k, (x, shape, (_, leaves)) in enumerate(zip(new, shapes, pairs + factored, strict=True)):
+        take = takers[k > 0]
+        first = 0
+        for i in group.leaves:
+            part, count, own = x, tensors[i].count, shape
+            if group.lengths:
+                own = (*shape[:-1], tensors[i].shape[-1])
+            if len(group.leaves) > 1:
+                part = take(x, *_place_in(x, shape, first, count, own))
+            if count > 1 and k >= len(pairs):  # decays come first
+                part = jnp.moveaxis(part.reshape((count, *own)), 1, 0)
+            part = part.reshape(leaves[i].shape).astype(leaves[i].dtype)
+            leaves[i] = match_sharding(part, leaves[i])
+            first += count
 
-        def part(
-            x: jax.Array,
-            first: int = first,
-            count: int = count,
-            whole: bool = whole,
-            length: int | None = length,
-        ) -> jax.Array:
-            if whole or take is None:
-                return x
-            starts = (first, *(0 for _ in x.shape[1:]))
-            return take(x, starts, (count, *x.shape[1:-1], length or x.shape[-1]))
 
-        def elementwise(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
-            x = part(x).reshape(leaves[i].shape).astype(leaves[i].dtype)
-            leaves[i] = match_sharding(x, leaves[i])
+def _place_in(
+    joined: jax.Array, shape: tuple[int, ...], first: int, count: int, own: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where some of the tensors of a shape that `_joined` joined lie, and the shape of that part.
 
-        def factored(leaves: list, x: jax.Array, i: int = i, part: Callable = part) -> None:
-            x = jnp.moveaxis(part(x), 1, 0)
-            x = x.reshape(leaves[i].shape).astype(leaves[i].dtype)
-            leaves[i] = match_sharding(x, leaves[i])
-
-        elementwise(out.updates, update)
-        for leaves, x in zip(out.accumulators.momentum, accumulators.momentum, strict=True):
-            elementwise(leaves, x)
-        elementwise(out.accumulators.second_moment, accumulators.second_moment)
-        factored(out.accumulators.row, accumulators.row)
-        if tensors[i].dims is not None:
-            factored(out.accumulators.column, accumulators.column)
+    Args:
+      joined: the array.
+      shape: of the tensors in it.
+      first: the first of them.
+      count: how many; one, where the last axis of its own is shorter.
+      own: their own shape.
+    """
+    zeros = (0,) * len(shape)
+    if joined.ndim > len(shape):
+        return (first, *zeros), (count, *own)
+    return (first * shape[0], *zeros[1:]), ((count - 1) * shape[0] + own[0], *own[1:])
 
 
 def alike_vectors(groups: Sequence[Group], inputs: Sequence[GroupInputs]) -> list[list[int]]:

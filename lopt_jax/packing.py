@@ -6,6 +6,7 @@ however small the array is; most arrays of a transformer's state are vectors.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.applying import LearnedTransformation, update_params
+from lopt_jax.rows import joined_state
 
 PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
 
@@ -56,14 +58,16 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         updates: Any, state: PackedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, updates if params is None else params)
-        updates, inner = tx.update(updates, inner, params, **extra_args)
+        with joined_state():
+            updates, inner = tx.update(updates, inner, params, **extra_args)
         return updates, pack_state(inner)
 
     def apply(
         updates: Any, state: PackedState, params: Any, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, params)
-        params, inner = update_params(tx, updates, inner, params, **extra_args)
+        with joined_state():
+            params, inner = update_params(tx, updates, inner, params, **extra_args)
         return params, pack_state(inner)
 
     return LearnedTransformation.of(init, update, apply)
@@ -125,8 +129,23 @@ def _pack(layout: _Layout, state: Any) -> PackedState:
     leaves = jax.tree.leaves(state)
     return PackedState(
         tuple(leaves[i] for i in layout.apart),
-        tuple(jnp.stack([leaves[i] for i in members]) for members in layout.together),
+        tuple(_stack([leaves[i] for i in members]) for members in layout.together),
     )
+
+
+def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
+    # along the axis that they have: XLA sees through parts of an array that are joined again
+    shape = arrays[0].shape
+    joined = jnp.concatenate([x.reshape((-1, *shape[1:])) for x in arrays])
+    return joined.reshape((len(arrays), *shape))
+
+
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    if x.ndim == 1:
+        return list(x)
+    # the barrier keeps XLA from taking the parts before the reshape, where it does not see through
+    joined, size = jax.lax.optimization_barrier(x.reshape((-1, *x.shape[2:]))), x.shape[1]
+    return [joined[i * size : (i + 1) * size] for i in range(x.shape[0])]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -135,6 +154,6 @@ def _unpack(layout: _Layout, state: PackedState) -> Any:
     for i, x in zip(layout.apart, state.apart, strict=True):
         leaves[i] = x
     for members, rows in zip(layout.together, state.together, strict=True):
-        for i, x in zip(members, rows, strict=True):
+        for i, x in zip(members, _unstack(rows), strict=True):
             leaves[i] = x
     return layout.treedef.unflatten(leaves)

@@ -1,7 +1,9 @@
 """Rows and other parts of arrays: joined, and many of them taken by few kernels."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +13,8 @@ import numpy as np
 from lopt_jax.partition import is_explicit
 
 PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
+
+_state_is_joined = contextvars.ContextVar("state_is_joined", default=False)
 
 
 def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -35,10 +39,24 @@ def unknown_zero(array: jax.Array) -> jax.Array | None:
     """
     if is_explicit(array):
         return None
-    return (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
+    zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
+    return jax.lax.optimization_barrier(zero)  # else made anew in every kernel, for every part
 
 
-def part_taker(zero: jax.Array | None) -> PartTaker:
+@contextlib.contextmanager
+def joined_state() -> Iterator[None]:
+    """Where the arrays of the new state are joined again, XLA is told where the parts lie.
+
+    It sees then which joins undo what took the parts.
+    """
+    token = _state_is_joined.set(True)
+    try:
+        yield
+    finally:
+        _state_is_joined.reset(token)
+
+
+def part_taker(zero: jax.Array | None, of_state: bool = False) -> PartTaker:
     """A function (x, starts, sizes) that takes parts out of arrays in few launches.
 
     On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
@@ -47,11 +65,12 @@ def part_taker(zero: jax.Array | None) -> PartTaker:
 
     Args:
       zero: of `unknown_zero`; with another one places are different, and slices are not joined.
+      of_state: whether the parts are arrays of the new state, see `joined_state`.
 
     Returns:
       The function.
     """
-    if zero is None:
+    if zero is None or (of_state and _state_is_joined.get()):
         return lambda x, starts, sizes: x[
             tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
         ]

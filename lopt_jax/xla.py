@@ -155,7 +155,7 @@ def updates_in_turn(
         [x.parameter for x in inputs],
         small,
     )
-    take = part_taker(unknown_zero(inputs[0].gradient))
+    take = part_taker(unknown_zero(inputs[0].gradient), of_state=True)
 
     def own(x: jax.Array, k: int) -> jax.Array:
         return take(x, (k, *(0 for _ in x.shape[1:])), (1, *x.shape[1:]))[0]

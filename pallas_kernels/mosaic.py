@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import fragmented_array, launch_context
+from jax.experimental.mosaic.gpu import core, fragmented_array, launch_context
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import arith, llvm
@@ -298,6 +298,33 @@ def call(
             reduction_scratch_bytes=reduction_bytes,
         ),
     )(*arguments)
+
+
+def lowered_kernels() -> dict[bytes, bytes]:
+    """The code of the kernels that this process has lowered, by hash."""
+    return getattr(core, "KNOWN_KERNELS", {})
+
+
+def call_lowered(key: bytes, module: bytes) -> jax.Array:
+    """The call of a kernel of `lowered_kernels` without its arrays: to compile, not to run."""
+    call = jax.ffi.ffi_call("mosaic_gpu_v2", jax.ShapeDtypeStruct((), jnp.float32))
+    return call(
+        kernel_hash=key,
+        module=module,
+        use_custom_barrier=False,
+        skip_device_barrier=False,
+        uses_xla_collective_metadata=False,
+    )
+
+
+def materialized(arrays: Any) -> Any:
+    """Arrays that are not parts of others, for a kernel that changes some of them.
+
+    What is a part of another array, as a layer's parameters are of those of all layers, XLA hands
+    to a kernel where it lies; but then it forgets which outputs are inputs, and the kernel reads
+    what was never written.
+    """
+    return jax.lax.optimization_barrier(arrays)
 
 
 def in_place(

@@ -21,7 +21,7 @@ from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, update_average
 from lopt_jax.features import Feature, Operands
 from lopt_jax.rule import FactoredVectors, Folded, Rule
-from pallas_kernels import mosaic
+from pallas_kernels import early, mosaic
 from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.matrix_units import Blocks, Matrices
 from pallas_kernels.table import Numbers, read, sequence
@@ -395,7 +395,7 @@ def first_sums(
         mosaic.store(target, jnp.sum(across, axis=0), optimized=False)
         _store_sums(plan, place, parameter_out, [squares])
 
-    down, across, squares = mosaic.call(
+    down, across, squares = early.call(
         body,
         jax.tree.leaves(parts),
         programs=plan.programs,
@@ -692,7 +692,7 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, entries: Rates) -> jax.A
         sums = _walk(plan, place, start, prepare, arrived, (registers.zeros(),) * width)
         _store_sums(plan, place, out, sums)
 
-    (out,) = mosaic.call(
+    (out,) = early.call(
         body,
         jax.tree.leaves(inputs),
         programs=plan.programs,
@@ -885,6 +885,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         _store_sums(plan, place, sums_out, sums)
         mosaic.await_writes()
 
+    inputs = mosaic.materialized(inputs)
     # all but the gradients, and but the parameters where these stay
     changed = [
         x._replace(gradient=None, parameter=x.parameter if rule.applies else None)
@@ -898,7 +899,7 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
             )
             for x, new in zip(inputs.elements, changed, strict=True)
         ]
-        return mosaic.call(
+        return early.call(
             body,
             jax.tree.leaves(inputs._replace(elements=elements)),
             programs=plan.programs,

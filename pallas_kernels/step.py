@@ -316,7 +316,7 @@ def second_pass(
     ) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         of = [_Unit.of(unit) for unit in given]
-        take = part_taker(zero.tree[0] if zero.per_tensor else zero.tree)
+        take = part_taker(zero.tree[0] if zero.per_tensor else zero.tree, of_state=True)
         made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
@@ -909,7 +909,8 @@ def _as_laid_out(x: jax.Array) -> jax.Array:
 
 def _elements(view: View, part: Part) -> Elements:
     old = part.accumulators
-    averages = () if view.is_factored else tuple(jnp.moveaxis(old.row, 1, 0))
+    # for B and C taken apart once
+    averages = () if view.is_factored else mosaic.materialized(tuple(jnp.moveaxis(old.row, 1, 0)))
     return Elements(
         gradient=view.arrange(_as_laid_out(part.gradient)),
         parameter=view.arrange(part.parameter),

@@ -44,6 +44,22 @@ def trajectory(tx, params, state, steps=4):
     return params, state
 
 
+def test_parts_are_joined_again(params):
+    """Where the state is packed XLA may see that parts of an array are joined in the old order."""
+    gradients = optimizers.random_like(params, seed=1)
+
+    def parts_at_unknown_places(tx):
+        update = jax.make_jaxpr(lambda *x: tx.update(*x, value=LOSS))
+        return str(update(gradients, tx.init(params), params)).count("dynamic_slice[")
+
+    counts = [
+        parts_at_unknown_places(wrap(lopt_jax.small_fc_lopt()))
+        for wrap in (lambda tx: tx, lopt_jax.packed)
+    ]
+    # nine updates; their five accumulators each, and three columns
+    assert counts == [9 + 9 * 5 + 3, 9]
+
+
 def assert_close(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

@@ -6,6 +6,7 @@ Compiled on a GPU that they run on, in the interpreter elsewhere.
 import functools
 import itertools
 import logging
+import math
 from dataclasses import replace
 
 import jax
@@ -25,7 +26,7 @@ from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, Rule, Statistics
-from pallas_kernels import choice, lines, mosaic, step, table
+from pallas_kernels import choice, early, lines, mosaic, step, table
 from pallas_kernels.view import view_of
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
@@ -483,6 +484,78 @@ def test_lowers_for_cuda(rule, hidden):
 )
 def test_odd_shapes_lower_for_cuda(rule, shape, hidden):
     assert "@mosaic_gpu" in lowered_for_cuda(rule, shape, hidden)
+
+
+def test_kernels_are_compiled_early(monkeypatch):
+    """Each as soon as it is lowered, and once."""
+    started, found = [], []
+
+    class AtOnce:
+        submit = staticmethod(lambda compile_kernel, *arguments: compile_kernel(*arguments))
+
+    monkeypatch.setattr(early, "can_start", lambda: True)
+    monkeypatch.setattr(early, "_threads", AtOnce)
+    monkeypatch.setattr(early, "_started", set())
+    monkeypatch.setattr(early, "compile_kernel", lambda *kernel: started.append(kernel))
+    monkeypatch.setattr(mosaic, "lowered_kernels", lambda: dict(found))
+    lower = functools.partial(lowered_for_cuda, VELO, (24, 256), 4)
+    assert "@mosaic_gpu" in lower()
+    assert not started
+    kernels_of = [b"\0lopt_first_pass\0", b"lopt_square_sums", b"somebody's", b"lopt_update"]
+    found += [(bytes([i]), text) for i, text in enumerate(kernels_of)]
+    lower()
+    assert sorted(started) == [found[0], found[1], found[3]]
+    lower()
+    assert len(started) == 3
+
+
+def test_lowered_kernels_are_found():
+    """`early` finds a kernel by its name in the code that jax hands over."""
+    text = lowered_for_cuda(VELO, (40, 272), 4)
+    new = {k: x for k, x in mosaic.lowered_kernels().items() if b"lopt_update" in x}
+    assert text.count("@mosaic_gpu") == 3
+    assert new
+    call = jax.jit(functools.partial(mosaic.call_lowered, *new.popitem()))
+    text = call.trace().lower(lowering_platforms=("cuda",)).as_text()
+    assert "@mosaic_gpu_v2" in text
+    assert "kernel_hash" in text
+
+
+@pytest.mark.parametrize("names", ["parameters", "state"])
+@pytest.mark.usefixtures("one_device")
+def test_parts_of_arrays(names):
+    """XLA hands a kernel parts of arrays where they lie; what it changes must stay in place."""
+    shapes = {"a": (96, 64), "b": (64, 256), "c": (40, 64)}
+    sizes = np.cumsum([0] + [math.prod(shape) for shape in shapes.values()])
+    rng = np.random.default_rng(0)
+    flat = lambda: jnp.asarray(rng.normal(size=sizes[-1]), jnp.float32)  # noqa: E731
+
+    def parts(x):
+        places = zip(shapes, itertools.pairwise(sizes), strict=True)
+        return {k: x[i:j].reshape(shapes[k]) for k, (i, j) in places}
+
+    def step(tx, params, gradients, state):
+        if names == "parameters":
+            return tx.update(gradients, state, parts(params))
+        accumulators = state.accumulators
+        momentum = tuple(map(parts, accumulators.momentum))
+        state = state._replace(accumulators=accumulators._replace(momentum=momentum))
+        return tx.update(gradients, state, params)
+
+    got = []
+    params, gradients, momenta = flat(), flat(), [flat() for _ in range(3)]
+    for backend in ("xla", "pallas"):
+        tx = lopt_jax.small_fc_lopt(backend=backend)
+        state, of_step = tx.init(parts(params)), params
+        if names == "state":
+            of_step, accumulators = parts(params), state.accumulators
+            state = state._replace(accumulators=accumulators._replace(momentum=tuple(momenta)))
+        with kernels.running():
+            step_of = jax.jit(functools.partial(step, tx))
+            got.append(jax.block_until_ready(step_of(of_step, parts(gradients), state)))
+    for expected, actual in zip(*map(jax.tree.leaves, got), strict=True):
+        scale = float(jnp.max(jnp.abs(expected)))
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_passes_have_no_effects():
