@@ -136,16 +136,18 @@ def _pack(layout: _Layout, state: Any) -> PackedState:
 def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
     # along the axis that they have: XLA sees through parts of an array that are joined again
     shape = arrays[0].shape
-    joined = jnp.concatenate([x.reshape((-1, *shape[1:])) for x in arrays])
-    return joined.reshape((len(arrays), *shape))
+    if not shape:
+        return jnp.stack(arrays)
+    return jnp.concatenate(arrays).reshape((len(arrays), *shape))
 
 
 def _unstack(x: jax.Array) -> list[jax.Array]:
     if x.ndim == 1:
         return list(x)
     # the barrier keeps XLA from taking the parts before the reshape, where it does not see through
-    joined, size = jax.lax.optimization_barrier(x.reshape((-1, *x.shape[2:]))), x.shape[1]
-    return [joined[i * size : (i + 1) * size] for i in range(x.shape[0])]
+    count, size, *rest = x.shape
+    joined = jax.lax.optimization_barrier(x.reshape((count * size, *rest)))
+    return [joined[i * size : (i + 1) * size] for i in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
