@@ -324,7 +324,8 @@ def materialized(arrays: Any) -> Any:
     to a kernel where it lies; but then it forgets which outputs are inputs, and the kernel reads
     what was never written.
     """
-    return jax.lax.optimization_barrier(arrays)
+    # one by one: together they would all have to be there before the first is used
+    return jax.tree.map(jax.lax.optimization_barrier, arrays)
 
 
 def in_place(
