@@ -297,28 +297,32 @@ def scatter(
       takers: take parts of the update and of the accumulators.
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
-    old = out.accumulators
-    pairs = [(update, out.updates), (accumulators.second_moment, old.second_moment)]
-    pairs += zip(accumulators.momentum, old.momentum, strict=True)
+    old, (of_update, of_state) = out.accumulators, takers
+    elementwise = [(accumulators.second_moment, old.second_moment)]
+    elementwise += zip(accumulators.momentum, old.momentum, strict=True)
     factored = [(accumulators.row, old.row)]
     if group.dims is not None:
         factored.append((accumulators.column, old.column))
-    shapes = [x.shape[1:] for x, _ in pairs + factored]
-    new = [x.reshape(_joined(x.shape[1:])) for x, _ in pairs + factored]
+    targets = [
+        (update, out.updates, of_update, False),
+        *((x, leaves, of_state, False) for x, leaves in elementwise),
+        *((x, leaves, of_state, True) for x, leaves in factored),
+    ]
+    new = [x.reshape(_joined(x.shape[1:])) for x, *_ in targets]
     if len(group.leaves) > 1:
         # else parts of their computation are repeated for every leaf, after its old value is gone:
         # XLA copies that value first
         new = jax.lax.optimization_barrier(new)
-    for k, (x, shape, (_, leaves)) in enumerate(zip(new, shapes, pairs + factored, strict=True)):
-        take = takers[k > 0]
+    for joined, (x, leaves, take, decays_come_first) in zip(new, targets, strict=True):
+        shape = x.shape[1:]
         first = 0
         for i in group.leaves:
-            part, count, own = x, tensors[i].count, shape
+            part, count, own = joined, tensors[i].count, shape
             if group.lengths:
                 own = (*shape[:-1], tensors[i].shape[-1])
             if len(group.leaves) > 1:
-                part = take(x, *_place_in(x, shape, first, count, own))
-            if count > 1 and k >= len(pairs):  # decays come first
+                part = take(joined, *_place_in(joined, shape, first, count, own))
+            if count > 1 and decays_come_first:
                 part = jnp.moveaxis(part.reshape((count, *own)), 1, 0)
             part = part.reshape(leaves[i].shape).astype(leaves[i].dtype)
             leaves[i] = match_sharding(part, leaves[i])
