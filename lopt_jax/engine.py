@@ -241,6 +241,7 @@ def _second_pass(
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     crosses = _crosses(groups)
+    own_zero = zero if is_local() else None  # what a partitioner runs is another program
 
     def passes(
         partitions: Partitions,
@@ -279,7 +280,7 @@ def _second_pass(
                 of.scale,
                 of.weight_decay,
                 of.statistics,
-                zero if is_local() else None,  # else it belongs to another program
+                own_zero,
             )
             for x, of_unit in zip(on_kernels, made, strict=True):
                 for k, update in zip(x.members, of_unit, strict=True):

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import gpu  # noqa: F401 (a fixture)
 
 from lopt_jax import groups, sharding
+from pallas_kernels import mosaic
 
 SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
 STEPS = 2
@@ -232,3 +233,26 @@ def test_distributed_pmap():
             params, state = step(everywhere(g), state, params)
         jax.block_until_ready(params)
     check(jax.tree.map(lambda x: x[-1], params), unsharded("small_fc_lopt")[0])
+
+
+@pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
+def test_automatic_without_its_kernels(name, monkeypatch):
+    """What is around the kernels compiles in a partitioner's hands, on devices without them."""
+
+    def not_run(body, arguments, *, outputs, **options):
+        del body, options
+        some = sum(jnp.sum(x[...].astype(jnp.float32)) for x in arguments)
+        return tuple(jnp.full(x.shape, some, x.dtype) for x in outputs)
+
+    monkeypatch.setattr(mosaic, "call", not_run)
+    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    sizes, specs = LAYOUTS["halves"]
+    mesh = mesh_of(sizes)
+    shardings = {k: NamedSharding(mesh, specs[k]) for k in SHAPES}
+    params, (gradients, _) = params_and_gradients()
+    params, gradients = (jax.device_put(x, shardings) for x in (params, gradients))
+    tx = optimizers.make(name, backend="pallas")
+    new, _ = jax.jit(steps_of(tx))(gradients, jax.jit(tx.init)(params), params)
+    assert jax.tree.map(jnp.shape, new) == SHAPES
+    for key, x in new.items():
+        assert x.sharding.is_equivalent_to(shardings[key], x.ndim), key
