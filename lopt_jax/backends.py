@@ -16,6 +16,7 @@ from lopt_jax.rule import Rule
 BACKENDS = ("auto", "xla", "pallas")
 
 _batch: contextvars.ContextVar[int] = contextvars.ContextVar("batch", default=1)
+_constant_weights = contextvars.ContextVar("constant_weights", default=False)
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 
 
@@ -38,10 +39,30 @@ def batch_size() -> int:
     return _batch.get()
 
 
+@contextlib.contextmanager
+def constant_weights(are_constant: bool) -> Iterator[None]:
+    """Says, while it is traced, whether the weights are constants of the program."""
+    before = _constant_weights.set(are_constant)
+    try:
+        yield
+    finally:
+        _constant_weights.reset(before)
+
+
+def weights_are_constant() -> bool:
+    """What `constant_weights` was told."""
+    return _constant_weights.get()
+
+
 def backend_for(backend: str, meta_parameters: Any) -> str:
     """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(meta_parameters))
+    traced = is_traced(meta_parameters)
     return "xla" if backend == "auto" and traced and _batch.get() == 1 else backend
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether some of the arrays have no values yet."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import numpy as np
 
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
-from lopt_jax.backends import batch_size
+from lopt_jax.backends import batch_size, weights_are_constant
 from lopt_jax.groups import Call, Factors, Group, GroupInputs, are_many, is_large
 from lopt_jax.partition import Partition, is_local
 from lopt_jax.rows import part_taker, unknown_zero
@@ -53,7 +53,9 @@ def network_form(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     """The rule for a group: with its network written out where that is worth its compilation."""
     device = jax.default_backend()
     if device == "cpu":
-        is_worth = lambda group: group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
+        # other weights are read anew for every element, also those that a partitioner hands on
+        known = weights_are_constant() and is_local()
+        is_worth = lambda group: known and group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
         few = sum(map(is_worth, groups)) <= WRITTEN_OUT_GROUPS
         return replace(rule, write_out=few and is_worth(group))
     if device == "gpu" and batch_size() > 1 and len(groups) <= FUSED_SMALL_GROUPS:

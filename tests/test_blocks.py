@@ -1,10 +1,13 @@
 """Functions of a tensor that are evaluated block by block, against the whole at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lopt_jax
 from lopt_jax.blocks import map_blocks
 
 
@@ -34,3 +37,24 @@ def test_arguments_are_not_copied(rows):
 
     compiled = jax.jit(run).lower(*[x] * 6).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 2.2 * 4 * rows * 64
+
+
+def products(function, *arguments):
+    return str(jax.make_jaxpr(function)(*arguments)).count("dot_general")
+
+
+def test_wide_networks_are_written_out_only_where_weights_are_constants(monkeypatch):
+    """Numbers that a program is given take a written out network six times as long (XLA's CPU)."""
+    weights = lopt_jax.load_weights("small_fc_lopt")
+    params = {"kernel": jax.ShapeDtypeStruct((512, 256), jnp.float32)}
+    state = jax.eval_shape(lopt_jax.small_fc_lopt().init, params)
+
+    def update(weights, gradients, state, params):
+        return lopt_jax.small_fc_lopt(weights).update(gradients, state, params)
+
+    of_program = functools.partial(update, weights)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert products(of_program, params, state, params) == 1  # that of the time features
+    assert products(update, weights, params, state, params) > 1
+    monkeypatch.setattr(jax, "device_count", lambda: 8)  # operands of a partitioner's program
+    assert products(of_program, params, state, params) > 1

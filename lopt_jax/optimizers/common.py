@@ -11,7 +11,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.applying import LearnedTransformation
-from lopt_jax.backends import BACKENDS
+from lopt_jax.backends import BACKENDS, constant_weights, is_traced
 from lopt_jax.partition import current_shards, shards
 from lopt_jax.tensors import partitions_of_leaves, tensors_of
 
@@ -243,11 +243,11 @@ def transformation(
     """
 
     def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-        def lopt_update(partitions: Any, *arguments: Any) -> tuple[Any, Any]:
-            with shards(partitions):
+        def lopt_update(partitions: Any, constant: bool, *arguments: Any) -> tuple[Any, Any]:
+            with shards(partitions), constant_weights(constant):
                 return function(*arguments)
 
-        jitted = jax.jit(lopt_update, static_argnums=0)
+        jitted = jax.jit(lopt_update, static_argnums=(0, 1))
 
         @functools.wraps(function)
         def update_fn(
@@ -255,7 +255,10 @@ def transformation(
         ) -> tuple[Any, Any]:
             del extra_args
             require_params(params)
-            return jitted(current_shards(), meta_parameters, updates, state, params, value)
+            # in a program of the caller's, arrays that have values are its constants
+            constant = is_traced((updates, state)) and not is_traced(meta_parameters)
+            arguments = (meta_parameters, updates, state, params, value)
+            return jitted(current_shards(), constant, *arguments)
 
         return update_fn
 
