@@ -1,14 +1,15 @@
 """Which backend updates which groups: the fused kernels where they can and where it is worth it."""
 
-import contextlib
 import contextvars
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 
+from lopt_jax.context import holding
 from lopt_jax.groups import Group, GroupInputs
 from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
@@ -20,18 +21,13 @@ _constant_weights = contextvars.ContextVar("constant_weights", default=False)
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 
 
-@contextlib.contextmanager
-def batch(size: int) -> Iterator[None]:
+def batch(size: int) -> AbstractContextManager[None]:
     """Says, while it is traced, that `jax.vmap` makes this many trainings of one.
 
     And that nothing differentiates through their updates: "auto" may take the kernels although the
     weights are traced, and counts the tensors of all trainings.
     """
-    before = _batch.set(size)
-    try:
-        yield
-    finally:
-        _batch.reset(before)
+    return holding(_batch, size)
 
 
 def batch_size() -> int:
@@ -39,14 +35,9 @@ def batch_size() -> int:
     return _batch.get()
 
 
-@contextlib.contextmanager
-def constant_weights(are_constant: bool) -> Iterator[None]:
+def constant_weights(are_constant: bool) -> AbstractContextManager[None]:
     """Says, while it is traced, whether the weights are constants of the program."""
-    before = _constant_weights.set(are_constant)
-    try:
-        yield
-    finally:
-        _constant_weights.reset(before)
+    return holding(_constant_weights, are_constant)
 
 
 def weights_are_constant() -> bool:

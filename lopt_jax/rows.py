@@ -1,15 +1,16 @@
 """Rows and other parts of arrays: joined, and many of them taken by few kernels."""
 
-import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lopt_jax.context import holding
 from lopt_jax.partition import is_explicit
 
 PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
@@ -43,17 +44,12 @@ def unknown_zero(array: jax.Array) -> jax.Array | None:
     return jax.lax.optimization_barrier(zero)  # else made anew in every kernel, for every part
 
 
-@contextlib.contextmanager
-def joined_state() -> Iterator[None]:
+def joined_state() -> AbstractContextManager[None]:
     """Where the arrays of the new state are joined again, XLA is told where the parts lie.
 
     It sees then which joins undo what took the parts.
     """
-    token = _state_is_joined.set(True)
-    try:
-        yield
-    finally:
-        _state_is_joined.reset(token)
+    return holding(_state_is_joined, True)
 
 
 def part_taker(zero: jax.Array | None, of_state: bool = False) -> PartTaker:
