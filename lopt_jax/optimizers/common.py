@@ -256,7 +256,7 @@ def transformation(
             del extra_args
             require_params(params)
             # in a program of the caller's, arrays that have values are its constants
-            constant = is_traced((updates, state)) and not is_traced(meta_parameters)
+            constant = is_traced(updates) and not is_traced(meta_parameters)
             arguments = (meta_parameters, updates, state, params, value)
             return jitted(current_shards(), constant, *arguments)
 
