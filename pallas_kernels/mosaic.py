@@ -318,11 +318,12 @@ def call_lowered(key: bytes, module: bytes) -> jax.Array:
 
 
 def materialized(arrays: Any) -> Any:
-    """Arrays that are not parts of others, for a kernel that changes some of them.
+    """Arrays that are not parts of others, of what a kernel takes or makes.
 
-    What is a part of another array, as a layer's parameters are of those of all layers, XLA hands
-    to a kernel where it lies; but then it forgets which outputs are inputs, and the kernel reads
-    what was never written.
+    What is a part of another array, as a layer's parameters are of those of all layers or a loop's
+    result is of those of all turns, XLA has a kernel read or write where it lies. Mosaic refuses it
+    there if its first byte is no multiple of 256. And of a kernel that changes arrays XLA forgets
+    then which outputs are inputs: it would read what was never written.
     """
     # one by one: together they would all have to be there before the first is used
     return jax.tree.map(jax.lax.optimization_barrier, arrays)

@@ -885,7 +885,9 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         _store_sums(plan, place, sums_out, sums)
         mosaic.await_writes()
 
-    inputs = mosaic.materialized(inputs)
+    # the tensors' arrays are whole already, for pass B
+    others = mosaic.materialized(inputs._replace(elements=()))
+    inputs = others._replace(elements=inputs.elements)
     # all but the gradients, and but the parameters where these stay
     changed = [
         x._replace(gradient=None, parameter=x.parameter if rule.applies else None)
@@ -912,12 +914,10 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
 
     changed, (*made, sums) = mosaic.in_place(run, changed, outputs)
     made = made or [x.parameter for x in changed]
-    return StepOutputs(
-        elements=[
-            new._replace(gradient=x, parameter=None) for new, x in zip(changed, made, strict=True)
-        ],
-        sums=sums if statistics else None,
-    )
+    elements = [
+        new._replace(gradient=x, parameter=None) for new, x in zip(changed, made, strict=True)
+    ]
+    return StepOutputs(mosaic.materialized(elements), sums if statistics else None)
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
         )
         parameters = None
         if needs_parameter:
-            parameters = tuple(x.view.arrange(x.part.parameter) for x in launch.of(FIRST))
+            parameters = tuple(_arranged(x.view, x.part.parameter) for x in launch.of(FIRST))
         interpreted = mosaic.is_interpreting()
         sums.append(_first_sums(launch.plan(FIRST), rule, interpreted, gradients, parameters))
     vectors = iter(_vector_means(factored, launches, sums))
@@ -907,16 +907,20 @@ def _as_laid_out(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(x.reshape(-1)).reshape(x.shape)
 
 
+def _arranged(view: View, x: jax.Array) -> jax.Array:
+    return view.arrange(mosaic.materialized(x))
+
+
 def _elements(view: View, part: Part) -> Elements:
-    old = part.accumulators
-    # for B and C taken apart once
-    averages = () if view.is_factored else mosaic.materialized(tuple(jnp.moveaxis(old.row, 1, 0)))
+    """The arrays of a part for B and C, which share what copies these take."""
+    old, whole = part.accumulators, functools.partial(_arranged, view)
+    averages = () if view.is_factored else tuple(jnp.moveaxis(old.row, 1, 0))
     return Elements(
         gradient=view.arrange(_as_laid_out(part.gradient)),
-        parameter=view.arrange(part.parameter),
-        momentum=tuple(map(view.arrange, old.momentum)),
-        second_moment=view.arrange(old.second_moment),
-        average=tuple(map(view.arrange, averages)),
+        parameter=whole(part.parameter),
+        momentum=tuple(map(whole, old.momentum)),
+        second_moment=whole(old.second_moment),
+        average=tuple(map(whole, averages)),
     )
 
 

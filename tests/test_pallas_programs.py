@@ -23,7 +23,7 @@ SHAPES = {
     "bias": (384,),
     "conv": (3, 3, 64, 64),
     "layers": (4, 256, 128),
-    "embedding": (1003, 64),
+    "embedding": (1003, 68),  # in a larger array its parts begin at no multiple of 256 bytes
     "scale": (),
 }
 
@@ -41,7 +41,8 @@ def draw(seed, scale, dtype=jnp.float32):
 @functools.cache
 def gradients_of_steps():
     """Gradients with a leading axis of steps."""
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *(draw(1 + i, 0.1) for i in range(STEPS)))
+    with jax.ensure_compile_time_eval():  # the first to ask may be a loop's body, in a trace
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *(draw(1 + i, 0.1) for i in range(STEPS)))
 
 
 def small_fc_lopt(backend, **options):
@@ -95,6 +96,40 @@ def scanned_with_history(tx, params):
     run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
     _, moves = run((params, tx.init(params)), gradients_of_steps())
     return jax.tree.map(lambda p, m: p + jnp.sum(m, 0), params, moves)
+
+
+def scanned_with_all(tx, params):
+    """Every turn's updates, parameters and state are kept: parts of larger arrays."""
+
+    def step(carry, gradients):
+        params, state = carry
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1.0))
+        carry = (optax.apply_updates(params, updates), state)
+        return carry, (updates, carry)
+
+    run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
+    return last_of_all(params, *run((params, tx.init(params)), gradients_of_steps()))
+
+
+def applied_with_all(tx, params):
+    """The same where new parameters are written by the kernels."""
+
+    def step(carry, gradients):
+        params, state = carry
+        one = jnp.float32(1.0)
+        carry = lopt_jax.update_params(tx, gradients, state, params, value=one)
+        return carry, (jax.tree.map(jnp.subtract, carry[0], params), carry)
+
+    run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
+    return last_of_all(params, *run((params, tx.init(params)), gradients_of_steps()))
+
+
+def last_of_all(params, last, kept):
+    """The parameters after all updates, if what was kept of the last turn is what came out."""
+    updates, carries = kept
+    same = lambda x, of_turns: np.testing.assert_array_equal(of_turns[-1], x)  # noqa: E731
+    jax.tree.map(same, last, carries)
+    return jax.tree.map(lambda p, u: p + jnp.sum(u, 0), params, updates)
 
 
 def looped(tx, params):
@@ -175,6 +210,8 @@ WAYS = (
     donated,
     scanned,
     scanned_with_history,
+    scanned_with_all,
+    applied_with_all,
     looped,
     branched,
     applied,
