@@ -567,6 +567,52 @@ def test_passes_have_no_effects():
     assert not jax.make_jaxpr(functools.partial(on_kernels, VELO))(*arguments).effects
 
 
+# What gives an array's numbers as they lie, or a part of them: XLA need not copy any.
+AS_IT_LIES = ("reshape", "transpose", "squeeze", "slice", "dynamic_slice", "copy")
+KERNELS = ("mpmd_map", "core_map", "pallas_call", "run_state")
+
+
+def may_be_parts(jaxpr, arguments):
+    """Which results may be, or become, parts of larger arrays, given which arguments may.
+
+    Returns:
+      The results' answers, and for every kernel those of what it takes.
+    """
+    known = dict(zip(jaxpr.invars, arguments, strict=True))
+    taken = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        given = [not hasattr(x, "val") and known.get(x, False) for x in eqn.invars]
+        made = [name in AS_IT_LIES and any(given)] * len(eqn.outvars)
+        if name in KERNELS:
+            taken.append(given)
+            made = [True] * len(eqn.outvars)
+        elif (inner := eqn.params.get("jaxpr", eqn.params.get("call"))) is not None:
+            made, of_inner = may_be_parts(getattr(inner, "jaxpr", inner), given)
+            taken += of_inner
+        known |= zip(eqn.outvars, made, strict=True)
+    return [not hasattr(x, "val") and known.get(x, False) for x in jaxpr.outvars], taken
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (500,)])
+@pytest.mark.parametrize("rule", [VELO, SMALL_FC, APPLIED])
+def test_kernels_have_whole_arrays(rule, shape):
+    """Where parts of arrays lie kernels refuse or spoil them, which only a GPU would show."""
+
+    def passes(*arguments):
+        moments, update = on_kernels(rule, *arguments)
+        accumulators = update.accumulators
+        if len(shape) == 1:  # no kernel has the column, which is handed on
+            accumulators = accumulators._replace(column=None)
+        return moments, update.update, accumulators
+
+    with kernels.running():
+        closed = jax.make_jaxpr(passes)(*random_arguments(rule, shape))
+    results, taken = may_be_parts(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+    assert len(taken) == (3 if len(shape) > 1 else 2)
+    assert not any(itertools.chain(results, *taken))
+
+
 def test_copies_clip():
     """A copy of whole rows must not go on into the next matrix: on a GPU, by its descriptor."""
     text = lowered_for_cuda(SMALL_FC, (7, 13), 4, tensors=2)
