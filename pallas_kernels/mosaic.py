@@ -343,7 +343,7 @@ def in_place(
       outputs: shapes and dtypes of what it returns.
 
     Returns:
-      The changed arrays, and what it returned.
+      The changed arrays, and what it returned; all of them whole, as `materialized` says.
     """
 
     def body(refs: Any) -> None:
@@ -352,7 +352,7 @@ def in_place(
             ref[...] = value
 
     empty = tuple(jnp.zeros(x.shape, x.dtype) for x in outputs)  # never read, so never made
-    return pl.run_state(body)((arrays, empty))
+    return materialized(pl.run_state(body)((arrays, empty)))
 
 
 # ------------------------------------------------------------------------------------------------

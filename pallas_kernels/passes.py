@@ -914,10 +914,12 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
 
     changed, (*made, sums) = mosaic.in_place(run, changed, outputs)
     made = made or [x.parameter for x in changed]
-    elements = [
-        new._replace(gradient=x, parameter=None) for new, x in zip(changed, made, strict=True)
-    ]
-    return StepOutputs(mosaic.materialized(elements), sums if statistics else None)
+    return StepOutputs(
+        elements=[
+            new._replace(gradient=x, parameter=None) for new, x in zip(changed, made, strict=True)
+        ],
+        sums=sums if statistics else None,
+    )
 
 
 @dataclass(frozen=True)

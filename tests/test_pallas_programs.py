@@ -107,8 +107,7 @@ def scanned_with_all(tx, params):
         carry = (optax.apply_updates(params, updates), state)
         return carry, (updates, carry)
 
-    run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
-    return last_of_all(params, *run((params, tx.init(params)), gradients_of_steps()))
+    return by_what_is_kept(step, tx, params)
 
 
 def applied_with_all(tx, params):
@@ -120,13 +119,13 @@ def applied_with_all(tx, params):
         carry = lopt_jax.update_params(tx, gradients, state, params, value=one)
         return carry, (jax.tree.map(jnp.subtract, carry[0], params), carry)
 
+    return by_what_is_kept(step, tx, params)
+
+
+def by_what_is_kept(step, tx, params):
+    """The parameters after all updates that a scan keeps; what it kept last is its result."""
     run = jax.jit(lambda carry, xs: jax.lax.scan(step, carry, xs))
-    return last_of_all(params, *run((params, tx.init(params)), gradients_of_steps()))
-
-
-def last_of_all(params, last, kept):
-    """The parameters after all updates, if what was kept of the last turn is what came out."""
-    updates, carries = kept
+    last, (updates, carries) = run((params, tx.init(params)), gradients_of_steps())
     same = lambda x, of_turns: np.testing.assert_array_equal(of_turns[-1], x)  # noqa: E731
     jax.tree.map(same, last, carries)
     return jax.tree.map(lambda p, u: p + jnp.sum(u, 0), params, updates)
