@@ -172,7 +172,7 @@ def _first_pass(
         for x in shards:
             function = functools.partial(rules.first_pass, rule, partition=x.partition)
             pairs = [(inputs[k].gradient, inputs[k].parameter) for k in x.members]
-            of_shards = next(made) if x.on_kernels else xla.moments_in_turn(function, pairs)
+            of_shards = next(made) if x.on_kernels else xla.moments_of(function, pairs)
             pieces[x.unit].append((x, x.members, of_shards))
         if crosses:
             return _whole_moments(pieces, groups)
@@ -390,6 +390,10 @@ def first_pass(
     kept = [i for i in range(len(groups)) if i not in gone]
     groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
     chosen = [chosen[i] for i in kept]
+    for i, group in enumerate(groups):
+        if not chosen[i] and len(group.leaves) > 1:
+            # else XLA joins the leaves anew in each of the many kernels that read them
+            inputs[i] = jax.lax.optimization_barrier(inputs[i])
     calls = make_calls(chosen, groups, inputs)
     moments = [
         _first_pass(rule, call, [groups[i] for i in of], [inputs[i] for i in of])

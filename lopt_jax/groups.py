@@ -426,17 +426,12 @@ def is_large(group: Group) -> bool:
     return math.prod(group.shape) > STACKED_LEAF_ELEMENTS
 
 
-def are_many(groups: Sequence[Group]) -> bool:
-    """Whether so many groups are large that each of them should not be code of its own."""
-    return sum(map(is_large, groups)) > LARGE_GROUPS
-
-
 def _turns(
     candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
     large = [i for i in candidates if is_large(groups[i])]
-    if jax.default_backend() == "cpu" or not are_many([groups[i] for i in large]):
+    if jax.default_backend() == "cpu" or len(large) <= LARGE_GROUPS:
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:

@@ -58,8 +58,6 @@ class Rule:
       small_elements: tensors up to this size are updated by `small_tensor_step`.
       write_out: write wide hidden layers out too, as elementwise operations: on CPUs half the time
         of matrix products, but a tensor takes seconds to compile.
-      stack: take narrow hidden layers as arrays instead of writing them out: half the time to
-        compile for GPUs, for a slower step.
       applies: a step's results are the new parameters, not what is to be added to the old ones.
     """
 
@@ -73,7 +71,6 @@ class Rule:
     block_elements: int | None = None
     small_elements: int = 1 << 13
     write_out: bool = False
-    stack: bool = False
     applies: bool = False
 
 
@@ -423,6 +420,9 @@ def factored_vectors(
     # all decays at once: on a GPU, each of them apart would be kernels of its own
     rows, columns = jnp.expand_dims(row, dims.d0 + 1), jnp.expand_dims(column, dims.d1 + 1)
     row_factors = jax.vmap(lambda x: row_factor(x, dims.d1, row_mean))(rows)
+    # XLA makes a Triton kernel of what divides by its own mean, and would try its tilings on all
+    # that reads it, the written out network too: half of a small model's time to compile for GPUs
+    row_factors = jax.lax.optimization_barrier(row_factors)
     return FactoredVectors(*map(tuple, (rows, columns, row_factors, safe_rsqrt(columns))))
 
 
@@ -572,11 +572,8 @@ def network_step(
     element = tuple(feature for feature in features if feature.varies == "element")
     hidden = folded.row_bias.shape[0]
     per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
-    by_blocks = functools.partial(_step_by_blocks, rule, element, folded, operands)
     if hidden >= WIDE_HIDDEN_SIZE and per_tensor and not rule.write_out:
-        return by_blocks(_product, 1 << 16 if jax.default_backend() == "cpu" else 1 << 18)
-    if rule.stack and per_tensor:
-        return by_blocks(_weighted_sum, 1 << 20)
+        return _step_by_blocks(rule, element, folded, operands)
     if hidden >= WIDE_HIDDEN_SIZE:
         # parts of one array they would be read anew for every element: six times the time on CPUs
         folded = folded._replace(weights=tuple(map(jax.lax.optimization_barrier, folded.weights)))
@@ -645,34 +642,19 @@ def _product(rule: Rule, weight: jax.Array, values: Sequence[jax.Array] | jax.Ar
     return jnp.tensordot(weight, x, axes=1, precision=product_precision(rule.precision, x.dtype))
 
 
-def _weighted_sum(
-    rule: Rule, weight: jax.Array, values: Sequence[jax.Array] | jax.Array
-) -> jax.Array:
-    """The same, as sums of arrays with an axis of outputs: exact."""
-    del rule
-    ones = (1,) * values[0].ndim
-    return functools.reduce(
-        jnp.add, (w.reshape((-1, *ones)) * x for w, x in zip(weight.T, values, strict=True))
-    )
-
-
 def _step_by_blocks(
     rule: Rule,
     element: Sequence[Feature],
     folded: Folded,
     operands: Operands,
-    layer: Callable[..., jax.Array],
-    block_elements: int,
 ) -> jax.Array:
-    """Pass C with hidden layers as arrays, (H, *block), of a block of the tensor at a time.
+    """Pass C with hidden layers as matrix products, (H, *block), a block of the tensor at a time.
 
     Args:
       rule: the rule.
       element: the features that vary with the element.
       folded: the folded network, one for the whole tensor.
       operands: the features' operands, shape S.
-      layer: `_product` or `_weighted_sum`.
-      block_elements: elements of a block, where the rule does not say.
 
     Returns:
       The step, S.
@@ -684,15 +666,16 @@ def _step_by_blocks(
     def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
         shape = operands.gradient.shape
         inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
-        hidden = layer(rule, first, inputs) + row_bias
+        hidden = _product(rule, first, inputs) + row_bias
         if column_bias is not None:
             hidden = hidden + column_bias
         for weight, bias in layers:
-            hidden = layer(rule, weight, jnp.maximum(hidden, 0))
+            hidden = _product(rule, weight, jnp.maximum(hidden, 0))
             hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
         return output_step(hidden[0], hidden[1], rule.exp_mult)
 
     arguments = (operands, folded.row_bias, folded.column_bias)
+    block_elements = 1 << 16 if jax.default_backend() == "cpu" else 1 << 18
     block_elements = rule.block_elements or block_elements
     return map_blocks(step, arguments, operands.gradient.shape, block_elements)
 

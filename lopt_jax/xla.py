@@ -18,9 +18,9 @@ import numpy as np
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.backends import batch_size, weights_are_constant
-from lopt_jax.groups import Call, Factors, Group, GroupInputs, are_many, is_large
+from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
-from lopt_jax.rows import part_taker, unknown_zero
+from lopt_jax.rows import concatenate, part_taker, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.turns import in_turn
 
@@ -60,8 +60,6 @@ def network_form(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
         return replace(rule, write_out=few and is_worth(group))
     if device == "gpu" and batch_size() > 1 and len(groups) <= FUSED_SMALL_GROUPS:
         return replace(rule, small_elements=0)
-    if device == "gpu" and batch_size() == 1:
-        return replace(rule, stack=are_many(groups) and is_large(group))
     return rule
 
 
@@ -84,10 +82,10 @@ def passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
     return jax.jit(on_xla(rule, mlp_per_tensor, None))
 
 
-def moments_in_turn(
+def moments_of(
     function: Callable[..., Moments], pairs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> Moments:
-    """Pass A over groups of equal arrays, one after another.
+    """Pass A over groups of equal arrays. It is too short for turns.
 
     Args:
       function: of `rule.first_pass`.
@@ -96,12 +94,9 @@ def moments_in_turn(
     Returns:
       Moments, with a leading axis of the tensors of all groups.
     """
-    if len(pairs) == 1:
-        return over_tensors(function, *pairs[0])
-    nothing = [()] * len(pairs)
-    turn = lambda read, *_: ((), (), over_tensors(function, *read))  # noqa: E731
-    *_, moments = in_turn(turn, pairs, nothing, nothing, ())
-    return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), moments)
+    traced_once = jax.jit(functools.partial(over_tensors, function))
+    moments = [traced_once(*pair) for pair in pairs]
+    return jax.tree.map(lambda *xs: concatenate(xs), *moments)
 
 
 def updates_in_turn(
