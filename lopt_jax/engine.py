@@ -391,8 +391,7 @@ def first_pass(
     groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
     chosen = [chosen[i] for i in kept]
     for i, group in enumerate(groups):
-        if not chosen[i] and len(group.leaves) > 1:
-            # else XLA joins the leaves anew in each of the many kernels that read them
+        if not chosen[i] and len(group.leaves) > xla.JOINED_BY_READERS:
             inputs[i] = jax.lax.optimization_barrier(inputs[i])
     calls = make_calls(chosen, groups, inputs)
     moments = [

@@ -26,6 +26,9 @@ from lopt_jax.turns import in_turn
 
 # On a CPU, wide layers of so large groups are written out, unless that would take long to compile.
 WRITTEN_OUT_ELEMENTS, WRITTEN_OUT_GROUPS = 1 << 17, 8
+# Leaves that are updated together are joined in each of the kernels that read them where they are
+# so few. With more, each of these is slow to compile: with joins of 24 up to two seconds.
+JOINED_BY_READERS = 8
 # On a GPU, where a step is hundreds of trainings, small tensors of so many groups take the passes
 # of large ones: a quarter of the bytes and fewer launches, for a minute more of compilation.
 FUSED_SMALL_GROUPS = 16

@@ -567,7 +567,8 @@ def _passes(
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
     vectors = _Vectors(units, moments, decays.factored, decays_per_tensor) if is_factored else None
     launches = _launches(units)
-    elements = [[_elements(*x) for x in launch.of(SUMS)] for launch in launches]
+    are_joined = lengths is not None
+    elements = [[_elements(*x, are_joined) for x in launch.of(SUMS)] for launch in launches]
     starts = [_first(units, launch, vectors) for launch in launches]
 
     # pass B
@@ -911,13 +912,16 @@ def _arranged(view: View, x: jax.Array) -> jax.Array:
     return view.arrange(mosaic.materialized(x))
 
 
-def _elements(view: View, part: Part) -> Elements:
-    """The arrays of a part for B and C, which share what copies these take."""
+def _elements(view: View, part: Part, are_joined: bool) -> Elements:
+    """The arrays of a part for B and C, which share what copies these take.
+
+    Joined parameters are whole; behind a barrier, those of pass A would be kept until then.
+    """
     old, whole = part.accumulators, functools.partial(_arranged, view)
     averages = () if view.is_factored else tuple(jnp.moveaxis(old.row, 1, 0))
     return Elements(
         gradient=view.arrange(_as_laid_out(part.gradient)),
-        parameter=whole(part.parameter),
+        parameter=(view.arrange if are_joined else whole)(part.parameter),
         momentum=tuple(map(whole, old.momentum)),
         second_moment=whole(old.second_moment),
         average=tuple(map(whole, averages)),

@@ -14,6 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import kernels
 import numpy as np
+import optimizers
 import pytest
 import reference
 from hypothesis import given, settings
@@ -568,35 +569,37 @@ def test_passes_have_no_effects():
     assert not jax.make_jaxpr(functools.partial(on_kernels, VELO))(*arguments).effects
 
 
-# What gives an array's numbers as they lie, or a part of them: XLA need not copy any.
-AS_IT_LIES = ("reshape", "transpose", "squeeze", "slice", "dynamic_slice", "copy")
+# What gives a part of an array, and what gives its numbers as they lie: XLA need not copy any.
+PARTS = ("slice", "dynamic_slice", "split", "unstack")
+AS_IT_LIES = ("reshape", "transpose", "squeeze", "copy")
 KERNELS = ("mpmd_map", "core_map", "pallas_call", "run_state")
+# What an array is: computed, and nothing else; a part of that; or what may itself be, or become, a
+# part of a larger one, as arguments and kernels' results may.
+COMPUTED, PART, OPEN = range(3)
 
 
-def may_be_parts(jaxpr, arguments):
-    """Which results may be, or become, parts of larger arrays, given which arguments may.
-
-    Returns:
-      The results' answers, and for every kernel those of what it takes.
-    """
+def lie_of_arrays(jaxpr, arguments):
+    """What the results are, given what the arguments are, and for every kernel what it takes."""
     known = dict(zip(jaxpr.invars, arguments, strict=True))
     taken = []
 
-    def answers(values):
-        return [not isinstance(x, jax.extend.core.Literal) and known.get(x, False) for x in values]
+    def lies(values):
+        literal = lambda x: isinstance(x, jax.extend.core.Literal)  # noqa: E731
+        return [COMPUTED if literal(x) else known.get(x, COMPUTED) for x in values]
 
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        given = answers(eqn.invars)
-        made = [name in AS_IT_LIES and any(given)] * len(eqn.outvars)
+        given = lies(eqn.invars)
+        lie = max(given, default=COMPUTED) if name in PARTS + AS_IT_LIES else COMPUTED
+        made = [max(lie, PART) if name in PARTS else lie] * len(eqn.outvars)
         if name in KERNELS:
             taken.append(given)
-            made = [True] * len(eqn.outvars)
+            made = [OPEN] * len(eqn.outvars)
         elif (inner := eqn.params.get("jaxpr", eqn.params.get("call"))) is not None:
-            made, of_inner = may_be_parts(getattr(inner, "jaxpr", inner), given)
+            made, of_inner = lie_of_arrays(getattr(inner, "jaxpr", inner), given)
             taken += of_inner
         known |= zip(eqn.outvars, made, strict=True)
-    return answers(jaxpr.outvars), taken
+    return lies(jaxpr.outvars), taken
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (500,)])
@@ -613,9 +616,24 @@ def test_kernels_have_whole_arrays(rule, shape):
 
     with kernels.running():
         closed = jax.make_jaxpr(passes)(*random_arguments(rule, shape))
-    results, taken = may_be_parts(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+    results, taken = lie_of_arrays(closed.jaxpr, [OPEN] * len(closed.jaxpr.invars))
     assert len(taken) == (3 if len(shape) > 1 else 2)
-    assert not any(itertools.chain(results, *taken))
+    assert OPEN not in results
+    assert set(itertools.chain(*taken)) == {COMPUTED}
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("name", ["velo", "small_fc_lopt"])
+def test_kernels_have_whole_arrays_of_joined_vectors(name):
+    """Vectors of different lengths are padded and joined; their averages are parts of a stack."""
+    params = {k: jnp.zeros(n) for k, n in {"a": 768, "b": 640, "c": 512}.items()}
+    tx = optimizers.make(name, backend="pallas")
+    with kernels.running():
+        update = jax.make_jaxpr(lambda *xs: tx.update(*xs, value=jnp.float32(1)))
+        closed = update(params, tx.init(params), params)
+    _, taken = lie_of_arrays(closed.jaxpr, [OPEN] * len(closed.jaxpr.invars))
+    assert len(taken) == 2
+    assert set(itertools.chain(*taken)) == {COMPUTED}
 
 
 def test_copies_clip():
