@@ -912,7 +912,7 @@ def _arranged(view: View, x: jax.Array) -> jax.Array:
     return view.arrange(mosaic.materialized(x))
 
 
-def _elements(view: View, part: Part, are_joined: bool) -> Elements:
+def _elements(view: View, part: Part, are_joined: bool = False) -> Elements:
     """The arrays of a part for B and C, which share what copies these take.
 
     Joined parameters are whole; behind a barrier, those of pass A would be kept until then.
