@@ -675,9 +675,9 @@ def _step_by_blocks(
         return output_step(hidden[0], hidden[1], rule.exp_mult)
 
     arguments = (operands, folded.row_bias, folded.column_bias)
-    block_elements = 1 << 16 if jax.default_backend() == "cpu" else 1 << 18
-    block_elements = rule.block_elements or block_elements
-    return map_blocks(step, arguments, operands.gradient.shape, block_elements)
+    of_device = 1 << 16 if jax.default_backend() == "cpu" else 1 << 18
+    elements = rule.block_elements or of_device
+    return map_blocks(step, arguments, operands.gradient.shape, elements)
 
 
 def accumulator_statistics(
