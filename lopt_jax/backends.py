@@ -24,8 +24,7 @@ _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 def batch(size: int) -> AbstractContextManager[None]:
     """Says, while it is traced, that `jax.vmap` makes this many trainings of one.
 
-    And that nothing differentiates through their updates: "auto" may take the kernels although the
-    weights are traced, and counts the tensors of all trainings.
+    Whether the kernels are worth it, "auto" decides by the tensors of all trainings.
     """
     return holding(_batch, size)
 
@@ -43,12 +42,6 @@ def constant_weights(are_constant: bool) -> AbstractContextManager[None]:
 def weights_are_constant() -> bool:
     """What `constant_weights` was told."""
     return _constant_weights.get()
-
-
-def backend_for(backend: str, meta_parameters: Any) -> str:
-    """The backend, "auto" decided where weights are traced: the kernels have no derivatives."""
-    traced = is_traced(meta_parameters)
-    return "xla" if backend == "auto" and traced and _batch.get() == 1 else backend
 
 
 def is_traced(tree: Any) -> bool:

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import jax
+
 
 @contextlib.contextmanager
 def holding[Value](variable: ContextVar[Value], value: Value) -> Iterator[None]:
@@ -13,3 +15,10 @@ def holding[Value](variable: ContextVar[Value], value: Value) -> Iterator[None]:
         yield
     finally:
         variable.reset(token)
+
+
+@contextlib.contextmanager
+def usual_promotion() -> Iterator[None]:
+    """Shapes and dtypes promote as they do by default, whatever the caller asks of his own code."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

@@ -326,6 +326,18 @@ def is_explicit(x: jax.Array) -> bool:
     return _explicit_sharding(x) is not None
 
 
+def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """A context in which there is a mesh: where none is set, the one that traced arrays name.
+
+    Types say shardings wherever arrays lie on a mesh of `jax.make_mesh`, set or not.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        traced = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.core.Tracer)]
+        for sharding in filter(None, map(_explicit_sharding, traced)):
+            return jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh)
+    return contextlib.nullcontext()
+
+
 def checked_axes() -> frozenset[str]:
     """Mesh axes along which types say what varies: those of a `shard_map` that checks."""
     names = tuple(jax.sharding.get_abstract_mesh().manual_axes)

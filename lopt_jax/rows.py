@@ -75,7 +75,9 @@ def part_taker(zero: jax.Array | None, of_state: bool = False) -> PartTaker:
 
     def take(x: jax.Array, starts: Sequence[int], sizes: Sequence[int]) -> jax.Array:
         whole = [n == size for n, size in zip(sizes, x.shape, strict=True)]
-        places = [i if all_ else place_of(i) for i, all_ in zip(starts, whole, strict=True)]
+        places = [
+            np.int32(i) if all_ else place_of(i) for i, all_ in zip(starts, whole, strict=True)
+        ]
         return jax.lax.dynamic_slice(x, places, sizes, allow_negative_indices=False)
 
     return take

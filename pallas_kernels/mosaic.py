@@ -286,7 +286,7 @@ def call(
         body(jax.lax.axis_index("program"), *refs)
 
     kernel.__name__ = name
-    return plgpu.kernel(
+    run = plgpu.kernel(
         kernel,
         out_type=tuple(outputs),
         scratch_types=tuple(scratch),
@@ -297,7 +297,9 @@ def call(
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=reduction_bytes,
         ),
-    )(*arguments)
+    )
+    with jax.enable_x64(False):  # Mosaic counts in 32 bits
+        return run(*arguments)
 
 
 def lowered_kernels() -> dict[bytes, bytes]:

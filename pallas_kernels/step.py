@@ -29,9 +29,9 @@ from lopt_jax.accumulators import (
 )
 from lopt_jax.features import Feature, Operands, Varies
 from lopt_jax.partition import Partition
-from lopt_jax.rows import PartTaker, concatenate, part_taker, unknown_zero
+from lopt_jax.rows import PartTaker, concatenate, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
-from pallas_kernels import batching, matrix_units, mosaic, passes, table
+from pallas_kernels import batching, derivatives, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.lines import PIECE, Block, Lines, pieces, totals, totals_of
 from pallas_kernels.passes import Elements, First, Inputs, Plan, Rates, Table
@@ -190,7 +190,16 @@ def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         return [[] for _ in parts], _first_pass(rule, list(map(_Unit.of, given))), ()
 
-    return batching.over_tensors(passes)([tuple(unit.parts) for unit in units], [], ())[1]
+    def fused(parts: Any) -> list[Moments]:
+        return batching.over_tensors(passes)(parts, [], ())[1]
+
+    def plain(parts: Any) -> list[Moments]:
+        return [
+            derivatives.moments(rule, x, unit.partition, unit.lengths)
+            for x, unit in zip(parts, units, strict=True)
+        ]
+
+    return derivatives.differentiated_as(plain, fused)([tuple(unit.parts) for unit in units])
 
 
 def _first_pass(rule: Rule, units: Sequence[_Unit]) -> list[Moments]:
@@ -266,13 +275,8 @@ def _parameter_moments(rule: Rule, unit: _Unit, needs_parameter: bool) -> Moment
     if not needs_parameter:
         return Moments(None, None, None)
     partition = unit.whole if unit.whole.is_split() else None
-    function = jax.vmap(functools.partial(rules.first_pass, rule, partition=partition))
-    by_part = [function(part.gradient, part.parameter) for part in unit.parts]
-    moments = jax.tree.map(lambda *xs: concatenate(xs), *by_part)
-    if unit.lengths is None:
-        return moments
-    padded = math.prod(unit.shape) / unit.elements
-    return moments._replace(parameter_mean_square=padded * moments.parameter_mean_square)
+    lengths = None if unit.lengths is None else unit.elements
+    return derivatives.moments(rule, unit.parts, partition, lengths)
 
 
 def second_pass(
@@ -320,17 +324,47 @@ def second_pass(
         made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
+    def fused(
+        parts: Any, moments: Any, by_tensor: Any, mlp: MLP, rates: Decays, zero: Any
+    ) -> Updates:
+        # nothing is closed over: that `jax.vmap` could not batch
+        shared = Shared(mlp, mlp_per_tensor), Shared(rates, False), Shared(zero, False)
+        out, _, kept = batching.over_tensors(passes)(parts, moments, by_tensor, *shared)
+        return Updates(out, kept)
+
+    def plain(
+        parts: Any, moments: Any, by_tensor: Any, mlp: MLP, rates: Decays, zero: Any
+    ) -> Updates:
+        del zero
+        scale, weight_decay, _ = by_tensor  # centres of sums are no part of their values
+        made, kept, first = [], [], 0
+        for x, unit, of_unit in zip(parts, units, moments, strict=True):
+            own = np.arange(first, first := first + sum(part.gradient.shape[0] for part in x))
+            network = take_rows(mlp, own) if mlp_per_tensor else mlp
+            updates, of_unit_kept = derivatives.updates(
+                rule,
+                x,
+                unit.partition,
+                unit.lengths,
+                of_unit,
+                (network, mlp_per_tensor),
+                rates,
+                *take_rows((scale, weight_decay), own),
+            )
+            made.append(updates)
+            kept.append(of_unit_kept)
+        return Updates(made, jax.tree.map(lambda *xs: concatenate(xs), *kept))
+
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
     zero = unknown_zero(units[0].parts[0].gradient) if zero is None else zero
-    parts, _, kept = batching.over_tensors(passes)(
+    return derivatives.differentiated_as(plain, fused)(
         [tuple(unit.parts) for unit in units],
         list(moments),
         (scale, weight_decay, statistics),
-        Shared(mlp, mlp_per_tensor),
-        Shared(rates, False),
-        Shared(zero, False),  # not closed over: that `jax.vmap` could not batch
+        mlp,
+        rates,
+        zero,
     )
-    return Updates(parts, kept)
 
 
 class _Result(NamedTuple):

@@ -640,6 +640,39 @@ def test_stacked_axes_as_int_tree_and_function():
     assert [(t.stack, t.shape) for t in prefix] == [((), (5, 3)), ((2,), (3, 4)), ((2,), (5,))]
 
 
+# -- settings of the caller -----------------------------------------------------------------------
+
+
+def program_of(tx):
+    """The update as it is handed to XLA, for leaves of all kinds."""
+    kinds = {"w": ((3, 4), "float32"), "b": ((4,), "bfloat16"), "s": ((), "float16")}
+    params = {name: jax.ShapeDtypeStruct(*kind) for name, kind in kinds.items()}
+    state = jax.eval_shape(tx.init, params)
+    update = jax.jit(functools.partial(tx.update, value=jnp.float32(LOSS)))
+    return update.lower(params, state, params).as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in OPTIMIZERS), ("velo", {"gradient_accumulation": 2})],
+)
+def test_promotion_as_the_caller_has_it_changes_nothing(name, options):
+    """Neither does 64 bit make anything wider."""
+    make = functools.partial(optimizers.make, name, weight_decay=0.1, **options)
+    expected = program_of(make())
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert program_of(make()) == expected
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.float32, PARAMS)
+        state = jax.eval_shape(make().init, params)
+        updated = jax.eval_shape(
+            functools.partial(make().update, value=LOSS), params, state, params
+        )
+    dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)  # noqa: E731
+    assert dtypes(updated) == dtypes((params, state))
+    assert {x.dtype.itemsize for x in jax.tree.leaves(updated)} == {4}
+
+
 # -- over the weights themselves ----------------------------------------------------------------
 
 

@@ -6,6 +6,9 @@ shows that, so these run there and nowhere else.
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +191,29 @@ def in_one_vector(tx, params):
     return unravel(flat)
 
 
+def in_64_bits(tx, params):
+    with jax.enable_x64(True):
+        return donated(tx, params)
+
+
+def offloaded(tx, params):
+    """The state waits in the host's memory."""
+    device = jax.devices()[0]
+    here, there = (
+        jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        for kind in ("device", "pinned_host")
+    )
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(here, there))
+    def step(gradients, params, state):
+        return update(tx, gradients, params, jax.device_put(state, here))
+
+    params, state = jax.tree.map(jnp.copy, params), jax.device_put(tx.init(params), there)
+    for i in range(STEPS):
+        params, state = step(at_step(i), params, state)
+    return params
+
+
 def ensemble(tx, params):
     """One of three members under `jax.vmap`."""
     factors = jnp.float32([0.5, 1.0, 2.0])
@@ -215,6 +241,8 @@ WAYS = (
     branched,
     applied,
     in_one_vector,
+    in_64_bits,
+    offloaded,
     ensemble,
 )
 
@@ -259,11 +287,22 @@ def transformation(backend, make, wrap=None, layers=0):
 def check(run, make, wrap=None, layers=0, dtype=jnp.float32):
     start = draw(0, 0.1, dtype)
     found = run(transformation("pallas", make, wrap, layers), start)
-    for name, want in expected(make, wrap, layers, dtype).items():
-        want, got = np.float64(want), np.float64(found[name])
-        moved, largest = np.max(np.abs(want - np.float64(start[name]))), np.max(np.abs(want))
-        rounding = 1e-6 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
+    assert_equal(found, expected(make, wrap, layers, dtype), start)
+
+
+def assert_equal(found, expected, start):
+    """Within rounding and a small part of how far the parameters moved."""
+    for (path, want), got, first in zip(
+        jax.tree.leaves_with_path(expected),
+        jax.tree.leaves(found),
+        jax.tree.leaves(start),
+        strict=True,
+    ):
+        rounding = max(1e-6, float(jnp.finfo(first.dtype).eps))
+        want, got, first = (np.float64(x) for x in (want, got, first))
+        moved, largest = np.max(np.abs(want - first)), np.max(np.abs(want))
         error = np.max(np.abs(got - want))
+        name = jax.tree_util.keystr(path)
         assert error <= 2e-4 * moved + rounding * largest, f"{name}: {error}, moved {moved}"
 
 
@@ -296,3 +335,81 @@ def test_layers_of_a_stack(make):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     check(donated, small_fc_lopt, dtype=dtype)
+
+
+@pytest.mark.parametrize("make", **named(small_fc_lopt, velo))
+def test_one_array_in_many_places(make):
+    """Gradients that are the parameters, and leaves that are one array; all of it is changed."""
+    array = draw(0, 0.1)["kernel"]
+
+    def run(tx):
+        def step(params, state):
+            gradients = {"first": params["second"], "second": params["first"]}
+            return lopt_jax.update_params(tx, gradients, state, params, value=jnp.float32(1.0))
+
+        params = {"first": array, "second": array}
+        params, state = jax.jit(step)(params, tx.init(params))
+        donating = jax.jit(step, donate_argnums=(0, 1))
+        for _ in range(STEPS):
+            params, state = donating(params, state)
+        return params
+
+    start = {"first": array, "second": array}
+    assert_equal(run(make("pallas")), run(make("xla")), start)
+
+
+def test_weights_as_arguments():
+    """`auto` takes the kernels for weights that are no constants of the program."""
+    weights, start = lopt_jax.load_weights("small_fc_lopt"), draw(0, 0.1)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(backend, weights, gradients, params, state):
+        tx = lopt_jax.small_fc_lopt(weights, backend=backend)
+        return update(tx, gradients, params, state)
+
+    def run(backend):
+        params, state = start, lopt_jax.small_fc_lopt(weights).init(start)
+        for i in range(STEPS):
+            params, state = step(backend, weights, at_step(i), params, state)
+        return params
+
+    assert_equal(run("auto"), run("xla"), start)
+    state = lopt_jax.small_fc_lopt(weights).init(start)
+    lowered = step.lower("auto", weights, at_step(0), start, state).as_text()
+    assert "@mosaic_gpu" in lowered
+
+
+CACHED = """
+import hashlib, sys
+import jax, jax.numpy as jnp, lopt_jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+tx = lopt_jax.small_fc_lopt(backend="pallas")
+params = {"w": jnp.linspace(-1.0, 1.0, 512 * 384).reshape(512, 384), "b": jnp.ones(384)}
+state = tx.init(params)
+step = jax.jit(lambda p, s: lopt_jax.update_params(tx, p, s, p), donate_argnums=(0, 1))
+before = sum(hits)
+for _ in range(5):
+    params, state = step(params, state)
+bits = b"".join(bytes(memoryview(jax.device_get(x)).cast("B")) for x in jax.tree.leaves(params))
+print(hashlib.sha256(bits).hexdigest(), sum(hits) - before)
+"""
+
+
+def test_from_the_compilation_cache(tmp_path):
+    """A second process runs what the first one compiled, to the same bits."""
+
+    def run():
+        command = [sys.executable, "-c", CACHED, str(tmp_path)]
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        output = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert output.returncode == 0, output.stderr
+        bits, hits = output.stdout.split()
+        return bits, int(hits)
+
+    (first, none), (second, some) = run(), run()
+    assert first == second
+    assert none == 0
+    assert some > 0

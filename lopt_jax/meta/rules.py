@@ -105,8 +105,7 @@ def make_rule(
       config: the architecture's config, as in `lopt_jax.Weights.config`.
       learning_rate: the peak of the schedule, for rules that are given one.
       weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
-      backend: as the optimizers'; "auto" takes the kernels, where they can run, inside
-        `backends.batch` alone.
+      backend: as the optimizers'.
 
     Returns:
       A function that builds the optimizer.

@@ -35,6 +35,7 @@ def accumulate_gradients(
       google/learned_optimization, `optimizers/gradient_accumulator.py`.
     """
 
+    @common.surrounded
     def init(params: Any) -> AccumulationState:
         return AccumulationState(
             micro_step=jnp.zeros((), jnp.int32),
@@ -43,6 +44,7 @@ def accumulate_gradients(
             inner=inner.init(params),
         )
 
+    @common.surrounded
     def update(
         gradients: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, AccumulationState]:

@@ -12,7 +12,8 @@ from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import BACKENDS, constant_weights, is_traced
-from lopt_jax.partition import current_shards, shards
+from lopt_jax.context import usual_promotion
+from lopt_jax.partition import current_shards, mesh_of, shards
 from lopt_jax.tensors import partitions_of_leaves, tensors_of
 
 GRADIENT_CLIP = 1000.0  # of every element, where the original clips
@@ -171,6 +172,17 @@ class Options:
         return rate, rate * decay
 
 
+def surrounded[Result](function: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of trees whose code is traced the same however its caller has set jax."""
+
+    @functools.wraps(function)
+    def wrapped(*trees: Any, **options: Any) -> Result:
+        with usual_promotion(), mesh_of(trees):
+            return function(*trees, **options)
+
+    return wrapped
+
+
 def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
     """As `optax.clip_by_global_norm`, but in float32 whatever the gradients' dtype.
 
@@ -181,6 +193,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
       A stateless transformation; its updates are float32 at least.
     """
 
+    @surrounded
     def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
         wide = jax.tree.map(to_float32, gradients)
         with shards(shards_of_leaves):
@@ -262,6 +275,7 @@ def transformation(
 
         return update_fn
 
+    init, update, apply = surrounded(init), surrounded(update), apply and surrounded(apply)
     if apply is None:
         return optax.GradientTransformationExtraArgs(init, compiled(update))
     return LearnedTransformation.of(init, compiled(update), compiled(apply))

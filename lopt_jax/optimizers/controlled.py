@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax import backends, controller, engine
+from lopt_jax import controller, engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
@@ -95,7 +95,6 @@ def controlled(
     momenta = len(config["initial_momentum_decays"])
     factored = len(config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = backends.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> ControlledState:
         tensors = count_tensors(params, stacked_axes)
@@ -121,7 +120,7 @@ def controlled(
     ) -> tuple[Any, ControlledState]:
         loss, shared = observe_loss(name, state.loss, value, state.count, num_steps, loss_horizon)
         prepared = engine.first_pass(
-            rule, gradients, params, state.accumulators, stacked_axes, backend
+            rule, gradients, params, state.accumulators, stacked_axes, options.backend
         )
         quickly = may_work(
             max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)

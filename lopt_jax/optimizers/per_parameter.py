@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt_jax import backends, engine
+from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
@@ -61,7 +61,6 @@ def per_parameter(
     momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
-    backend = backends.backend_for(options.backend, weights.params)
 
     def init(params: Any) -> PerParameterState:
         accumulators = init_accumulators(
@@ -80,7 +79,7 @@ def per_parameter(
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
         prepared = engine.first_pass(
-            rule, gradients, params, state.accumulators, stacked_axes, backend
+            rule, gradients, params, state.accumulators, stacked_axes, options.backend
         )
         results, accumulators, _ = engine.second_pass(
             rule,

@@ -1,0 +1,130 @@
+"""The two calls in plain jnp, which is what they are differentiated as.
+
+Kernels have no derivatives. Where one is asked for, `lopt_jax.rule` makes the values too.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from lopt_jax import rule as rules
+from lopt_jax.partition import Partition
+from lopt_jax.rows import concatenate, take_rows
+from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+
+
+def differentiated_as[Result](
+    plain: Callable[..., Result], function: Callable[..., Result]
+) -> Callable[..., Result]:
+    """A function with the derivatives, of every order, of another that computes the same."""
+    run = jax.custom_jvp(function)
+
+    @functools.partial(run.defjvp, symbolic_zeros=True)
+    def derivative(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(primals)
+        directions = treedef.flatten_up_to(tangents)
+        # what is constant stays so: zeros in place of its tangents would be multiplied and added
+        varies = [not isinstance(x, SymbolicZero) for x in directions]
+
+        def of_varying(*varying: jax.Array) -> Result:
+            given = iter(varying)
+            own = [next(given) if v else x for v, x in zip(varies, leaves, strict=True)]
+            return plain(*treedef.unflatten(own))
+
+        chosen = (tuple(itertools.compress(x, varies)) for x in (leaves, directions))
+        return jax.jvp(of_varying, *chosen)
+
+    return run
+
+
+def moments(
+    rule: Rule,
+    parts: Sequence[Any],
+    partition: Partition | None,
+    lengths: Sequence[int] | np.ndarray | None,
+) -> Moments:
+    """Pass A over the tensors of a unit; arguments as in `step.Unit`."""
+    function = jax.vmap(lambda g, p: rules.first_pass(rule, g, p, partition))
+    out = _joined([function(part.gradient, part.parameter) for part in parts])
+    if lengths is None or out.parameter_mean_square is None:
+        return out
+    padded = parts[0].gradient.shape[1] / np.float32(lengths)
+    return out._replace(parameter_mean_square=padded * out.parameter_mean_square)
+
+
+def updates(
+    rule: Rule,
+    parts: Sequence[Any],
+    partition: Partition | None,
+    lengths: Sequence[int] | None,
+    moments: Moments,
+    networks: tuple[MLP, bool],
+    decays: Any,
+    scale: jax.Array,
+    weight_decay: jax.Array,
+) -> tuple[list[TensorUpdate], Statistics | None]:
+    """Passes B and C over the tensors of a unit; arguments as in `step.Unit`, `step.second_pass`.
+
+    Returns:
+      The updates of each part, and the statistics of all tensors.
+    """
+    mlp, per_tensor = networks
+    whole = _joined(parts)
+
+    def run(mlp: MLP, moments: Moments, x: Any, scale: Any, decay: Any) -> TensorUpdate:
+        made = rules.second_pass(
+            rule,
+            mlp,
+            moments,
+            x.gradient,
+            x.parameter,
+            x.accumulators,
+            decays,
+            scale,
+            decay,
+            partition,
+        )
+        return made._replace(update=made.update.astype(x.parameter.dtype))
+
+    over_tensors = jax.vmap(run, (0 if per_tensor else None, 0, 0, 0, 0))
+    if lengths is None:
+        made = over_tensors(mlp, moments, whole, scale, weight_decay)
+    else:
+        longest = whole.gradient.shape[1]
+        by_length, positions = [], []
+        for n in dict.fromkeys(lengths):
+            members = [i for i, other in enumerate(lengths) if other == n]
+            own = take_rows((moments, whole, scale, weight_decay), members)
+            cut = jax.tree.map(lambda x, n=n: x[..., :n] if x.shape[-1] == longest else x, own[1])
+            network = take_rows(mlp, members) if per_tensor else mlp
+            of_length = over_tensors(network, own[0], cut, *own[2:])
+            by_length.append(_padded(of_length, longest))
+            positions += members
+        made = take_rows(_joined(by_length), np.argsort(positions))
+    ends = np.cumsum([part.gradient.shape[0] for part in parts])
+    pieces = [
+        jax.tree.map(lambda x, k=k: jnp.split(x, ends[:-1])[k], made) for k in range(len(parts))
+    ]
+    return [piece._replace(statistics=None) for piece in pieces], made.statistics
+
+
+def _joined(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *xs: concatenate(xs), *trees)
+
+
+def _padded(update: TensorUpdate, longest: int) -> TensorUpdate:
+    """What was made of vectors, padded again."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, longest - x.shape[-1])])
+
+    new = update.accumulators
+    momentum, second_moment, row = jax.tree.map(pad, (new.momentum, new.second_moment, new.row))
+    accumulators = new._replace(momentum=momentum, second_moment=second_moment, row=row)
+    return update._replace(update=pad(update.update), accumulators=accumulators)
