@@ -5,7 +5,6 @@ import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import jax
 
@@ -42,11 +41,6 @@ def constant_weights(are_constant: bool) -> AbstractContextManager[None]:
 def weights_are_constant() -> bool:
     """What `constant_weights` was told."""
     return _constant_weights.get()
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether some of the arrays have no values yet."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 @functools.cache

@@ -1,10 +1,13 @@
-"""Values that hold while something is traced."""
+"""What holds while something is traced."""
 
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import jax
+
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextlib.contextmanager
@@ -22,3 +25,37 @@ def usual_promotion() -> Iterator[None]:
     """Shapes and dtypes promote as they do by default, whatever the caller asks of his own code."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def running_on(platform: str | None) -> contextlib.AbstractContextManager[None]:
+    """Says, while it is traced, which platform runs it; None: what `device` finds."""
+    return holding(_platform, platform)
+
+
+def platform_of(tree: Any) -> str | None:
+    """The platform that arrays lie on; None where they have no values yet."""
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return next((_device_of(x).platform for x in arrays if not is_traced(x)), None)
+
+
+def _device_of(x: jax.Array) -> jax.Device:
+    return next(iter(x.sharding.device_set))
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether some of the arrays have no values yet."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+
+
+def device() -> jax.Device:
+    """A device that runs what is traced, as far as that is known: else the default one."""
+    default = _platform.get() or jax.config.jax_default_device
+    if isinstance(default, jax.Device):
+        return default
+    return jax.local_devices(backend=default)[0]
+
+
+def platform() -> str:
+    """The platform of `device`: "cpu", "gpu" or "tpu"."""
+    is_known = _platform.get() or jax.config.jax_default_device
+    return device().platform if is_known else jax.default_backend()

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.context import platform
 from lopt_jax.partition import (
     BATCH,
     REPLICATED_ELEMENTS,
@@ -431,7 +432,7 @@ def _turns(
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
     large = [i for i in candidates if is_large(groups[i])]
-    if jax.default_backend() == "cpu" or len(large) <= LARGE_GROUPS:
+    if platform() == "cpu" or len(large) <= LARGE_GROUPS:
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:

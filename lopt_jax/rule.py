@@ -32,6 +32,7 @@ from lopt_jax.accumulators import (
     update_second_moment,
 )
 from lopt_jax.blocks import map_blocks
+from lopt_jax.context import platform
 from lopt_jax.features import Feature, FeatureSet, Operands, Varies
 from lopt_jax.partition import Partition
 from lopt_jax.reductions import mean, means
@@ -631,7 +632,7 @@ def product_precision(precision: jax.lax.Precision, dtype: Any) -> Any:
     and took an eighth longer on an H200 (docs/kernels.md).
     """
     is_high = precision == jax.lax.Precision.HIGH and dtype == jnp.float32
-    if is_high and jax.default_backend() == "gpu":
+    if is_high and platform() == "gpu":
         return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
     return precision
 
@@ -675,7 +676,7 @@ def _step_by_blocks(
         return output_step(hidden[0], hidden[1], rule.exp_mult)
 
     arguments = (operands, folded.row_bias, folded.column_bias)
-    of_device = 1 << 16 if jax.default_backend() == "cpu" else 1 << 18
+    of_device = 1 << 16 if platform() == "cpu" else 1 << 18
     elements = rule.block_elements or of_device
     return map_blocks(step, arguments, operands.gradient.shape, elements)
 

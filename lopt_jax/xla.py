@@ -18,6 +18,7 @@ import numpy as np
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.backends import batch_size, weights_are_constant
+from lopt_jax.context import platform
 from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
 from lopt_jax.rows import concatenate, part_taker, unknown_zero
@@ -54,7 +55,7 @@ def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
 
 def network_form(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     """The rule for a group: with its network written out where that is worth its compilation."""
-    device = jax.default_backend()
+    device = platform()
     if device == "cpu":
         # other weights are read anew for every element, also those that a partitioner hands on
         known = weights_are_constant() and is_local()
@@ -175,7 +176,7 @@ def joined_calls(
     On a GPU a launch takes longer than the products of a small tensor. Few groups at a time: every
     feature of each of them is code of one kernel.
     """
-    joins = jax.default_backend() == "gpu" and len(groups) <= FUSED_SMALL_GROUPS
+    joins = platform() == "gpu" and len(groups) <= FUSED_SMALL_GROUPS
     apart = mlp_per_tensor or rule.accumulator_statistics or not is_local()
     if not joins or apart or hidden < rules.WIDE_HIDDEN_SIZE:
         return []

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import arith, llvm
 
+from lopt_jax import context
 from pallas_kernels import inline
 
 WARPS = 4
@@ -32,7 +33,7 @@ def unsupported_reason() -> str | None:
     """Why the kernels cannot run here, or None: they run on Hopper GPUs and in the interpreter."""
     if is_interpreting():
         return None
-    device = jax.local_devices()[0]
+    device = context.device()
     if device.platform not in ("gpu", "cuda"):
         return f"the default device is a {device.platform.upper()}, not an NVIDIA GPU"
     capability = str(getattr(device, "compute_capability", "unknown"))

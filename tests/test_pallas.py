@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
-from lopt_jax import backends
+from lopt_jax import backends, context
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
@@ -542,7 +543,10 @@ def test_settings_of_the_caller_change_no_kernel(monkeypatch, name):
     promotion = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
     with jax.enable_x64(True), promotion[0], promotion[1]:
         assert lowered() == launches
-    assert set(mosaic.lowered_kernels()) == known
+    new = {key: mosaic.lowered_kernels()[key] for key in set(mosaic.lowered_kernels()) - known}
+    # before jax 0.12 a kernel's code has its number among all
+    assert all(re.search(rb"lopt_[a-z_]+_\d", code) for code in new.values())
+    assert jax.__version_info__ < (0, 12) or not new
 
 
 @pytest.mark.parametrize("names", ["parameters", "state"])
@@ -753,6 +757,24 @@ class TestBackend:
             pytest.skip("the kernels run here")
         with pytest.raises(NotImplementedError, match=r"backend='pallas'.*not an NVIDIA GPU"):
             self.update("pallas")
+
+    def test_device(self, monkeypatch):
+        """The default one, unless a device is named or arrays lie elsewhere."""
+        cpu, seen = jax.devices("cpu")[0], []
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert context.platform() == "gpu"
+        for named in (cpu, "cpu"):
+            with jax.default_device(named):
+                assert context.platform() == "cpu"
+                assert context.device() == cpu
+        monkeypatch.setattr(
+            mosaic, "unsupported_reason", lambda: seen.append(context.platform()) or "no reason"
+        )
+        tx, params = lopt_jax.small_fc_lopt(), {"w": jnp.ones((3, 4))}
+        state = tx.init(params)
+        tx.update(params, state, params)
+        jax.eval_shape(tx.update, params, state, params)
+        assert seen == ["cpu", "gpu"]
 
     def test_auto_says_why(self, caplog):
         if mosaic.unsupported_reason() is None:

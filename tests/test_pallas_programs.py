@@ -379,6 +379,27 @@ def test_weights_as_arguments():
     assert "@mosaic_gpu" in lowered
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_on_the_cpu_beside_a_gpu(is_compiled):
+    """`auto` knows it by the default device, or by where arrays lie that have values."""
+    cpu = jax.devices("cpu")[0]
+    start = jax.device_put(draw(0, 0.1), cpu)
+    tx = velo("auto")
+    if is_compiled:
+        with jax.default_device(cpu):
+            updates, _ = jax.jit(functools.partial(tx.update, value=1.0))(
+                start, tx.init(start), start
+            )
+    else:
+        updates, _ = tx.update(start, tx.init(start), start, value=1.0)
+    assert {x.device for x in jax.tree.leaves(updates)} == {cpu}
+    start = draw(0, 0.1)
+    tx = velo("xla")
+    expected, _ = jax.jit(functools.partial(tx.update, value=1.0))(start, tx.init(start), start)
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, 0, 1e-4 * float(jnp.max(jnp.abs(b))))
+
+
 CACHED = """
 import hashlib, sys
 import jax, jax.numpy as jnp, lopt_jax

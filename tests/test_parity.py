@@ -64,7 +64,8 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     def update():
         xla.passes.cache_clear()
         tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
-        return tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params)
+        # compiled here: arrays with values would tell where they lie
+        return jax.jit(lambda: tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params))()
 
     expected, of_cpu = update(), len(calls)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -119,9 +120,10 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
             precision="highest",
         )
         state, out = tx.init(params), []
+        compiled = jax.jit(tx.update)  # arrays with values would tell where they lie
         for step in range(2):
             gradients = optimizers.random_like(params, step + 1) | {"none": None}
-            updates, state = tx.update(gradients, state, params)
+            updates, state = compiled(gradients, state, params)
             out.append(updates)
         return out, state
 

@@ -1,5 +1,6 @@
 """Sharded updates against the update on one device."""
 
+import contextlib
 import functools
 
 import jax
@@ -193,13 +194,22 @@ def test_jit_uneven(name):
 
 @pytest.mark.parametrize(("name", "layout"), cases({("small_fc_lopt_h32", "grid")}))
 def test_explicit(name, layout):
+    check_explicit(name, layout, jax.set_mesh)
+
+
+@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo", "elo_celo2"]))
+def test_explicit_where_no_mesh_is_set(name):
+    check_explicit(name, "grid", contextlib.nullcontext)
+
+
+def check_explicit(name, layout, mesh_set):
     """Types say the shardings; the state's are those of the parameters, from init on."""
     shape, names, specs = LAYOUTS[layout]
     mesh = mesh_of(shape, names, AxisType.Explicit)
     tx = make(name)
     params = make_params()
     shardings = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
-    with jax.set_mesh(mesh):
+    with mesh_set(mesh):
         params = jax.device_put(params, shardings)
         state = jax.jit(tx.init)(params)
 

@@ -66,20 +66,20 @@ def test_turns_change_nothing(name, stacked_axes, monkeypatch):
     gradients = jax.tree.map(lambda x: jnp.sin(3 * x) * 0.1, params)
     tx = optimizers.make(name, stacked_axes=stacked_axes)
 
-    def steps():
+    def steps(gradients):
         state = tx.init(params)
         for _ in range(2):
             updates, state = tx.update(gradients, state, params, value=jnp.float32(1.5))
         return updates, state
 
     monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 8)
-    expected = jax.jit(steps)()
+    expected = jax.jit(steps)(gradients)
     jax.clear_caches()
     monkeypatch.setattr(groups, "LARGE_GROUPS", 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
     take_turns, calls = xla.in_turn, []
     monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or take_turns(*xs))
-    got = jax.jit(lambda: steps())()
+    got = jax.jit(lambda xs: steps(xs))(gradients)
     assert calls.count(3) == 3  # three kinds of leaves, traced once for both steps
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)
 

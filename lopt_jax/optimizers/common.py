@@ -11,8 +11,8 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.applying import LearnedTransformation
-from lopt_jax.backends import BACKENDS, constant_weights, is_traced
-from lopt_jax.context import usual_promotion
+from lopt_jax.backends import BACKENDS, constant_weights
+from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, shards
 from lopt_jax.tensors import partitions_of_leaves, tensors_of
 
@@ -256,11 +256,13 @@ def transformation(
     """
 
     def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-        def lopt_update(partitions: Any, constant: bool, *arguments: Any) -> tuple[Any, Any]:
-            with shards(partitions), constant_weights(constant):
+        def lopt_update(
+            partitions: Any, constant: bool, platform: str | None, *arguments: Any
+        ) -> tuple[Any, Any]:
+            with shards(partitions), constant_weights(constant), running_on(platform):
                 return function(*arguments)
 
-        jitted = jax.jit(lopt_update, static_argnums=(0, 1))
+        jitted = jax.jit(lopt_update, static_argnums=(0, 1, 2))
 
         @functools.wraps(function)
         def update_fn(
@@ -271,7 +273,7 @@ def transformation(
             # in a program of the caller's, arrays that have values are its constants
             constant = is_traced(updates) and not is_traced(meta_parameters)
             arguments = (meta_parameters, updates, state, params, value)
-            return jitted(current_shards(), constant, *arguments)
+            return jitted(current_shards(), constant, platform_of(updates), *arguments)
 
         return update_fn
 
