@@ -770,7 +770,7 @@ class TestBackend:
         monkeypatch.setattr(
             mosaic, "unsupported_reason", lambda: seen.append(context.platform()) or "no reason"
         )
-        tx, params = lopt_jax.small_fc_lopt(), {"w": jnp.ones((3, 4))}
+        tx, params = lopt_jax.small_fc_lopt(), jax.device_put({"w": jnp.ones((3, 4))}, cpu)
         state = tx.init(params)
         tx.update(params, state, params)
         jax.eval_shape(tx.update, params, state, params)
