@@ -17,6 +17,7 @@ from lopt_jax import rule as rules
 from lopt_jax import xla
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
 from lopt_jax.backends import choose_backend, kernels_split
+from lopt_jax.context import platform
 from lopt_jax.groups import (
     Call,
     Factors,
@@ -290,7 +291,7 @@ def _second_pass(
             if x.on_kernels:
                 continue
             run = (
-                xla.passes(rule, mlp_per_tensor)
+                xla.passes(rule, mlp_per_tensor, platform())
                 if x.partition is None
                 else xla.on_xla(rule, mlp_per_tensor, x.partition)
             )

@@ -81,8 +81,8 @@ def on_xla(
 
 
 @functools.lru_cache(maxsize=64)
-def passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
-    """The same over whole tensors, traced once for all groups of that shape."""
+def passes(rule: Rule, mlp_per_tensor: bool, platform: str) -> Callable[..., TensorUpdate]:
+    """The same over whole tensors, traced once for a platform and all groups of that shape."""
     return jax.jit(on_xla(rule, mlp_per_tensor, None))
 
 
