@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.optimizers.celo_adam import CeloAdamState
-from lopt_jax.optimizers.common import to_float32
+from lopt_jax.optimizers.common import surrounded, to_float32
 from lopt_jax.optimizers.controlled import ControlledState
 from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
 
@@ -26,6 +26,7 @@ class Diagnostics(NamedTuple):
     total_step_norm: jax.Array  # (), L2 norm of all updates
 
 
+@surrounded
 def diagnose(
     updates: Any, state: Any, params: Any, stacked_axes: StackedAxes = None
 ) -> Diagnostics:

@@ -110,6 +110,15 @@ def test_missing_gradients_and_zero_parameters(params):
     assert np.isfinite(measured.total_step_norm)
 
 
+def test_promotion_as_the_caller_has_it_changes_nothing(params):
+    params["b"] = params["b"].astype(jnp.bfloat16)
+    updates, state = one_step(optimizers.plain("velo"), params)
+    expected = diagnose(updates, state, params)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        got = diagnose(updates, state, params)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
 def test_scalars_have_flat_names(params):
     scalars = to_scalars(diagnose(*one_step(optimizers.plain("celo"), params), params))
     assert "step_norm['w']" in scalars
