@@ -34,12 +34,10 @@ def running_on(platform: str | None) -> contextlib.AbstractContextManager[None]:
 
 def platform_of(tree: Any) -> str | None:
     """The platform that arrays lie on; None where they have no values yet."""
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    return next((_device_of(x).platform for x in arrays if not is_traced(x)), None)
-
-
-def _device_of(x: jax.Array) -> jax.Device:
-    return next(iter(x.sharding.device_set))
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return next(iter(x.devices())).platform
+    return None
 
 
 def is_traced(tree: Any) -> bool:
@@ -49,13 +47,15 @@ def is_traced(tree: Any) -> bool:
 
 def device() -> jax.Device:
     """A device that runs what is traced, as far as that is known: else the default one."""
-    default = _platform.get() or jax.config.jax_default_device
-    if isinstance(default, jax.Device):
-        return default
-    return jax.local_devices(backend=default)[0]
+    named = _named()
+    return named if isinstance(named, jax.Device) else jax.local_devices(backend=named)[0]
 
 
 def platform() -> str:
     """The platform of `device`: "cpu", "gpu" or "tpu"."""
-    is_known = _platform.get() or jax.config.jax_default_device
-    return device().platform if is_known else jax.default_backend()
+    return jax.default_backend() if _named() is None else device().platform
+
+
+def _named() -> jax.Device | str | None:
+    """The device, or only its platform, where one of them was named."""
+    return _platform.get() or jax.config.jax_default_device

@@ -33,7 +33,7 @@ from lopt_jax.groups import (
     scatter,
 )
 from lopt_jax.partition import Partition, Partitions, is_local, spread
-from lopt_jax.rows import concatenate, part_taker, take_rows, unknown_zero
+from lopt_jax.rows import concatenate, in_order, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.tensors import StackedAxes, Tensors, number_of, paths, tensors_of
 
@@ -105,9 +105,7 @@ def _whole_moments(
             part(moments.parameter_mean_square, None),
         )
 
-    whole = [
-        _in_order([(members, own(x, members, m)) for x, members, m in unit]) for unit in pieces
-    ]
+    whole = [in_order([(members, own(x, members, m)) for x, members, m in unit]) for unit in pieces]
     nothing = jnp.zeros((0,), jnp.float32)  # where no tensor has moments
     flat = jnp.concatenate([nothing, *(x.reshape(-1) for x in jax.tree.leaves(whole))])
     return jax.lax.psum(flat, names) if names else flat
@@ -177,7 +175,7 @@ def _first_pass(
             pieces[x.unit].append((x, x.members, of_shards))
         if crosses:
             return _whole_moments(pieces, groups)
-        return [_in_order([piece[1:] for piece in unit]) for unit in pieces]
+        return [in_order([piece[1:] for piece in unit]) for unit in pieces]
 
     moments = spread(
         first,
@@ -212,15 +210,6 @@ def _step_units(
         )
         for x in shards
     ]
-
-
-def _in_order(pieces: Sequence[tuple[Sequence[int], Any]]) -> Any:
-    """Joins trees of arrays with a leading axis of tensors, given the positions of these."""
-    joined = jax.tree.map(lambda *xs: concatenate(xs), *(tree for _, tree in pieces))
-    positions = [k for members, _ in pieces for k in members]
-    if positions == sorted(positions):
-        return joined
-    return take_rows(joined, np.argsort(positions))
 
 
 def _second_pass(
@@ -305,7 +294,7 @@ def _second_pass(
             kept.append((tensors(x.members), statistics))
         if any(statistics is None for _, statistics in kept):
             return updates, None
-        return updates, _in_order(kept)
+        return updates, in_order(kept)
 
     shared, of_all = dims[0].shared, dims[0].by_tensor if len(dims) == 1 else dims[0].shared
     return spread(

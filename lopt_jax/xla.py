@@ -21,7 +21,7 @@ from lopt_jax.backends import batch_size, weights_are_constant
 from lopt_jax.context import platform
 from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
-from lopt_jax.rows import concatenate, part_taker, unknown_zero
+from lopt_jax.rows import join_trees, part_taker, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.turns import in_turn
 
@@ -81,8 +81,8 @@ def on_xla(
 
 
 @functools.lru_cache(maxsize=64)
-def passes(rule: Rule, mlp_per_tensor: bool, platform: str) -> Callable[..., TensorUpdate]:
-    """The same over whole tensors, traced once for a platform and all groups of that shape."""
+def passes(rule: Rule, mlp_per_tensor: bool, on: str) -> Callable[..., TensorUpdate]:
+    """The same over whole tensors, traced once for all groups of that shape on a platform."""
     return jax.jit(on_xla(rule, mlp_per_tensor, None))
 
 
@@ -99,8 +99,7 @@ def moments_of(
       Moments, with a leading axis of the tensors of all groups.
     """
     traced_once = jax.jit(functools.partial(over_tensors, function))
-    moments = [traced_once(*pair) for pair in pairs]
-    return jax.tree.map(lambda *xs: concatenate(xs), *moments)
+    return join_trees([traced_once(*pair) for pair in pairs])
 
 
 def updates_in_turn(

@@ -14,8 +14,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from lopt_jax import rule as rules
+from lopt_jax.accumulators import Decays
+from lopt_jax.groups import Factors
 from lopt_jax.partition import Partition
-from lopt_jax.rows import concatenate, take_rows
+from lopt_jax.rows import in_order, join_trees, take_rows
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 
 
@@ -51,7 +53,7 @@ def moments(
 ) -> Moments:
     """Pass A over the tensors of a unit; arguments as in `step.Unit`."""
     function = jax.vmap(lambda g, p: rules.first_pass(rule, g, p, partition))
-    out = _joined([function(part.gradient, part.parameter) for part in parts])
+    out = join_trees([function(part.gradient, part.parameter) for part in parts])
     if lengths is None or out.parameter_mean_square is None:
         return out
     padded = parts[0].gradient.shape[1] / np.float32(lengths)
@@ -64,58 +66,42 @@ def updates(
     partition: Partition | None,
     lengths: Sequence[int] | None,
     moments: Moments,
-    networks: tuple[MLP, bool],
-    decays: Any,
-    scale: jax.Array,
-    weight_decay: jax.Array,
+    factors: Factors,
+    mlp_per_tensor: bool,
+    decays: Decays,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
     """Passes B and C over the tensors of a unit; arguments as in `step.Unit`, `step.second_pass`.
 
     Returns:
       The updates of each part, and the statistics of all tensors.
     """
-    mlp, per_tensor = networks
-    whole = _joined(parts)
+    whole = join_trees(parts)
 
-    def run(mlp: MLP, moments: Moments, x: Any, scale: Any, decay: Any) -> TensorUpdate:
-        made = rules.second_pass(
-            rule,
-            mlp,
-            moments,
-            x.gradient,
-            x.parameter,
-            x.accumulators,
-            decays,
-            scale,
-            decay,
-            partition,
-        )
+    def run(mlp: MLP, rates: tuple[Any, Any], moments: Moments, x: Any) -> TensorUpdate:
+        arrays = (x.gradient, x.parameter, x.accumulators)
+        made = rules.second_pass(rule, mlp, moments, *arrays, decays, *rates, partition)
         return made._replace(update=made.update.astype(x.parameter.dtype))
 
-    over_tensors = jax.vmap(run, (0 if per_tensor else None, 0, 0, 0, 0))
+    def of_tensors(of: Factors, moments: Moments, x: Any) -> TensorUpdate:
+        over = jax.vmap(run, (0 if mlp_per_tensor else None, 0, 0, 0))
+        return over(of.mlp, (of.scale, of.weight_decay), moments, x)
+
     if lengths is None:
-        made = over_tensors(mlp, moments, whole, scale, weight_decay)
+        made = of_tensors(factors, moments, whole)
     else:
-        longest = whole.gradient.shape[1]
-        by_length, positions = [], []
+        longest, by_length = whole.gradient.shape[1], []
         for n in dict.fromkeys(lengths):
             members = [i for i, other in enumerate(lengths) if other == n]
-            own = take_rows((moments, whole, scale, weight_decay), members)
-            cut = jax.tree.map(lambda x, n=n: x[..., :n] if x.shape[-1] == longest else x, own[1])
-            network = take_rows(mlp, members) if per_tensor else mlp
-            of_length = over_tensors(network, own[0], cut, *own[2:])
-            by_length.append(_padded(of_length, longest))
-            positions += members
-        made = take_rows(_joined(by_length), np.argsort(positions))
+            own, x = take_rows((moments, whole), members)
+            cut = jax.tree.map(lambda x, n=n: x[..., :n] if x.shape[-1] == longest else x, x)
+            of_length = of_tensors(factors.rows(members, mlp_per_tensor), own, cut)
+            by_length.append((members, _padded(of_length, longest)))
+        made = in_order(by_length)
     ends = np.cumsum([part.gradient.shape[0] for part in parts])
     pieces = [
         jax.tree.map(lambda x, k=k: jnp.split(x, ends[:-1])[k], made) for k in range(len(parts))
     ]
     return [piece._replace(statistics=None) for piece in pieces], made.statistics
-
-
-def _joined(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *xs: concatenate(xs), *trees)
 
 
 def _padded(update: TensorUpdate, longest: int) -> TensorUpdate:

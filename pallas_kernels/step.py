@@ -28,8 +28,9 @@ from lopt_jax.accumulators import (
     update_average,
 )
 from lopt_jax.features import Feature, Operands, Varies
+from lopt_jax.groups import Factors
 from lopt_jax.partition import Partition
-from lopt_jax.rows import PartTaker, concatenate, part_taker, take_rows, unknown_zero
+from lopt_jax.rows import PartTaker, concatenate, join_trees, part_taker, unknown_zero
 from lopt_jax.rule import MLP, Folded, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, derivatives, matrix_units, mosaic, passes, table
 from pallas_kernels.batching import Shared
@@ -336,24 +337,22 @@ def second_pass(
         parts: Any, moments: Any, by_tensor: Any, mlp: MLP, rates: Decays, zero: Any
     ) -> Updates:
         del zero
-        scale, weight_decay, _ = by_tensor  # centres of sums are no part of their values
-        made, kept, first = [], [], 0
+        factors, made, kept, first = Factors(mlp, *by_tensor), [], [], 0
         for x, unit, of_unit in zip(parts, units, moments, strict=True):
-            own = np.arange(first, first := first + sum(part.gradient.shape[0] for part in x))
-            network = take_rows(mlp, own) if mlp_per_tensor else mlp
+            own = range(first, first := first + sum(part.gradient.shape[0] for part in x))
             updates, of_unit_kept = derivatives.updates(
                 rule,
                 x,
                 unit.partition,
                 unit.lengths,
                 of_unit,
-                (network, mlp_per_tensor),
+                factors.rows(own, mlp_per_tensor),
+                mlp_per_tensor,
                 rates,
-                *take_rows((scale, weight_decay), own),
             )
             made.append(updates)
             kept.append(of_unit_kept)
-        return Updates(made, jax.tree.map(lambda *xs: concatenate(xs), *kept))
+        return Updates(made, join_trees(kept))
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
     zero = unknown_zero(units[0].parts[0].gradient) if zero is None else zero
