@@ -20,10 +20,14 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.benchmark import gpu_events
 from lopt_jax.features import small_fc_features, velo_features
-from lopt_jax.rule import WIDE_HIDDEN_SIZE, Rule
-from pallas_kernels import matrix_units, step, table
+from lopt_jax.rule import Rule
+from pallas_kernels import matrix_units, table, tuning
+from pallas_kernels.first_pass import first_sums
 from pallas_kernels.lines import PIECE, pieces
-from pallas_kernels.passes import First, Inputs, Rates, Table
+from pallas_kernels.operands import First, Inputs
+from pallas_kernels.sums_pass import Rates, square_sums
+from pallas_kernels.units import Part, elements_of
+from pallas_kernels.update_pass import Table, update
 from pallas_kernels.view import View
 
 SHAPES = ((8192, 8192), (50257, 1024), (4096, 1024))
@@ -42,14 +46,14 @@ def sets_for(shape: tuple[int, ...]) -> int:
     return max(2, min(16, (1 << 28) // math.prod(shape)))
 
 
-def tensors(shape: tuple[int, ...], count: int, seed: int = 0) -> list[step.Part]:
+def tensors(shape: tuple[int, ...], count: int, seed: int = 0) -> list[Part]:
     """Random tensors with their accumulators."""
 
     @jax.jit
-    def make(key: jax.Array) -> step.Part:
+    def make(key: jax.Array) -> Part:
         keys = jax.random.split(key, 6)
         normal = lambda k, scale: scale * jax.random.normal(k, (1, *shape), jnp.float32)  # noqa: E731
-        return step.Part(
+        return Part(
             gradient=normal(keys[0], 0.1),
             parameter=normal(keys[1], 1.0),
             accumulators=Accumulators(
@@ -79,7 +83,7 @@ def small_fc_rule(precision: str = "highest") -> Rule:
 
 
 def make_inputs(
-    view: View, rule: Rule, part: step.Part, hidden: int, seed: int = 1
+    view: View, rule: Rule, part: Part, hidden: int, seed: int = 1
 ) -> tuple[Inputs, Any, Inputs, Table]:
     """Inputs of passes B and C, and the entries of their tables."""
     key = iter(jax.random.split(jax.random.key(seed), 100))
@@ -94,7 +98,7 @@ def make_inputs(
     across_start = pieces(view.down) * PIECE
     size = across_start + pieces(view.across) * PIECE
     matrices = None
-    if step.uses_matrix_units(rule, hidden):
+    if tuning.uses_matrix_units(rule, hidden):
         packed = matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers)
         biases = matrix_units.pack_biases(normal(hidden, size))
         starts = (jnp.full((1,), n, jnp.int32) for n in (0, across_start))
@@ -108,7 +112,7 @@ def make_inputs(
         weight_decay=jnp.zeros((1,)),
         centres=jnp.zeros((1, 4)) if rule.accumulator_statistics else (),
     )
-    elements = step._elements(view, part)
+    elements = elements_of(view, part)
     rounded = lambda n: -(-n // view.vector_unit) * view.vector_unit  # noqa: E731
     lines = lambda n: jnp.abs(normal(rounded(n), size))  # noqa: E731
     rates, rate_entries = table.pack(Rates(decays), 1)
@@ -130,7 +134,7 @@ def time_pass(
     *,
     rule: Rule,
     hidden: int = 4,
-    parts: list[step.Part] | None = None,
+    parts: list[Part] | None = None,
     **changes: Any,
 ) -> tuple[float, float]:
     """Milliseconds of a pass over one tensor, and the bytes that it moves.
@@ -147,29 +151,22 @@ def time_pass(
       Milliseconds and bytes.
     """
     parts = parts or tensors(shape, sets_for(shape))
-    wide = step.UPDATE if hidden < WIDE_HIDDEN_SIZE else step.WIDE_UPDATE
-    if step.uses_matrix_units(rule, hidden):
-        wide = step.MATRIX_UPDATE
-    default = {"A": step.FIRST, "B": step.SUMS, "C": wide}[name]
-    tuning = replace(default, **changes)
-    view = step.view_for(shape, tuning)
+    defaults = {"A": tuning.FIRST, "B": tuning.SUMS, "C": tuning.update_tuning(rule, hidden)}
+    chosen = replace(defaults[name], **changes)
+    view = tuning.view_for(shape, chosen)
     elements = math.prod(shape)
-    plan = step.plan_for((view,), 1, tuning, backwards=name == "C")
-    interpreted = step.mosaic.is_interpreting()
+    plan = tuning.plan_for((view,), 1, chosen, backwards=name == "C")
     if name == "A":
-        call = functools.partial(step._first_sums, plan, rule, interpreted)
         arranged = lambda x: (view.arrange(x),)  # noqa: E731
         inputs: list[Any] = [(arranged(p.gradient), arranged(p.parameter)) for p in parts]
-        function = jax.jit(lambda xs: [call(*x) for x in xs])
+        function = jax.jit(lambda xs: [first_sums(plan, rule, *x) for x in xs])
         return seconds(lambda: function(inputs), "lopt_first_pass") * 1e3, 8 * elements
     made = [make_inputs(view, rule, p, hidden) for p in parts]
     if name == "B":
-        call = functools.partial(step._square_sums, plan, rule, made[0][1], interpreted)
         inputs = [m[0] for m in made]
-        function = jax.jit(lambda xs: [call(x) for x in xs])
+        function = jax.jit(lambda xs: [square_sums(plan, rule, x, made[0][1]) for x in xs])
         return seconds(lambda: function(inputs), "lopt_square_sums") * 1e3, 24 * elements
-    call = functools.partial(step._update, plan, rule, made[0][3], interpreted)
-    run = _updates(call, [m[2] for m in made])
+    run = _updates(lambda x: update(plan, rule, x, made[0][3]), [m[2] for m in made])
     return seconds(run, "lopt_update") * 1e3, 44 * elements
 
 

@@ -61,7 +61,7 @@ def with_company(choices: Sequence[str | None], parts: Sequence[Any]) -> list[st
     Returns:
       The choices.
     """
-    from pallas_kernels.step import launch_kind  # not before they are known to run here
+    from pallas_kernels.launches import launch_kind  # not before they are known to run here
 
     shapes = [part.gradient.shape[1:] for part in parts]
     kinds = [launch_kind(*pair) for pair in zip(parts, shapes, strict=True)]

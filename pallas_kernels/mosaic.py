@@ -256,6 +256,35 @@ def _simplify(context: Any) -> None:
     context.scratch.finalize_size = finalize_size
 
 
+def compiled_apart(static_argnums: tuple[int, ...]) -> Callable[[Callable], Callable]:
+    """Decorates a function that is compiled apart, so that equally shaped arrays share its code.
+
+    Kernels differ in interpreted and compiled form, so that is part of the key.
+
+    Args:
+      static_argnums: positions of arguments that are not arrays, as in `jax.jit`.
+
+    Returns:
+      The decorator.
+    """
+
+    def decorated(function: Callable) -> Callable:
+        def keyed(interpreted: bool, *arguments: Any) -> Any:
+            del interpreted
+            return function(*arguments)
+
+        keyed.__name__ = function.__name__
+        compiled = jax.jit(keyed, static_argnums=(0, *(i + 1 for i in static_argnums)))
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            return compiled(is_interpreting(), *arguments)
+
+        return call
+
+    return decorated
+
+
 def call(
     body: Callable[..., None],
     arguments: Sequence[Any],

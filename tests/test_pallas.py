@@ -29,7 +29,7 @@ from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, Rule, Statistics
-from pallas_kernels import choice, early, lines, mosaic, step, table
+from pallas_kernels import choice, early, launches, lines, mosaic, step, table, units
 from pallas_kernels.view import view_of
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
@@ -149,11 +149,11 @@ def random_mixed(rule, hidden):
 @pytest.mark.usefixtures("one_device")
 def test_launches_of_several_shapes(monkeypatch, rule, hidden, limit):
     arguments = random_mixed(rule, hidden)
-    units = [step._Unit.of(step.Unit(parts)) for parts, *_ in arguments]
-    launches = step._launches(units)
-    assert len(launches) == 3
-    monkeypatch.setattr(step, "BIASES", limit)
-    assert len(step._sharing_biases(launches, hidden)) == (1 if limit else 3)
+    viewed = [units.Viewed.of(step.Unit(parts)) for parts, *_ in arguments]
+    made = launches.launches_of(viewed)
+    assert len(made) == 3
+    monkeypatch.setattr(launches, "BIASES", limit)
+    assert len(launches.sharing_biases(made, hidden)) == (1 if limit else 3)
     with kernels.running():
         got = jax.block_until_ready(jax.jit(functools.partial(on_mixed_shapes, rule))(arguments))
     expected = [jax.jit(functools.partial(on_xla, rule))(*x) for x in arguments]
