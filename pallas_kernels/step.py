@@ -17,11 +17,11 @@ from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from pallas_kernels import batching, derivatives, matrix_units, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.first_pass import first_sums
-from pallas_kernels.launches import added_up, launches_of, sharing_biases
-from pallas_kernels.networks import centres_of, folded, layers_of, statistics_of
-from pallas_kernels.operands import Elements, Inputs
+from pallas_kernels.launches import Launch, added_up, launches_of, sharing_biases
+from pallas_kernels.networks import Network, centres_of, folded, network_of, statistics_of
+from pallas_kernels.operands import Elements, First, Inputs
 from pallas_kernels.sums_pass import Rates, square_sums
-from pallas_kernels.tuning import FIRST, SUMS, update_tuning, uses_matrix_units
+from pallas_kernels.tuning import FIRST, SUMS, update_tuning
 from pallas_kernels.units import (
     Part,
     Unit,
@@ -32,7 +32,7 @@ from pallas_kernels.units import (
     take_tensors,
     whole_means,
 )
-from pallas_kernels.update_pass import Table, update
+from pallas_kernels.update_pass import StepOutputs, Table, update
 from pallas_kernels.vectors import Vectors, starts_of, vector_means
 from pallas_kernels.view import View
 
@@ -275,6 +275,24 @@ def _update_of(
     return TensorUpdate(view.restore(new.gradient), accumulators, None)
 
 
+class _Batch(NamedTuple):
+    """What passes B and C take together: factored units, or one that is not factored."""
+
+    rule: Rule
+    units: Sequence[Viewed]
+    launches: Sequence[Launch]
+    elements: Sequence[Sequence[Elements]]  # of each launch, of each part
+    starts: Sequence[First]  # of each launch
+    vectors: Vectors | None  # None: not factored
+    decays: Shared
+    lengths: jax.Array | None  # of the tensors, where they are padded vectors
+
+    def rates(self, tensors: int) -> Decays:
+        """Decay rates with a leading axis of tensors."""
+        decays, per_tensor = self.decays
+        return decays if per_tensor else jax.tree.map(lambda x: table.repeat(x, tensors), decays)
+
+
 def _passes(
     rule: Rule,
     units: Sequence[Viewed],
@@ -287,55 +305,31 @@ def _passes(
     take: PartTaker,
 ) -> _Result:
     """Passes B and C over factored units, or over one that is not factored."""
-    mlp, mlp_per_tensor = networks_of
-    decays, decays_per_tensor = decays_of
-    tensors = sum(unit.tensors for unit in units)
-    is_factored = units[0].dims is not None
-    features = rule.features.for_tensor(is_factored)
+    vectors = None
+    if units[0].dims is not None:
+        vectors = Vectors(units, moments, decays_of.tree.factored, decays_of.per_tensor)
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
-    vectors = Vectors(units, moments, decays.factored, decays_per_tensor) if is_factored else None
-    launches = launches_of(units)
-    are_joined = lengths is not None
-    elements = [[elements_of(*x, are_joined) for x in launch.of(SUMS)] for launch in launches]
+    launches, joined = launches_of(units), lengths is not None
+    elements = [[elements_of(*x, joined) for x in launch.of(SUMS)] for launch in launches]
     starts = [starts_of(units, launch, vectors) for launch in launches]
+    batch = _Batch(rule, units, launches, elements, starts, vectors, decays_of, lengths)
 
-    # pass B
-    tables = tensors if decays_per_tensor or lengths is not None else 1
-    repeated = lambda n: jax.tree.map(lambda x: table.repeat(x, n), decays)  # noqa: E731
-    own = decays if decays_per_tensor else repeated(tables)
-    rates, rate_entries = table.pack(Rates(own, lengths), tables)
-    factors: Any = None if vectors is None else vectors.stacked(SUMS)
-    sums = [
-        square_sums(launch.plan(SUMS), rule, Inputs(x, rates, factors, first), rate_entries)
-        for launch, x, first in zip(launches, elements, starts, strict=True)
-    ]
-    means = whole_means(added_up(launches, SUMS, sums), units)
-
-    # the network
-    last = lambda x: jnp.moveaxis(x, 0, -1) if mlp_per_tensor else x[..., None]  # noqa: E731
-    first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
-    networks: Any = folded(rule, features, MLP(*first_layer), means[:, :-2], vectors)
+    means = _square_means(batch)
+    first_layer = folded(rule, networks_of, means[:, :-2], vectors)
     if rule.parameter_scale:
         squares = concatenate([x.parameter_mean_square for x in moments])
         scale = scale * rules.parameter_scale(squares)
-    centres = centres_of(statistics, decays, means) if rule.accumulator_statistics else ()
-    layers = layers_of(mlp, mlp_per_tensor, tensors)
-    weights: Any = jnp.stack(networks.weights)  # (features, H, tensors)
-    hidden = weights.shape[1]
-    weights, bias, matrices = jnp.moveaxis(weights, -1, 0), (), None
-    if vectors is None:
-        bias = (jnp.broadcast_to(networks.row_bias, (hidden, tensors)).T,)
-    if uses_matrix_units(rule, hidden):
-        matrices = matrix_units.Matrices(
-            *matrix_units.pack(jnp.swapaxes(weights, 1, 2), layers, *bias)
-        )
-        weights, bias, layers = None, (), layers[-1][1]
+    centres: Any = ()
+    if rule.accumulator_statistics:
+        centres = centres_of(statistics, decays_of.tree, means)
+    tensors = sum(unit.tensors for unit in units)
+    network = network_of(rule, first_layer, networks_of, tensors, vectors is not None)
     numbers, entries = table.pack(
         Table(
-            decays=decays if decays_per_tensor else repeated(tensors),
-            weights=weights,
-            bias=bias,
-            layers=layers,
+            decays=batch.rates(tensors),
+            weights=network.weights,
+            bias=network.bias,
+            layers=network.layers,
             scale=scale,
             weight_decay=weight_decay,
             centres=centres,
@@ -343,37 +337,58 @@ def _passes(
         ),
         tensors,
     )
+    results = _updates(batch, network, numbers, entries)
 
-    # pass C
-    tuning = update_tuning(rule, hidden)
-    if vectors is not None:
-        biases_of = (networks.row_bias, networks.column_bias)
-        factors = vectors.stacked(tuning, () if matrices else biases_of)
-    results: list[Any] = []
-    remaining = zip(elements, starts, strict=True)
-    has_biases = matrices is not None and vectors is not None
-    batches = sharing_biases(launches, hidden) if has_biases else [launches]
-    for batch in batches:
-        own = [matrices] * len(batch)
-        if has_biases:
-            before = results[-1].elements if results else numbers
-            zero = unknown_zero(jax.tree.leaves(before)[0]) if len(batches) > 1 else None
-            biases, first_of = vectors.of_launches(batch, biases_of, zero)
-            packed = matrix_units.pack_biases(biases)
-            own = [matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]
-        for launch, network in zip(batch, own, strict=True):
-            x, first = next(remaining)
-            inputs = Inputs(x, numbers, factors, first, network)
-            plan = launch.plan(tuning, backwards=True)
-            results.append(update(plan, rule, inputs, entries))
     made: list[list[Any]] = [[None] * len(unit.parts) for unit in units]
     for launch, result in zip(launches, results, strict=True):
         for (i, k), x in zip(launch.members, result.elements, strict=True):
             made[i][k] = x
     kept = None
     if rule.accumulator_statistics:
+        tuning = update_tuning(rule, network.hidden)
         kept = added_up(launches, tuning, [x.sums for x in results])
     new_vectors: Any = [[None] * len(unit.parts) for unit in units]
     if vectors is not None:
         new_vectors = vectors.parts(take)
     return _Result(made, kept, new_vectors, centres)
+
+
+def _square_means(batch: _Batch) -> jax.Array:
+    """Pass B: means over each tensor of what `square_sums` sums, (tensors, sums)."""
+    tensors = sum(unit.tensors for unit in batch.units)
+    tables = tensors if batch.decays.per_tensor or batch.lengths is not None else 1
+    rates, entries = table.pack(Rates(batch.rates(tables), batch.lengths), tables)
+    factors = None if batch.vectors is None else batch.vectors.stacked(SUMS)
+    sums = [
+        square_sums(launch.plan(SUMS), batch.rule, Inputs(x, rates, factors, first), entries)
+        for launch, x, first in zip(batch.launches, batch.elements, batch.starts, strict=True)
+    ]
+    return whole_means(added_up(batch.launches, SUMS, sums), batch.units)
+
+
+def _updates(
+    batch: _Batch, network: Network, numbers: jax.Array, entries: Table
+) -> list[StepOutputs]:
+    """Pass C, launch by launch; numbers and entries are the tables."""
+    vectors, launches, rule = batch.vectors, batch.launches, batch.rule
+    tuning = update_tuning(rule, network.hidden)
+    has_biases = network.matrices is not None and vectors is not None
+    factors: Any = None
+    if vectors is not None:
+        factors = vectors.stacked(tuning, () if has_biases else network.biases)
+    results: list[StepOutputs] = []
+    remaining = zip(batch.elements, batch.starts, strict=True)
+    for sharing in sharing_biases(launches, network.hidden) if has_biases else [launches]:
+        own = [network.matrices] * len(sharing)
+        if has_biases:
+            before = results[-1].elements if results else numbers
+            alone = len(sharing) == len(launches)
+            zero = None if alone else unknown_zero(jax.tree.leaves(before)[0])
+            biases, first_of = vectors.of_launches(sharing, network.biases, zero)
+            packed = matrix_units.pack_biases(biases)
+            own = [network.matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]
+        for launch, matrices in zip(sharing, own, strict=True):
+            x, first = next(remaining)
+            inputs = Inputs(x, numbers, factors, first, matrices)
+            results.append(update(launch.plan(tuning, backwards=True), rule, inputs, entries))
+    return results
