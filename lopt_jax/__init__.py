@@ -1,5 +1,8 @@
 """Learned optimizers for JAX, as optax transformations."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from lopt_jax import diagnostics, mup, plot
 from lopt_jax.applying import update_params
 from lopt_jax.optimizers.celo import celo
@@ -22,7 +25,20 @@ from lopt_jax.weights import (
     save_weights,
 )
 
+if TYPE_CHECKING:
+    from lopt_jax import flax as flax
+    from lopt_jax import sharding as sharding
+
 __version__ = "0.1.0"
+
+_LAZY = ("flax", "sharding")  # flax alone takes as long to import as all the rest
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Weights",

@@ -5,6 +5,7 @@ a parameter in float32, beside the 76 of VeLO's three passes. The last of these 
 hand, so it can write the new one in the update's place.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
     As it is handed about it is a pair of functions like any other.
     """
 
-    apply: Callable[..., tuple[Any, Any]]  # (gradients, state, params, **extra) -> (params, state)
+    # (gradients, state, params, **extra) -> (params, state); None in a copy, as `_replace` makes,
+    # whose update may be another
+    apply: Callable[..., tuple[Any, Any]] | None = None
 
     @classmethod
     def of(
@@ -28,6 +31,30 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
         out = cls(init, update)
         out.apply = apply
         return out
+
+
+def applies(tx: optax.GradientTransformation) -> bool:
+    """Whether a transformation can apply its updates itself."""
+    return isinstance(tx, LearnedTransformation) and tx.apply is not None
+
+
+def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The transformation, taking extra arguments and dropping those that it does not know.
+
+    `optax.with_extra_args_support` goes by the type alone, and would keep the loss from
+    `optax.MultiSteps`, which hands on what it is given.
+
+    Args:
+      tx: any optax transformation, or what has its `init` and `update`.
+
+    Returns:
+      A transformation whose update takes any keyword argument.
+    """
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        parameters = inspect.signature(tx.update).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    return optax.with_extra_args_support(tx)
 
 
 def update_params(
@@ -57,8 +84,8 @@ def update_params(
     Returns:
       The parameters after the step, in their dtypes, and the state.
     """
-    if isinstance(tx, LearnedTransformation):
-        return tx.apply(grads, state, params, value=value, **extra_args)
-    update = optax.with_extra_args_support(tx).update
+    if applies(tx):
+        return tx.apply(grads, state, params, value=value, **extra_args)  # type: ignore[attr-defined]
+    update = with_extra_args(tx).update
     updates, state = update(grads, state, params, value=value, **extra_args)
     return optax.apply_updates(params, updates), state

@@ -35,7 +35,15 @@ from lopt_jax.groups import (
 from lopt_jax.partition import Partition, Partitions, is_local, spread
 from lopt_jax.rows import concatenate, in_order, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
-from lopt_jax.tensors import StackedAxes, Tensors, number_of, paths, tensors_of
+from lopt_jax.tensors import (
+    StackedAxes,
+    Tensors,
+    check_shapes,
+    leaves_like,
+    number_of,
+    paths,
+    tensors_of,
+)
 
 # The first accumulator and the parameter decide how a group is split, in a draw the accumulator: it
 # stands for more arrays. A gradient that comes otherwise is no news: its way is the batch's sum.
@@ -358,16 +366,21 @@ def first_pass(
 
     Raises:
       NotImplementedError: the backend is "pallas" and the kernels cannot run here.
+      ValueError: the state is one of other params; the message names the leaf.
     """
     leaves, treedef = jax.tree.flatten(params)
     gradient_leaves = treedef.flatten_up_to(gradients)
     tensors = tensors_of(params, stacked_axes)
     lists = Accumulators(
-        momentum=tuple(jax.tree.leaves(m) for m in accumulators.momentum),
-        second_moment=jax.tree.leaves(accumulators.second_moment),
+        momentum=tuple(leaves_like("state: momentum", m, params) for m in accumulators.momentum),
+        second_moment=leaves_like("state: second_moment", accumulators.second_moment, params),
         row=jax.tree.leaves(accumulators.row),
         column=jax.tree.leaves(accumulators.column),
     )
+    for of_leaves in (*lists.momentum, lists.second_moment):
+        # of what is not updated here there may be less
+        updated = zip(of_leaves, gradient_leaves, strict=True)
+        check_shapes("state: accumulators", [None if g is None else x for x, g in updated], params)
     groups = make_groups(tensors, leaves, gradient_leaves, paths(params))
     inputs = [gather(group, tensors, gradient_leaves, leaves, lists) for group in groups]
     vectors = alike_vectors(groups, inputs)

@@ -8,7 +8,7 @@ import optax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from lopt_jax.applying import LearnedTransformation, update_params
+from lopt_jax.applying import applies, update_params, with_extra_args
 
 
 class TrainState(train_state.TrainState):
@@ -41,13 +41,13 @@ class TrainState(train_state.TrainState):
           ValueError: the optimizer reads the loss and `value` is missing or no scalar.
         """
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
-        if isinstance(self.tx, LearnedTransformation) and not overwrites:
+        if applies(self.tx) and not overwrites:
             params, opt_state = update_params(
                 self.tx, grads, self.opt_state, self.params, value=value
             )
             new = {"step": self.step + 1, "params": params, "opt_state": opt_state}
             return self.replace(**new | kwargs)
-        tx = optax.with_extra_args_support(self.tx)
+        tx = with_extra_args(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             return tx.update(updates, state, params, value=value)

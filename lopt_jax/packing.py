@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax.applying import LearnedTransformation, update_params
+from lopt_jax.applying import LearnedTransformation, update_params, with_extra_args
 from lopt_jax.rows import joined_state
 
 PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
@@ -49,7 +49,7 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
     Returns:
       An optax transformation with state `PackedState`.
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
 
     def init(params: Any) -> PackedState:
         return pack_state(tx.init(params))

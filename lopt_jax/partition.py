@@ -571,7 +571,9 @@ def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None
     sharding = _explicit_sharding(like)
     if sharding is None:
         return out()
-    return jax.sharding.reshard(out(), spec_of_dims(sharding.spec, dims))
+    made = jax.sharding.reshard(out(), spec_of_dims(sharding.spec, dims))
+    # a program that reads no parameter would not know the devices
+    return jax.lax.optimization_barrier((made, like))[0]
 
 
 def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSpec:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax import partition
 from lopt_jax.accumulators import Accumulators, factored_dims
+from lopt_jax.applying import with_extra_args
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
 from lopt_jax.partition import (
@@ -289,7 +290,7 @@ def distributed(
     Raises:
       NotImplementedError: at the first update, where a transformation in tx reduces over elements.
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = with_extra_args(tx)
     names = _names(axis_name)
 
     def plan_of(params: Any) -> dict[str, Partition]:

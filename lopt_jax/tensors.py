@@ -19,6 +19,10 @@ from lopt_jax.rule import Statistics
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 
 
+# `optax.inject_hyperparams` makes an array of every number that it is not told to leave alone
+IN_STATIC_ARGS = " Inside optax.inject_hyperparams, name it in static_args."
+
+
 class Tensors(NamedTuple):
     """How one leaf is seen as tensors."""
 
@@ -51,6 +55,31 @@ class Tensors(NamedTuple):
         return self.shape if self.partition is None else self.partition.shape
 
 
+def prefix_of_params(name: str, tree: Any, params: Any) -> list[Any]:
+    """What a tree that is a prefix of the params says of each leaf, in the order of the leaves.
+
+    Args:
+      name: the argument that holds the tree, for the message.
+      tree: the tree.
+      params: the parameters.
+
+    Returns:
+      One value a leaf.
+
+    Raises:
+      ValueError: the tree is no prefix of the params.
+    """
+    try:
+        return jax.tree.leaves(
+            jax.tree.map(lambda x, subtree: jax.tree.map(lambda _: x, subtree), tree, params)
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a tree like the params, or a prefix of it; found "
+            f"{jax.tree.structure(tree)} for {jax.tree.structure(params)}."
+        ) from error
+
+
 def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]:
     paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
     if not paths_and_leaves:  # also the placeholder that optax.tree.map_params initialises with
@@ -60,16 +89,13 @@ def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]
     elif callable(stacked_axes):
         axes = [stacked_axes(path, leaf) for path, leaf in paths_and_leaves]
     else:
-        axes = jax.tree.leaves(
-            jax.tree.map(
-                lambda n, subtree: jax.tree.map(lambda _: n, subtree), stacked_axes, params
-            )
-        )
+        axes = prefix_of_params("stacked_axes", stacked_axes, params)
     for (path, leaf), n in zip(paths_and_leaves, axes, strict=True):
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 0 <= n <= leaf.ndim:
             raise ValueError(
                 f"stacked_axes: expected an integer from 0 to {leaf.ndim}, the rank of the leaf "
                 f"{jax.tree_util.keystr(path)} of shape {tuple(leaf.shape)}; found {n!r}."
+                + (IN_STATIC_ARGS if isinstance(n, jax.Array) else "")
             )
     return [int(n) for n in axes]
 
@@ -146,6 +172,85 @@ def paths(params: Any) -> list[str]:
 def partitions_of_leaves(params: Any) -> list[Partition | None]:
     """How the leaves of a tree like the params are spread; None where they are whole."""
     return partitions_of(paths(params))
+
+
+def check_params(params: Any) -> Any:
+    """The params, Python numbers as arrays.
+
+    Args:
+      params: pytree of arrays.
+
+    Returns:
+      The tree.
+
+    Raises:
+      TypeError: a leaf is no array of real numbers; the message names it.
+    """
+
+    def checked(path: Any, leaf: Any) -> Any:
+        leaf = leaf if hasattr(leaf, "shape") else _as_array(path, leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"params: expected real numbers, found {leaf.dtype} in the leaf "
+                f"{jax.tree_util.keystr(path)}. Wrap the optimizer in "
+                "optax.contrib.split_real_and_imaginary."
+            )
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(checked, params)
+
+
+def _as_array(path: Any, leaf: Any) -> jax.Array:
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"params: expected an array, found {type(leaf).__name__} in the leaf "
+            f"{jax.tree_util.keystr(path)}."
+        ) from error
+
+
+def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
+    """The leaves of a tree like the params; None where it has None in place of a leaf.
+
+    Args:
+      name: what the tree is, for the message.
+      tree: the tree.
+      params: the parameters.
+
+    Returns:
+      The leaves, in the order of `jax.tree.leaves(params)`.
+
+    Raises:
+      ValueError: the tree has another structure than the params.
+    """
+    # boxes of the state say less of their axes where these are gone
+    treedef = jax.tree.structure(params, is_leaf=is_box)
+    unboxed = lambda x: next(iter(jax.tree.leaves(x)), None) if is_box(x) else x  # noqa: E731
+    try:
+        return [unboxed(x) for x in treedef.flatten_up_to(tree)]
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: expected a tree like the params, {treedef}; found {jax.tree.structure(tree)}."
+        ) from error
+
+
+def check_shapes(name: str, leaves: Sequence[Any], params: Any) -> None:
+    """Raises ValueError, naming the leaf, unless all leaves but None have the params' shapes."""
+    like = jax.tree_util.tree_leaves_with_path(params)
+    for (path, param), leaf in zip(like, leaves, strict=True):
+        if leaf is not None and jnp.shape(leaf) != jnp.shape(param):
+            raise ValueError(
+                f"{name}: expected the shape of the param {jax.tree_util.keystr(path)}, "
+                f"{jnp.shape(param)}; found {jnp.shape(leaf)}."
+            )
+
+
+def arrays_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
+    """As `leaves_like`, of a tree whose leaves have the params' shapes, or a ValueError."""
+    leaves = leaves_like(name, tree, params)
+    check_shapes(name, leaves, params)
+    return leaves
 
 
 def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:

@@ -80,6 +80,32 @@ def test_chains_take_both_steps(params):
     assert_equal(run(one_step, tx, params, gradients), run(two_steps, tx, params, gradients))
 
 
+def test_a_copy_takes_both_steps(params):
+    """It may have another update: what applies the old one is not copied."""
+    tx = optimizers.plain("velo")
+    doubled = tx._replace(
+        update=lambda *xs, **extra: (
+            lambda updates, state: (jax.tree.map(lambda u: 2 * u, updates), state)
+        )(*tx.update(*xs, **extra))
+    )
+    gradients = [optimizers.random_like(params, seed=i) for i in (1, 2)]
+    for copy in (doubled, jax.tree.map(lambda x: x, tx)):
+        assert_equal(
+            run(one_step, copy, params, gradients), run(two_steps, copy, params, gradients)
+        )
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: x.gradient_transformation()])
+def test_multi_steps_are_handed_the_loss(make, params):
+    """They take it, though they are of no type of optax's that does."""
+    steps = make(optax.MultiSteps(optimizers.plain("velo"), 2))
+    gradients = [optimizers.random_like(params, seed=i) for i in (1, 2)]
+    expected, _ = run(two_steps, steps, params, gradients)
+    assert not np.array_equal(expected["w"], params["w"])
+    assert_equal(run(one_step, steps, params, gradients)[0], expected)
+    assert_equal(run(two_steps, lopt_jax.packed(steps), params, gradients)[0], expected)
+
+
 def test_a_missing_loss_is_named(params):
     tx = optimizers.plain("velo")
     with pytest.raises(ValueError, match="value="):

@@ -50,6 +50,22 @@ def test_train_state_hands_on_the_loss(name, linen):
     )
 
 
+def test_train_state_hands_the_loss_to_multi_steps(linen):
+    model, params = linen
+    tx = optax.MultiSteps(optimizers.plain("velo"), 2)
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    grads = jax.tree.map(jnp.ones_like, params)
+    for _ in range(2):
+        state = state.apply_gradients(grads=grads, value=1.0)
+    expected = params
+    opt_state = tx.init(params)
+    for _ in range(2):
+        updates, opt_state = tx.update(grads, opt_state, expected, value=1.0)
+        expected = optax.apply_updates(expected, updates)
+    assert not np.array_equal(expected["kernel"], params["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+
+
 def test_train_state_takes_any_optax_transformation_and_fields(linen):
     model, params = linen
 

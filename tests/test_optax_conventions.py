@@ -439,6 +439,11 @@ def test_half_precision_parameters(name, dtype, params):
     assert_close(state, expected_state)
 
 
+def test_modules_are_attributes_of_the_package():
+    code = "import lopt_jax; print(lopt_jax.flax.TrainState, lopt_jax.sharding.distributed)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @every_optimizer
 def test_scalar_and_empty_leaves(name, params):
     tx = optimizers.plain(name)
@@ -496,8 +501,9 @@ def test_schedule(name, params):
         (None, {"w": 1, "b": 1}),
         (lambda params: jax.tree.map(lambda x: x.ndim > 1, params), {"w": 1, "b": 0}),
         ({"w": False, "b": True}, {"w": 0, "b": 1}),
+        ({"w": 0, "b": 3}, {"w": 0, "b": 1}),
     ],
-    ids=["all", "function", "tree"],
+    ids=["all", "function", "tree", "truth"],
 )
 def test_weight_decay_is_that_of_adamw(name, mask, expected_mask, params):
     """It adds -learning_rate * weight_decay * parameter: what optax.adamw adds, as measured."""
@@ -548,6 +554,113 @@ def test_wrong_arguments_name_themselves(name, params):
     for stacked_axes in (3, -1, True, {"w": 1, "b": 2}):
         with pytest.raises(ValueError, match="stacked_axes"):
             optimizers.make(name, stacked_axes=stacked_axes).init(params)
+
+
+@every_optimizer
+@pytest.mark.parametrize("shape", [(4, 3), (12,), (1, 3, 4), (6, 4)])
+def test_gradients_of_another_shape_are_refused(name, shape, params):
+    tx = optimizers.plain(name)
+    gradients = gradients_of(params) | {"w": jnp.ones(shape)}
+    with pytest.raises(ValueError, match=r"updates: expected the shape of the param \['w'\]"):
+        tx.update(gradients, tx.init(params), params, value=LOSS)
+
+
+@every_optimizer
+def test_state_of_other_parameters_is_refused(name, params):
+    tx = optimizers.plain(name)
+    other = {"b": params["b"], "w": params["w"].T}
+    with pytest.raises(ValueError, match=r"state: .* the shape of the param \['w'\]"):
+        tx.update(gradients_of(other), tx.init(params), other, value=LOSS)
+    renamed = {"b": params["b"], "z": params["w"]}
+    with pytest.raises(ValueError, match=r"state: .* expected a tree like the params"):
+        tx.update(gradients_of(renamed), tx.init(params), renamed, value=LOSS)
+    with pytest.raises(TypeError, match=r"state: expected a .*State, .* found NoneType"):
+        tx.update(gradients_of(params), None, params, value=LOSS)
+
+
+@every_optimizer
+def test_gradients_of_another_structure_are_refused(name, params):
+    tx = optimizers.plain(name)
+    with pytest.raises(ValueError, match="updates: expected a tree like the params"):
+        tx.update({"w": params["w"]}, tx.init(params), params, value=LOSS)
+
+
+@every_optimizer
+def test_leaves_that_are_no_real_numbers_are_named(name, params):
+    tx = optimizers.plain(name)
+    with pytest.raises(TypeError, match=r"params: .* complex64 in the leaf \['w'\]"):
+        tx.init(params | {"w": params["w"] + 1j})
+    with pytest.raises(TypeError, match=r"params: .* str in the leaf \['w'\]"):
+        tx.init(params | {"w": "a"})
+
+
+@every_optimizer
+def test_python_numbers_are_parameters(name):
+    tx = optimizers.plain(name)
+    step = lambda p, g: tx.update(g, tx.init(p), p, value=LOSS)[0]  # noqa: E731
+    expected = step({"s": jnp.asarray(0.5)}, {"s": jnp.asarray(0.1)})
+    assert_equal(step({"s": 0.5}, {"s": 0.1}), expected)
+
+
+@every_optimizer
+def test_a_state_keeps_its_dtypes_under_64_bits(name):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
+        tx = optimizers.make(name)
+        state = tx.init(params)
+        update = lambda s: tx.update(params, s, params, value=LOSS)[1]  # noqa: E731
+        dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)  # noqa: E731
+        assert dtypes(jax.eval_shape(update, state)) == dtypes(state)
+
+
+def test_accumulation_recovers_from_an_infinite_loss(params):
+    """As VeLO does without it: what was averaged once is forgotten."""
+    tx = optimizers.make("velo", gradient_accumulation=2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for loss in (1.0, 1.0, 1.0, np.inf, 1.0, 1.0):
+        updates, state = update(gradients_of(params), state, params, value=loss)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    assert np.isfinite(state.loss_sum)
+
+
+def test_counts_are_integers_of_any_kind():
+    for every in (np.int64(2), np.int32(2)):
+        optimizers.make("velo", gradient_accumulation=every)
+    with pytest.raises(TypeError, match=r"gradient_accumulation: .* static_args"):
+        optimizers.make("velo", gradient_accumulation=jnp.int32(2))
+
+
+def test_inject_hyperparams_is_told_what_is_static(params):
+    inject = functools.partial(optax.inject_hyperparams, lopt_jax.small_fc_lopt)
+    arguments = {"weights": optimizers.weights("small_fc_lopt"), "stacked_axes": 1}
+    with pytest.raises(ValueError, match=r"stacked_axes: .* static_args"):
+        inject(static_args=("weights",))(**arguments).init(params)
+    tx = inject(static_args=("weights", "stacked_axes"))(**arguments)
+    expected = optimizers.make("small_fc_lopt", stacked_axes=1)
+    step = lambda tx: jax.jit(tx.update)(gradients_of(params), tx.init(params), params)[0]  # noqa: E731
+    assert_close(step(tx), step(expected))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "error"),
+    [
+        ("adam_betas", (1.0, 0.9), ValueError),
+        ("adam_betas", (-0.1, 0.9), ValueError),
+        ("adam_betas", 0.9, TypeError),
+        ("adam_epsilon", "small", TypeError),
+        ("label_fn", "adamw", TypeError),
+    ],
+)
+def test_wrong_settings_of_adamw_name_themselves(argument, value, error):
+    with pytest.raises(error, match=argument):
+        optimizers.make("celo2", **{argument: value})
+
+
+@every_optimizer
+def test_rates_are_numbers(name, params):
+    tx = optimizers.make(name, learning_rate=jnp.ones((2,)))
+    with pytest.raises(ValueError, match=r"learning_rate: .* shape \(2,\)"):
+        tx.update(gradients_of(params), tx.init(params), params, value=LOSS)
 
 
 @every_optimizer

@@ -194,16 +194,15 @@ def test_jit_uneven(name):
 
 @pytest.mark.parametrize(("name", "layout"), cases({("small_fc_lopt_h32", "grid")}))
 def test_explicit(name, layout):
-    check_explicit(name, layout, jax.set_mesh, jax.jit)
+    check_explicit(name, layout, jax.set_mesh)
 
 
 @pytest.mark.parametrize("name", names(["small_fc_lopt", "velo", "elo_celo2"]))
 def test_explicit_where_no_mesh_is_set(name):
-    # compiled, `init` would be a program of no arrays, so of no devices
-    check_explicit(name, "grid", contextlib.nullcontext, lambda init: init)
+    check_explicit(name, "grid", contextlib.nullcontext)
 
 
-def check_explicit(name, layout, mesh_set, compiled):
+def check_explicit(name, layout, mesh_set):
     """Types say the shardings; the state's are those of the parameters, from init on."""
     shape, names, specs = LAYOUTS[layout]
     mesh = mesh_of(shape, names, AxisType.Explicit)
@@ -212,7 +211,7 @@ def check_explicit(name, layout, mesh_set, compiled):
     shardings = {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
     with mesh_set(mesh):
         params = jax.device_put(params, shardings)
-        state = compiled(tx.init)(params)
+        state = jax.jit(tx.init)(params)
 
         @jax.jit
         def step(gradients, state, params, value):

@@ -71,11 +71,10 @@ def accumulate_gradients(
 
         is_due = state.micro_step + 1 == every
         updates, inner_state = jax.lax.cond(is_due, apply, skip, state.inner)
-        keep = jnp.where(is_due, 0.0, 1.0)
         return updates, AccumulationState(
             micro_step=(state.micro_step + 1) % every,
             gradient_sum=treedef.unflatten([jnp.where(is_due, 0.0, s) for s in sums]),
-            loss_sum=loss_sum * keep,
+            loss_sum=jnp.where(is_due, 0.0, loss_sum),
             inner=inner_state,
         )
 

@@ -12,7 +12,14 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
 from lopt_jax.optimizers.controlled import observe_loss
-from lopt_jax.tensors import StackedAxes, count_tensors, per_leaf, tensors_of, zeros_like
+from lopt_jax.tensors import (
+    StackedAxes,
+    arrays_like,
+    count_tensors,
+    per_leaf,
+    tensors_of,
+    zeros_like,
+)
 from lopt_jax.weights import Weights, resolve
 
 
@@ -106,8 +113,10 @@ def celo_adam(
 
         leaves, treedef = jax.tree.flatten(params)
         given = treedef.flatten_up_to(gradients)
-        momentum, moments_treedef = jax.tree.flatten(state.accumulators.momentum[0])
-        second_moment = jax.tree.leaves(state.accumulators.second_moment)
+        momentum = arrays_like("state: momentum", state.accumulators.momentum[0], params)
+        second_moment = arrays_like(
+            "state: second_moment", state.accumulators.second_moment, params
+        )
         updates: list = [None] * len(leaves)
         for i, (entry, p) in enumerate(zip(tensors, leaves, strict=True)):
             if given[i] is None:
@@ -118,11 +127,11 @@ def celo_adam(
             total = per_leaf(scale, entry, p) * step + per_leaf(decay, entry, p) * p
             updates[i] = (-total).astype(p.dtype)
         accumulators = state.accumulators._replace(
-            momentum=(moments_treedef.unflatten(momentum),),
-            second_moment=moments_treedef.unflatten(second_moment),
+            momentum=(treedef.unflatten(momentum),),
+            second_moment=treedef.unflatten(second_moment),
         )
         return treedef.unflatten(updates), CeloAdamState(
             count, accumulators, controls.state, loss, sizes.astype(state.step_size.dtype)
         )
 
-    return common.transformation(init, update, weights.params)
+    return common.transformation(init, update, weights.params, CeloAdamState)

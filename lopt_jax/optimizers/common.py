@@ -1,7 +1,7 @@
 """What the optimizers share: arguments, learning rate, weight decay, required inputs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,14 @@ from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import BACKENDS, constant_weights
 from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, shards
-from lopt_jax.tensors import partitions_of_leaves, tensors_of
+from lopt_jax.tensors import (
+    check_params,
+    check_shapes,
+    leaves_like,
+    partitions_of_leaves,
+    prefix_of_params,
+    tensors_of,
+)
 
 GRADIENT_CLIP = 1000.0  # of every element, where the original clips
 
@@ -33,6 +40,16 @@ def check_number(name: str, value: Any) -> None:
         )
     if not float(value) >= 0:
         raise ValueError(f"{name}: expected a number >= 0, found {value!r}.")
+
+
+def check_decays(name: str, values: Any, count: int) -> None:
+    """Raises TypeError or ValueError unless there are so many numbers in [0, 1), or traced ones."""
+    if not isinstance(values, Sequence) or len(values) != count:
+        raise TypeError(f"{name}: expected {count} numbers in [0, 1), found {values!r}.")
+    for value in values:
+        check_number(name, value)
+        if not isinstance(value, jax.Array) and float(value) >= 1:
+            raise ValueError(f"{name}: expected numbers in [0, 1), found {value!r}.")
 
 
 def check_learning_rate(learning_rate: Any) -> None:
@@ -76,7 +93,15 @@ def check_num_steps(num_steps: Any) -> None:
 def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The learning rate at a step: () float32."""
     value = learning_rate(count) if callable(learning_rate) else learning_rate
-    return jnp.asarray(value, jnp.float32)
+    return scalar("learning_rate", value)
+
+
+def scalar(name: str, value: Any) -> jax.Array:
+    """A number as () float32, or a ValueError naming the argument."""
+    value = jnp.asarray(value, jnp.float32)
+    if value.size != 1:
+        raise ValueError(f"{name}: expected a number; found an array of shape {value.shape}.")
+    return value if value.ndim == 0 else value.reshape(())
 
 
 def weight_decay_of_tensors(
@@ -94,11 +119,15 @@ def weight_decay_of_tensors(
     Returns:
       () or (tensors,) float32.
     """
-    weight_decay = jnp.asarray(weight_decay, jnp.float32)
+    weight_decay = scalar("weight_decay", weight_decay)
     if mask is None:
         return weight_decay
-    tree = mask(params) if callable(mask) else mask
+    tree = jax.tree.map(_truth, mask(params) if callable(mask) else mask)
     return weight_decay * values_of_tensors("weight_decay_mask", tree, params, stacked_axes)
+
+
+def _truth(x: Any) -> Any:
+    return x != 0 if isinstance(x, jax.Array) else bool(x)
 
 
 def values_of_tensors(name: str, tree: Any, params: Any, stacked_axes: Any) -> jax.Array:
@@ -116,15 +145,7 @@ def values_of_tensors(name: str, tree: Any, params: Any, stacked_axes: Any) -> j
     Raises:
       ValueError: the tree is no prefix of params.
     """
-    try:
-        chosen = jax.tree.leaves(
-            jax.tree.map(lambda x, subtree: jax.tree.map(lambda _: x, subtree), tree, params)
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: expected a tree like the params, or a prefix of it; found "
-            f"{jax.tree.structure(tree)} for {jax.tree.structure(params)}."
-        ) from error
+    chosen = prefix_of_params(name, tree, params)
     values = [
         jnp.full((entry.count,), x, jnp.float32)
         for x, entry in zip(chosen, tensors_of(params, stacked_axes), strict=True)
@@ -225,7 +246,8 @@ def require_value(name: str, value: Any) -> jax.Array:
     """The loss as () float32, or a ValueError that names `value=`."""
     if value is None:
         raise ValueError(
-            f"{name} reads the loss at every step: call update(grads, state, params, value=loss)."
+            f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
+            "(Wrappers that call update several times, such as optax.lookahead, do not hand it on.)"
         )
     value = jnp.asarray(value)
     if value.size != 1:
@@ -237,6 +259,7 @@ def transformation(
     init: Callable[[Any], Any],
     update: Callable[..., tuple[Any, Any]],
     meta_parameters: Any,
+    state_type: type,
     apply: Callable[..., tuple[Any, Any]] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation from pure functions.
@@ -248,19 +271,28 @@ def transformation(
       init: from params to the state.
       update: (meta_parameters, updates, state, params, value) -> (updates, state).
       meta_parameters: pytree of arrays that the update reads.
+      state_type: what init returns.
       apply: as update, but it returns the new params in place of the updates; None where there is
         no such form.
 
     Returns:
       The transformation; it ignores extra arguments other than `value`.
+
+    Raises:
+      TypeError, ValueError: params are no arrays of real numbers, updates are not like them, the
+        state is no such state; the message names the leaf.
     """
 
     def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
         def lopt_update(
             partitions: Any, constant: bool, platform: str | None, *arguments: Any
         ) -> tuple[Any, Any]:
+            _, updates, state, params, _ = arguments
+            check_shapes("updates", leaves_like("updates", updates, params), params)
             with shards(partitions), constant_weights(constant), running_on(platform):
-                return function(*arguments)
+                made, new_state = function(*arguments)
+            # a state keeps its dtypes also where parameters are of a wider one
+            return made, jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
 
         jitted = jax.jit(lopt_update, static_argnums=(0, 1, 2))
 
@@ -270,6 +302,11 @@ def transformation(
         ) -> tuple[Any, Any]:
             del extra_args
             require_params(params)
+            if not isinstance(state, state_type):
+                raise TypeError(
+                    f"state: expected a {state_type.__name__}, which init returns; found "
+                    f"{type(state).__name__}."
+                )
             # in a program of the caller's, arrays that have values are its constants
             constant = is_traced(updates) and not is_traced(meta_parameters)
             arguments = (meta_parameters, updates, state, params, value)
@@ -277,17 +314,22 @@ def transformation(
 
         return update_fn
 
-    init, update, apply = surrounded(init), surrounded(update), apply and surrounded(apply)
+    @surrounded
+    @functools.wraps(init)
+    def init_fn(params: Any) -> Any:
+        return init(check_params(params))
+
+    update, apply = surrounded(update), apply and surrounded(apply)
     if apply is None:
-        return optax.GradientTransformationExtraArgs(init, compiled(update))
-    return LearnedTransformation.of(init, compiled(update), compiled(apply))
+        return optax.GradientTransformationExtraArgs(init_fn, compiled(update))
+    return LearnedTransformation.of(init_fn, compiled(update), compiled(apply))
 
 
 def check_precision(precision: str) -> jax.lax.Precision:
     """The precision of matrix products, or a ValueError naming the argument."""
     try:
         return jax.lax.Precision(precision)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(
             f"precision: expected 'highest', 'high' or 'default', found {precision!r}."
         ) from None

@@ -150,4 +150,4 @@ def controlled(
         )
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
-    return common.transformation(init, of(False), weights.params, of(True))
+    return common.transformation(init, of(False), weights.params, ControlledState, of(True))

@@ -76,9 +76,7 @@ def elo(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate, decay),
     )
-    transformation = common.transformation(
-        functions.init, functions.update, weights.params, functions.apply
-    )
+    transformation = functions.bound(weights)
     if max_gradient_norm is None:
         return transformation
     common.check_number("max_gradient_norm", max_gradient_norm)

@@ -24,7 +24,7 @@ from lopt_jax.optimizers.per_parameter import (
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
 from lopt_jax.rule import Rule, product_precision
-from lopt_jax.tensors import StackedAxes, is_box, per_leaf, tensors_of
+from lopt_jax.tensors import StackedAxes, arrays_like, is_box, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -71,6 +71,10 @@ def matrix_optimizer(
     """
     common.check_number("adam_learning_rate_mult", adamw.learning_rate_mult)
     common.check_number("adam_weight_decay", adamw.weight_decay)
+    common.check_decays("adam_betas", adamw.adam.betas, 2)
+    common.check_number("adam_epsilon", adamw.adam.epsilon)
+    if label_fn is not None and not callable(label_fn):
+        raise TypeError(f"label_fn: expected a function of path and leaf, found {label_fn!r}.")
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
     stacked_axes = options.stacked_axes
@@ -107,8 +111,10 @@ def matrix_optimizer(
         )
         steps = treedef.flatten_up_to(steps)
         first, *others = state.accumulators.momentum
-        momentum, moments_treedef = jax.tree.flatten(first)
-        second_moment = jax.tree.leaves(state.accumulators.second_moment)
+        momentum = arrays_like("state: momentum", first, params)
+        second_moment = arrays_like(
+            "state: second_moment", state.accumulators.second_moment, params
+        )
 
         updates: list = []
         for i, entry in enumerate(tensors_of(params, stacked_axes)):
@@ -126,12 +132,12 @@ def matrix_optimizer(
             decayed = per_leaf(leaf_decay, entry, wide[i]) * wide[i]
             updates.append((-mult * (rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = state.accumulators._replace(
-            momentum=(moments_treedef.unflatten(momentum), *others),
-            second_moment=moments_treedef.unflatten(second_moment),
+            momentum=(treedef.unflatten(momentum), *others),
+            second_moment=treedef.unflatten(second_moment),
         )
         return treedef.unflatten(updates), state._replace(accumulators=accumulators)
 
-    return common.transformation(init, update, weights.params)
+    return common.transformation(init, update, weights.params, PerParameterState)
 
 
 def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulators:

@@ -34,6 +34,12 @@ class Functions(NamedTuple):
     # from (meta_parameters, gradients, state, params, value) to (updates, state)
     apply: Callable[..., tuple[Any, PerParameterState]]  # the same to (new params, state)
 
+    def bound(self, weights: Weights) -> optax.GradientTransformationExtraArgs:
+        """The transformation."""
+        return common.transformation(
+            self.init, self.update, weights.params, PerParameterState, self.apply
+        )
+
 
 def per_parameter(
     weights: Weights,

@@ -107,7 +107,7 @@ def small_fc_rule(
         decays=lambda meta: learned_decays(meta, config),
         scales=step_scales,
     )
-    return common.transformation(functions.init, functions.update, weights.params, functions.apply)
+    return functions.bound(weights)
 
 
 def learned_decays(meta_parameters: Any, config: Any) -> Decays:
