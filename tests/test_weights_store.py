@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from lopt_jax.weights import Weights, WeightsError, convert_weights, load_weights, save_weights
 from lopt_jax.weights import store as store_module
@@ -197,3 +199,100 @@ def test_import_is_light():
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
     assert run(code).strip() == "[]"
+
+
+def rewrite_header(folder, **changes):
+    """Changes what the .zarray of one array declares, as somebody hostile would."""
+    edit(folder, files={})
+    database = {"driver": "ocdbt", "base": f"file://{folder}/params/"}
+    values = ts.KvStore.open(database).result()
+    header = json.loads(values.read("mix.b/.zarray").result().value)
+    values.write("mix.b/.zarray", json.dumps({**header, **changes}).encode()).result()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # TensorStore reserves an element as soon as such an array is opened: 16 GB here.
+        ({"dtype": [["a", "<f4", [2**32]]]}, "mix/b to be a float32 array"),
+        ({"dtype": "<f8"}, "mix/b to be a float32 array"),
+        ({"shape": [2**40], "chunks": [2**40]}, "mix/b of at most"),
+        ({"shape": [2**20], "chunks": [2**20]}, r"mix/b of shape \(32,\)"),
+        ({"shape": "long"}, "mix/b of at most"),
+        ({"chunks": [2**40]}, "mix/b in one chunk"),
+        ({"compressor": {"id": "blosc"}}, "mix/b with zstd"),
+        ({"filters": [{"id": "delta"}]}, "mix/b with zstd"),
+        ({"fill_value": [1] * 9}, "mix/b with zstd"),
+    ],
+)
+def test_headers_are_checked_before_arrays_are_opened(saved, monkeypatch, changes, message):
+    rewrite_header(saved, **changes)
+    monkeypatch.setattr(ts, "open", None)
+    with pytest.raises(WeightsError, match=message):
+        load_weights(saved)
+
+
+def test_arrays_of_no_chunk_are_not_zero(saved):
+    edit(saved, files={})
+    ts.KvStore.open({"driver": "ocdbt", "base": f"file://{saved}/params/"}).result().delete_range(
+        ts.KvStore.KeyRange("mix.b/0", "mix.b/1")
+    ).result()
+    with pytest.raises(WeightsError, match="Orbax checkpoint"):
+        load_weights(saved)
+
+
+@pytest.mark.parametrize("changes", [{"use_zarr3": True}, {"use_ocdbt": False}])
+def test_other_layouts_of_orbax_are_named(saved, changes):
+    edit(saved, files={})
+    tree = saved / "params" / "_METADATA"
+    tree.write_text(json.dumps({**json.loads(tree.read_text()), **changes}))
+    with pytest.raises(WeightsError, match=r"zarr 2 in OCDBT.*save_weights"):
+        load_weights(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["params/_METADATA", "params/manifest.ocdbt", "params/more", "weights.json"]
+)
+def test_only_regular_files_are_opened(saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)  # opening one to read waits until somebody writes
+    with pytest.raises(WeightsError, match="something else of that name"):
+        load_weights(saved)
+
+
+def test_many_or_large_files_are_refused(saved, monkeypatch):
+    with (saved / "params" / "large").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(WeightsError, match=r"large.*at most"):
+        load_weights(saved)
+    (saved / "params" / "large").unlink()
+    monkeypatch.setattr(store_module, "MAX_LEAVES", 5)
+    with pytest.raises(WeightsError, match="at most 5 files"):
+        load_weights(saved)
+
+
+def test_loading_while_others_save(weights, saved):
+    versions = [weights, jax.tree.map(lambda leaf: leaf + 1, weights)]
+    done = threading.Event()
+    failures = []
+
+    def save(version):
+        try:
+            while not done.is_set():
+                save_weights(saved, version)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(version,)) for version in versions]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            assert load_weights(saved) in versions
+            assert convert_weights(saved) in versions
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert [path.name for path in saved.parent.iterdir()] == ["w"]

@@ -16,7 +16,12 @@ from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.convert import convert_bundle, convert_weights
 from lopt_jax.weights.schema import check_structure, schema_of
 from lopt_jax.weights.sources import local_path, read_local
-from lopt_jax.weights.store import DESCRIPTION, is_checkpoint, load_checkpoint, save_weights
+from lopt_jax.weights.store import (
+    DESCRIPTION,
+    is_checkpoint,
+    load_checkpoint,
+    save_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
             if is_checkpoint(cached):
                 return load_checkpoint(cached)
             return _fetch_registered(REGISTRY[name_or_path])
-        if _is_name(name_or_path) and not path.exists():
+        if _is_name(name_or_path) and not is_checkpoint(path) and not os.path.exists(path):
             known = ", ".join(info.name for info in list_weights())
             raise weights_error(
                 repr(name_or_path), expected=f"a path, or a name out of {known}", found="neither"
