@@ -296,3 +296,20 @@ def test_loading_while_others_save(weights, saved):
             thread.join()
     assert not failures
     assert [path.name for path in saved.parent.iterdir()] == ["w"]
+
+
+def test_saving_through_a_link(weights, saved, tmp_path):
+    link, dangling = tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to(saved)
+    dangling.symlink_to("new")
+    other = jax.tree.map(lambda leaf: leaf + 1, weights)
+    for place in (link, dangling):
+        save_weights(place, other)
+        assert place.is_symlink()
+    assert load_weights(saved) == load_weights(tmp_path / "new") == other
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="loop"):
+        save_weights(loop, other)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["dangling", "link", "loop", "new", "w"]

@@ -66,9 +66,9 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
       WeightsError: the weights are not valid.
       FileExistsError: there is something else than weights at `path`.
     """
-    target = Path(os.path.abspath(os.fspath(path)))
+    target = Path(os.path.realpath(path))  # of a link, the folder that it points to
     weights = validate(weights, f"weights to save in {target}")
-    if target.exists() and not is_checkpoint(target) and not _is_empty_folder(target):
+    if os.path.lexists(target) and not is_checkpoint(target) and not _is_empty_folder(target):
         raise FileExistsError(f"{target} exists and holds no weights: remove it, or take another")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
