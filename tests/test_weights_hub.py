@@ -66,6 +66,13 @@ def test_wrong_arguments(server):
     assert not server.log
 
 
+def test_offline(server, monkeypatch):
+    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
+    with pytest.raises(WeightsError, match=r"hf://owner/repo.*LOPT_JAX_OFFLINE"):
+        push_to_hub(described(), "owner/repo", token="hf_test")
+    assert not server.log
+
+
 def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"lopt_jax\[hub\]"):

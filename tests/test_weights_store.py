@@ -14,7 +14,15 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from lopt_jax.weights import Weights, WeightsError, convert_weights, load_weights, save_weights
+from lopt_jax.weights import (
+    Weights,
+    WeightsError,
+    convert_weights,
+    export_weights,
+    list_weights,
+    load_weights,
+    save_weights,
+)
 from lopt_jax.weights import store as store_module
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -313,3 +321,63 @@ def test_saving_through_a_link(weights, saved, tmp_path):
         save_weights(loop, other)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["dangling", "link", "loop", "new", "w"]
+
+
+def test_home_is_expanded_everywhere(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    small = convert_weights(FIXTURES / "small_fc_lopt_h4")
+    for index, kind in enumerate((str, Path)):
+        save_weights(kind(f"~/ours{index}"), weights)
+        assert load_weights(kind(f"~/ours{index}")) == weights
+        assert convert_weights(kind(f"~/ours{index}")) == weights
+        export_weights(small, kind(f"~/pylo{index}"))
+        assert convert_weights(kind(f"~/pylo{index}")).architecture == "small_fc_lopt"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("path", ["~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")])
+def test_paths_that_name_nothing(weights, path):
+    for function in (
+        load_weights,
+        convert_weights,
+        lambda path: save_weights(path, weights),
+        lambda path: export_weights(weights, path),
+    ):
+        with pytest.raises(WeightsError, match="expected a path or an address, found"):
+            function(path)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x", "hf://owner/repo", "https://host/x"])
+def test_addresses_are_no_folders(weights, tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="a folder of this machine, found an address"):
+        save_weights(address, weights)
+    with pytest.raises(WeightsError, match="a folder of this machine, found an address"):
+        export_weights(weights, address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_too_long(tmp_path):
+    for path in ("x" * 300, "./" + "x" * 300, tmp_path / ("x" * 300)):
+        with pytest.raises(WeightsError):
+            load_weights(path)
+        with pytest.raises(WeightsError, match="too long"):
+            convert_weights(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
+def test_folders_that_may_not_be_read(saved, tmp_path, monkeypatch):
+    saved.chmod(0)
+    (tmp_path / "weights").mkdir(mode=0)
+    monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
+    try:
+        for function in (load_weights, convert_weights):
+            with pytest.raises(WeightsError, match="Permission denied"):
+                function(saved)
+        assert not {info.name: info for info in list_weights()}["velo"].offline
+        with pytest.raises(WeightsError, match="LOPT_JAX_CACHE"):
+            load_weights("velo")
+    finally:
+        saved.chmod(0o700)
+        (tmp_path / "weights").chmod(0o700)

@@ -104,14 +104,16 @@ def push_to_hub(
       The address of the commit.
 
     Raises:
-      WeightsError: the weights are not valid.
+      WeightsError: the weights are not valid, or LOPT_JAX_OFFLINE is set.
       ImportError: the extra "hub" is not installed.
       ValueError: `repo_id` is not owner/name.
     """
     parts = repo_id.split("/")
     if len(parts) != 2 or not all(parts):
         raise ValueError(f"repo_id must be 'owner/name', found {repo_id!r}")
-    from lopt_jax.weights.fetch import hub_endpoint
+    from lopt_jax.weights.fetch import hub_endpoint, refuse_offline
+
+    refuse_offline(f"hf://{repo_id}")
 
     try:
         from huggingface_hub import CommitOperationAdd, HfApi

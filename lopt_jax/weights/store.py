@@ -35,6 +35,7 @@ from lopt_jax.weights.schema import (
     complete_config,
     validate,
 )
+from lopt_jax.weights.sources import local_folder
 
 DESCRIPTION = "weights.json"
 PARAMS = "params"
@@ -59,14 +60,14 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
     that are at `path` already are replaced.
 
     Args:
-      path: the folder to create.
+      path: the folder to create; ~ is expanded.
       weights: the weights.
 
     Raises:
-      WeightsError: the weights are not valid.
+      WeightsError: the weights are not valid, or `path` is an address.
       FileExistsError: there is something else than weights at `path`.
     """
-    target = Path(os.path.realpath(path))  # of a link, the folder that it points to
+    target = Path(os.path.realpath(local_folder(path)))  # of a link, where it points to
     weights = validate(weights, f"weights to save in {target}")
     if os.path.lexists(target) and not is_checkpoint(target) and not _is_empty_folder(target):
         raise FileExistsError(f"{target} exists and holds no weights: remove it, or take another")
@@ -189,7 +190,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except OSError as error:
         found = error.strerror or type(error).__name__
         if isinstance(error, FileNotFoundError):
-            found = "no such file" if folder.is_dir() else "no such folder"
+            found = "no such file" if os.path.isdir(folder) else "no such folder"
         raise weights_error(source, expected="weights", found=found, advice=advice) from error
     try:
         description = json.loads(data, parse_constant=_reject_constant)
