@@ -98,6 +98,9 @@ def test_invalid_weights_are_not_saved(weights, tmp_path):
     wrong = Weights(weights.architecture, weights.config, weights.params, {"x": float("nan")})
     with pytest.raises(WeightsError, match="JSON"):
         save_weights(tmp_path / "bad", wrong)
+    large = Weights(weights.architecture, weights.config, weights.params, {"x": "y" * 2**20})
+    with pytest.raises(WeightsError, match="1048576"):  # which load_weights would refuse
+        save_weights(tmp_path / "bad", large)
     assert not list(tmp_path.iterdir())
 
 
@@ -117,6 +120,7 @@ def edit(path, **changes):
         ({"config": {"lstm_hidden_size": 32, "param_inits": 2**20}}, "bytes"),
         ({"config": []}, "config"),
         ({"metadata": None}, "metadata"),
+        ({"metadata": json.loads('{"a":' * 100 + "1" + "}" * 100)}, "w: .*nested at most 64 deep"),
     ],
 )
 def test_wrong_descriptions(saved, changes, message):

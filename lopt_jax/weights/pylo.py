@@ -53,7 +53,8 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 
 def is_safetensors(data: bytes) -> bool:
     """Tells whether the bytes begin like a safetensors file."""
-    return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data)
+    size = int.from_bytes(data[:8], "little")
+    return data[8:9] == b"{" and size <= max(len(data), _MAX_HEADER)  # it may be cut off
 
 
 def read_safetensors(data: bytes, source: object) -> dict[str, np.ndarray]:

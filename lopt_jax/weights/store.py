@@ -85,6 +85,8 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
             "files": _digests(temporary),
         }
         text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False)
+        if len(text) >= _MAX_DESCRIPTION:
+            raise ValueError(f"{len(text)} bytes, more than {_MAX_DESCRIPTION}")
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         _replace_folder(temporary, target)
     except ValueError as error:
