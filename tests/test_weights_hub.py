@@ -53,6 +53,9 @@ def test_card_is_made_of_the_metadata():
     assert '- meta_training: {"steps": 100, "seed": 0}' in body
     assert '- tasks: ["digits", "a\\nb"]' in body
     assert 'load_weights("hf://owner/my-lopt")' in body
+    half = model_card(Weights("velo", {}, {}, {"gen_id": "\ud800", "a\nb": 1}), "a/b")
+    assert "- gen_id: \\ud800" in half.encode().decode().splitlines()
+    assert "- a\\nb: 1" in half.splitlines()
     strange = Weights("velo", {}, {}, {"licence": "mine\n---\nevil: true"})
     assert "evil" not in model_card(strange, "a/b").partition("---\n\n")[0]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt_jax.weights.base import Weights, thaw
+from lopt_jax.weights.base import Weights, printable, thaw
 from lopt_jax.weights.store import save_weights
 
 # Names that the Hub knows for the licences that occur; another is left to the text of the card.
@@ -66,7 +66,7 @@ def _entries(mapping: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in mapping.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        lines.append(f"- {key}: {' '.join(text.split())}")
+        lines.append(printable(f"- {key}: {' '.join(text.split())}"))
     return lines
 
 

@@ -67,7 +67,8 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
         return Path(unquote(parts.path))
     except (ValueError, RuntimeError) as error:
         expected = "file:///absolute/path" if scheme == "file" else "a path or an address"
-        raise weights_error(brief(text), expected=expected, found=str(error)[:120]) from error
+        found = str(error)[:120].rstrip(".")
+        raise weights_error(brief(text), expected=expected, found=found) from error
 
 
 def local_folder(path: str | os.PathLike[str]) -> Path:
