@@ -125,7 +125,7 @@ def _show(options: argparse.Namespace) -> None:
     import jax
 
     from lopt_jax.weights import load_weights
-    from lopt_jax.weights.base import thaw
+    from lopt_jax.weights.base import printable, thaw
 
     weights = load_weights(options.name)
     print(f"architecture: {weights.architecture}")
@@ -133,7 +133,7 @@ def _show(options: argparse.Namespace) -> None:
         print(f"{title}:")
         for key, value in mapping.items():
             text = value if isinstance(value, str) else json.dumps(thaw(value))
-            print(f"  {key}: {text}")
+            print(printable(f"  {key}: {text}"))
     print(f"arrays ({_size(weights)} numbers):")
     for path, leaf in jax.tree_util.tree_flatten_with_path(weights.params)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lopt_jax.weights import Weights, WeightsError, resolve
-from lopt_jax.weights.base import StaticMapping, brief
+from lopt_jax.weights.base import StaticMapping, brief, weights_error
 from lopt_jax.weights.schema import SCHEMAS, expected_shapes, inferred_sizes, validate
 
 
@@ -173,3 +173,24 @@ def test_messages_are_made_in_bounded_time():
         nested = (nested, nested)  # repr would have 2**200 parts
     assert len(brief(nested)) <= 160
     assert "int" in brief(10**10_000)
+
+
+def test_deep_metadata_are_refused():
+    for wrap in (lambda value: {"a": value}, lambda value: [value]):
+        value = 1
+        for _ in range(60):
+            value = wrap(value)
+        hash(make_with(value))
+        for _ in range(540):
+            value = wrap(value)
+        with pytest.raises(ValueError, match="nested at most 64 deep"):
+            make_with(value)
+
+
+def make_with(value):
+    return Weights("velo", {}, {}, {"x": value})
+
+
+def test_messages_are_one_line_that_steers_no_terminal():
+    error = weights_error("a\nb", expected="\x1b[2J", found="\ud800\u202e é", advice="x\r")
+    assert str(error) == "a\\nb: expected \\x1b[2J, found \\ud800\\u202e é. x\\r"

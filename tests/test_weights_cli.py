@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lopt_jax.cli import main
-from lopt_jax.weights import convert_weights, load_weights
+from lopt_jax.weights import Weights, convert_weights, load_weights, save_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -75,3 +75,15 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for command in ("convert", "list", "show", "meta-train", "meta-eval", "bench"):
         assert command in text
+
+
+def test_show_escapes_what_a_file_says(tmp_path, capsys):
+    weights = convert_weights(FIXTURES / "small_fc_lopt_h4")
+    metadata = {"gen_id": "\x1b[2J\nlicence: mine", "half": "\ud800", "new\nkey": ["\x1b"]}
+    forged = Weights(weights.architecture, weights.config, weights.params, metadata)
+    save_weights(tmp_path / "w", forged)
+    assert main(["show", str(tmp_path / "w")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert r"  gen_id: \x1b[2J\nlicence: mine" in lines
+    assert r"  half: \ud800" in lines
+    assert r'  new\nkey: ["\u001b"]' in lines

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from lopt_jax.weights import (
 from lopt_jax.weights import registry as registry_module
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.fetch import HubAddress, http_address
+from lopt_jax.weights.registry import cache_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(__file__).parents[1]
@@ -184,6 +186,21 @@ def test_no_server_at_all(server, cache, monkeypatch):
         load_weights("velo")
 
 
+def test_damaged_cache_says_what_to_delete(server, cache):
+    load_weights("velo")
+    (cache / "velo" / "weights.json").write_text("{")
+    with pytest.raises(WeightsError, match=f"delete the folder {cache / 'velo'}"):
+        load_weights("velo")
+
+
+def test_list_names_both_files_of_a_pair(server):
+    sources = {info.name: info.source for info in list_weights()}
+    (pair,) = sources["velo_pylo"]
+    assert pair.count("hf://") == 2
+    assert [source.count("://") for source in sources["velo"]] == [1, 1]
+    assert sources["mulo"] == ("hf://btherien/mulo/model.safetensors",)
+
+
 def test_unwritable_cache(server, monkeypatch):
     monkeypatch.setenv("LOPT_JAX_CACHE", "/dev/null/cache")
     with pytest.raises(WeightsError, match="LOPT_JAX_CACHE"):
@@ -287,6 +304,40 @@ def test_addresses(monkeypatch):
     assert http_address("hf://owner/repo/dir/file") == f"{hub}/main/dir/file"
     assert http_address("hf://owner/repo@v1/file") == f"{hub}/v1/file"
     assert HubAddress.parse("hf://owner/repo") == HubAddress("owner/repo", "main", "")
+
+
+@pytest.mark.parametrize("value", ["", None])
+def test_empty_variables_are_unset(monkeypatch, value):
+    for name in ("HF_ENDPOINT", "LOPT_JAX_GCS_ENDPOINT", "LOPT_JAX_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert http_address("gs://a/b") == "https://storage.googleapis.com/a/b"
+    assert http_address("hf://a/b/c").startswith("https://huggingface.co/a/b/")
+    assert cache_folder().name == "lopt_jax"
+
+
+@pytest.mark.parametrize("folder", ["~no_such_user/x", "gs://bucket/x"])
+def test_cache_that_is_no_folder(monkeypatch, folder):
+    monkeypatch.setenv("LOPT_JAX_CACHE", folder)
+    with pytest.raises(WeightsError, match=folder):
+        load_weights("velo")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://[::1",
+        "http://[::1",
+        "file://[::1",
+        "https://h/\u00e9",
+        "https://h:x/y",
+        "hf://a\ud800/b",
+    ],
+)
+def test_addresses_that_are_none(server, address):
+    with pytest.raises(WeightsError, match=re.escape(ascii(address)[1:8])):
+        load_weights(address)
 
 
 @pytest.mark.parametrize("scheme", ["https-like", "gs", "hf"])

@@ -53,6 +53,9 @@ def test_card_is_made_of_the_metadata():
     assert '- meta_training: {"steps": 100, "seed": 0}' in body
     assert '- tasks: ["digits", "a\\nb"]' in body
     assert 'load_weights("hf://owner/my-lopt")' in body
+    half = model_card(Weights("velo", {}, {}, {"gen_id": "\ud800", "a\nb": 1}), "a/b")
+    assert "- gen_id: \\ud800" in half.encode().decode().splitlines()
+    assert "- a\\nb: 1" in half.splitlines()
     strange = Weights("velo", {}, {}, {"licence": "mine\n---\nevil: true"})
     assert "evil" not in model_card(strange, "a/b").partition("---\n\n")[0]
 
@@ -63,6 +66,13 @@ def test_wrong_arguments(server):
     empty = Weights("velo", {}, {})
     with pytest.raises(WeightsError):
         push_to_hub(empty, "owner/repo", token="hf_test")
+    assert not server.log
+
+
+def test_offline(server, monkeypatch):
+    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
+    with pytest.raises(WeightsError, match=r"hf://owner/repo.*LOPT_JAX_OFFLINE"):
+        push_to_hub(described(), "owner/repo", token="hf_test")
     assert not server.log
 
 

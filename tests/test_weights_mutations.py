@@ -281,6 +281,31 @@ def test_hostile_files(name):
     assert peak < 2**26
 
 
+@pytest.mark.parametrize("write", [msgpack_serialize, pickle.dumps])
+def test_numbers_of_many_digits(write):
+    theta = msgpack_restore((FIXTURES / "small_fc_lopt_h4" / "theta.state").read_bytes())
+    layers = theta["nn"]["~"]
+    long_name = "w0__" + "1" * 5000
+    damaged = write({**theta, "nn": {"~": {**layers, long_name: layers["w0"]}}})
+    assert not outcome(lambda: convert_bundle(Bundle("hostile", damaged)))
+    if write is pickle.dumps:  # msgpack has no larger numbers than 64 bits
+        damaged = write({"params": theta, "gen_id": 10**5000, "step": 3})
+        weights = convert_bundle(Bundle("hostile", damaged))
+        assert (weights.metadata["gen_id"], weights.metadata["step"]) == ("a int", "3")
+
+
+def test_other_formats_are_told_which_are_read(tmp_path):
+    theta = msgpack_restore((FIXTURES / "small_fc_lopt_h4" / "theta.state").read_bytes())
+    np.save(tmp_path / "array.npy", np.zeros(3, np.float32))
+    others = [(tmp_path / "array.npy").read_bytes(), pickle.dumps(theta, 0), pickle.dumps(theta, 1)]
+    for data in others:
+        with pytest.raises(WeightsError, match="msgpack file, safetensors, or a pickle of proto"):
+            convert_bundle(Bundle("other", data))
+    cut = (FIXTURES / "elo" / "model.safetensors").read_bytes()[:100]
+    with pytest.raises(WeightsError, match=r"a safetensors file.*damaged"):
+        convert_bundle(Bundle("cut", cut), "elo")
+
+
 def test_safetensors_of_wrong_contents():
     tensors = load_file(FIXTURES / "elo" / "model.safetensors")
     name = "network.input.weight"

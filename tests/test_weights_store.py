@@ -5,14 +5,24 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
-from lopt_jax.weights import Weights, WeightsError, convert_weights, load_weights, save_weights
+from lopt_jax.weights import (
+    Weights,
+    WeightsError,
+    convert_weights,
+    export_weights,
+    list_weights,
+    load_weights,
+    save_weights,
+)
 from lopt_jax.weights import store as store_module
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -88,6 +98,9 @@ def test_invalid_weights_are_not_saved(weights, tmp_path):
     wrong = Weights(weights.architecture, weights.config, weights.params, {"x": float("nan")})
     with pytest.raises(WeightsError, match="JSON"):
         save_weights(tmp_path / "bad", wrong)
+    large = Weights(weights.architecture, weights.config, weights.params, {"x": "y" * 2**20})
+    with pytest.raises(WeightsError, match="1048576"):  # which load_weights would refuse
+        save_weights(tmp_path / "bad", large)
     assert not list(tmp_path.iterdir())
 
 
@@ -107,6 +120,7 @@ def edit(path, **changes):
         ({"config": {"lstm_hidden_size": 32, "param_inits": 2**20}}, "bytes"),
         ({"config": []}, "config"),
         ({"metadata": None}, "metadata"),
+        ({"metadata": json.loads('{"a":' * 100 + "1" + "}" * 100)}, "w: .*nested at most 64 deep"),
     ],
 )
 def test_wrong_descriptions(saved, changes, message):
@@ -197,3 +211,177 @@ def test_import_is_light():
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
     assert run(code).strip() == "[]"
+
+
+def rewrite_header(folder, **changes):
+    """Changes what the .zarray of one array declares, as somebody hostile would."""
+    edit(folder, files={})
+    database = {"driver": "ocdbt", "base": f"file://{folder}/params/"}
+    values = ts.KvStore.open(database).result()
+    header = json.loads(values.read("mix.b/.zarray").result().value)
+    values.write("mix.b/.zarray", json.dumps({**header, **changes}).encode()).result()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # TensorStore reserves an element as soon as such an array is opened: 16 GB here.
+        ({"dtype": [["a", "<f4", [2**32]]]}, "mix/b to be a float32 array"),
+        ({"dtype": "<f8"}, "mix/b to be a float32 array"),
+        ({"shape": [2**40], "chunks": [2**40]}, "mix/b of at most"),
+        ({"shape": [2**20], "chunks": [2**20]}, r"mix/b of shape \(32,\)"),
+        ({"shape": "long"}, "mix/b of at most"),
+        ({"chunks": [2**40]}, "mix/b in one chunk"),
+        ({"compressor": {"id": "blosc"}}, "mix/b with zstd"),
+        ({"filters": [{"id": "delta"}]}, "mix/b with zstd"),
+        ({"fill_value": [1] * 9}, "mix/b with zstd"),
+    ],
+)
+def test_headers_are_checked_before_arrays_are_opened(saved, monkeypatch, changes, message):
+    rewrite_header(saved, **changes)
+    monkeypatch.setattr(ts, "open", None)
+    with pytest.raises(WeightsError, match=message):
+        load_weights(saved)
+
+
+def test_arrays_of_no_chunk_are_not_zero(saved):
+    edit(saved, files={})
+    ts.KvStore.open({"driver": "ocdbt", "base": f"file://{saved}/params/"}).result().delete_range(
+        ts.KvStore.KeyRange("mix.b/0", "mix.b/1")
+    ).result()
+    with pytest.raises(WeightsError, match="Orbax checkpoint"):
+        load_weights(saved)
+
+
+@pytest.mark.parametrize("changes", [{"use_zarr3": True}, {"use_ocdbt": False}])
+def test_other_layouts_of_orbax_are_named(saved, changes):
+    edit(saved, files={})
+    tree = saved / "params" / "_METADATA"
+    tree.write_text(json.dumps({**json.loads(tree.read_text()), **changes}))
+    with pytest.raises(WeightsError, match=r"zarr 2 in OCDBT.*save_weights"):
+        load_weights(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["params/_METADATA", "params/manifest.ocdbt", "params/more", "weights.json"]
+)
+def test_only_regular_files_are_opened(saved, name):
+    (saved / name).unlink(missing_ok=True)
+    os.mkfifo(saved / name)  # opening one to read waits until somebody writes
+    with pytest.raises(WeightsError, match="something else of that name"):
+        load_weights(saved)
+
+
+def test_many_or_large_files_are_refused(saved, monkeypatch):
+    with (saved / "params" / "large").open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(WeightsError, match=r"large.*at most"):
+        load_weights(saved)
+    (saved / "params" / "large").unlink()
+    monkeypatch.setattr(store_module, "MAX_LEAVES", 5)
+    with pytest.raises(WeightsError, match="at most 5 files"):
+        load_weights(saved)
+
+
+def test_loading_while_others_save(weights, saved):
+    versions = [weights, jax.tree.map(lambda leaf: leaf + 1, weights)]
+    done = threading.Event()
+    failures = []
+
+    def save(version):
+        try:
+            while not done.is_set():
+                save_weights(saved, version)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=save, args=(version,)) for version in versions]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            assert load_weights(saved) in versions
+            assert convert_weights(saved) in versions
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert [path.name for path in saved.parent.iterdir()] == ["w"]
+
+
+def test_saving_through_a_link(weights, saved, tmp_path):
+    link, dangling = tmp_path / "link", tmp_path / "dangling"
+    link.symlink_to(saved)
+    dangling.symlink_to("new")
+    other = jax.tree.map(lambda leaf: leaf + 1, weights)
+    for place in (link, dangling):
+        save_weights(place, other)
+        assert place.is_symlink()
+    assert load_weights(saved) == load_weights(tmp_path / "new") == other
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="loop"):
+        save_weights(loop, other)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["dangling", "link", "loop", "new", "w"]
+
+
+def test_home_is_expanded_everywhere(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    small = convert_weights(FIXTURES / "small_fc_lopt_h4")
+    for index, kind in enumerate((str, Path)):
+        save_weights(kind(f"~/ours{index}"), weights)
+        assert load_weights(kind(f"~/ours{index}")) == weights
+        assert convert_weights(kind(f"~/ours{index}")) == weights
+        export_weights(small, kind(f"~/pylo{index}"))
+        assert convert_weights(kind(f"~/pylo{index}")).architecture == "small_fc_lopt"
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("path", ["~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")])
+def test_paths_that_name_nothing(weights, path):
+    for function in (
+        load_weights,
+        convert_weights,
+        lambda path: save_weights(path, weights),
+        lambda path: export_weights(weights, path),
+    ):
+        with pytest.raises(WeightsError, match="expected a path or an address, found"):
+            function(path)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/x", "hf://owner/repo", "https://host/x"])
+def test_addresses_are_no_folders(weights, tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match="a folder of this machine, found an address"):
+        save_weights(address, weights)
+    with pytest.raises(WeightsError, match="a folder of this machine, found an address"):
+        export_weights(weights, address)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_are_too_long(tmp_path):
+    for path in ("x" * 300, "./" + "x" * 300, tmp_path / ("x" * 300)):
+        with pytest.raises(WeightsError):
+            load_weights(path)
+        with pytest.raises(WeightsError, match="too long"):
+            convert_weights(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
+def test_folders_that_may_not_be_read(saved, tmp_path, monkeypatch):
+    saved.chmod(0)
+    (tmp_path / "weights").mkdir(mode=0)
+    monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
+    try:
+        for function in (load_weights, convert_weights):
+            with pytest.raises(WeightsError, match="Permission denied"):
+                function(saved)
+        assert not {info.name: info for info in list_weights()}["velo"].offline
+        with pytest.raises(WeightsError, match="LOPT_JAX_CACHE"):
+            load_weights("velo")
+    finally:
+        saved.chmod(0o700)
+        (tmp_path / "weights").chmod(0o700)

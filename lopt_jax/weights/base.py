@@ -28,7 +28,19 @@ def weights_error(source: object, *, expected: str, found: str, advice: str = ""
       advice: what the user can do, one sentence; may be empty.
     """
     message = f"{source}: expected {expected}, found {found}."
-    return WeightsError(f"{message} {advice}" if advice else message)
+    return WeightsError(printable(f"{message} {advice}" if advice else message))
+
+
+def printable(text: str) -> str:
+    """Returns one line of text with escapes in place of what would steer a terminal.
+
+    Args:
+      text: anything, also what a file of a stranger says: control characters, newlines,
+        characters that reverse the direction, halves of surrogate pairs.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 _REPR = reprlib.Repr()
@@ -48,8 +60,13 @@ def brief(value: object) -> str:
         return f"a {type(value).__name__}"
 
 
-def _freeze(value: Any) -> Any:
+_MAX_NESTING = 64  # of config and metadata: far from the depth at which Python's recursion ends
+
+
+def _freeze(value: Any, depth: int) -> Any:
     """Makes a JSON-like value immutable and hashable."""
+    if depth > _MAX_NESTING:
+        raise ValueError(f"config and metadata are nested at most {_MAX_NESTING} deep")
     if isinstance(value, StaticMapping) or value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int | float):
@@ -57,9 +74,9 @@ def _freeze(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Mapping):
-        return StaticMapping(value)
+        return StaticMapping(value, depth)
     if isinstance(value, list | tuple):
-        return tuple(_freeze(item) for item in value)
+        return tuple(_freeze(item, depth + 1) for item in value)
     raise TypeError(
         "config and metadata hold only None, bool, int, float, str, sequences and mappings of "
         f"them, found {type(value).__name__}"
@@ -69,20 +86,22 @@ def _freeze(value: Any) -> Any:
 class StaticMapping(Mapping[str, Any]):
     """An immutable, hashable mapping of JSON-like values: static data of a pytree.
 
-    Values become hashable on the way in: lists become tuples, inner mappings `StaticMapping`.
+    Values become hashable on the way in: lists become tuples, inner mappings `StaticMapping`
+    (which are built with the depth at which they lie).
 
     Raises:
       TypeError: a key is not a string, or a value is not JSON-like.
+      ValueError: values are nested too deep.
     """
 
     __slots__ = ("_hash", "_items")
 
-    def __init__(self, items: Mapping[str, Any] | None = None):
+    def __init__(self, items: Mapping[str, Any] | None = None, depth: int = 0):
         frozen = {}
         for key, value in (items or {}).items():
             if not isinstance(key, str):
                 raise TypeError(f"the keys of config and metadata are strings, found {key!r}")
-            frozen[key] = _freeze(value)
+            frozen[key] = _freeze(value, depth + 1)
         self._items: dict[str, Any] = frozen
         self._hash: int | None = None
 

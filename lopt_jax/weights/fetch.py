@@ -47,11 +47,21 @@ class NotThere(WeightsError):
 
 def hub_endpoint() -> str:
     """Returns the Hugging Face Hub's address; HF_ENDPOINT overrides it, as everywhere."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def _bucket_endpoint() -> str:
-    return os.environ.get("LOPT_JAX_GCS_ENDPOINT", "https://storage.googleapis.com").rstrip("/")
+    return (os.environ.get("LOPT_JAX_GCS_ENDPOINT") or "https://storage.googleapis.com").rstrip("/")
+
+
+def refuse_offline(address: str) -> None:
+    """Raises a WeightsError where the user wants no network.
+
+    Args:
+      address: what would be connected to, for the message.
+    """
+    if os.environ.get("LOPT_JAX_OFFLINE", "").lower() in ("1", "true", "yes"):
+        raise weights_error(address, expected="a network", found="LOPT_JAX_OFFLINE is set")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,12 +231,10 @@ def download(
       WeightsError: no connection, an error of the server, a body that is cut off, too long or of
         another digest.
     """
-    url = http_address(address)
-    if os.environ.get("LOPT_JAX_OFFLINE", "").lower() in ("1", "true", "yes"):
-        raise weights_error(address, expected="a network", found="LOPT_JAX_OFFLINE is set")
+    refuse_offline(address)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
-        with _open(url, address, optional) as response, part.open("wb") as file:
+        with _open(http_address(address), address, optional) as response, part.open("wb") as file:
             digest = _copy(response, file, address, limit)
         if sha256 is not None and digest != sha256.lower():
             raise weights_error(
@@ -237,7 +245,9 @@ def download(
             )
         os.replace(part, target)
         return digest
-    except (OSError, http.client.HTTPException) as error:
+    except WeightsError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last: no valid address
         reason = getattr(error, "reason", None) or error
         raise weights_error(
             address, expected="a download", found=f"{type(error).__name__}: {reason}"[:160]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt_jax.weights.base import Weights, thaw
+from lopt_jax.weights.base import Weights, printable, thaw
 from lopt_jax.weights.store import save_weights
 
 # Names that the Hub knows for the licences that occur; another is left to the text of the card.
@@ -66,7 +66,7 @@ def _entries(mapping: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in mapping.items():
         text = value if isinstance(value, str) else json.dumps(value)
-        lines.append(f"- {key}: {' '.join(text.split())}")
+        lines.append(printable(f"- {key}: {' '.join(text.split())}"))
     return lines
 
 
@@ -104,14 +104,16 @@ def push_to_hub(
       The address of the commit.
 
     Raises:
-      WeightsError: the weights are not valid.
+      WeightsError: the weights are not valid, or LOPT_JAX_OFFLINE is set.
       ImportError: the extra "hub" is not installed.
       ValueError: `repo_id` is not owner/name.
     """
     parts = repo_id.split("/")
     if len(parts) != 2 or not all(parts):
         raise ValueError(f"repo_id must be 'owner/name', found {repo_id!r}")
-    from lopt_jax.weights.fetch import hub_endpoint
+    from lopt_jax.weights.fetch import hub_endpoint, refuse_offline
+
+    refuse_offline(f"hf://{repo_id}")
 
     try:
         from huggingface_hub import CommitOperationAdd, HfApi

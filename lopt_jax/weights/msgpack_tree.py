@@ -96,8 +96,8 @@ def read_msgpack(data: bytes, source: object) -> Any:
     except (ValueError, TypeError, RecursionError, OverflowError, MemoryError) as error:
         raise weights_error(
             source,
-            expected="a flax msgpack file",
-            found=f"bytes that are none ({type(error).__name__}: {str(error)[:120]})",
+            expected="a flax msgpack file, safetensors, or a pickle of protocol 2 to 5",
+            found=f"bytes that are none of them ({type(error).__name__}: {str(error)[:120]})",
             advice="The file is damaged or of another format: fetch it again.",
         ) from error
 

@@ -140,7 +140,7 @@ def convert_original(tree: Any, source: object) -> Converted:
     if isinstance(tree, Mapping) and "params" in tree and isinstance(tree["params"], Mapping):
         for key in ("gen_id", "step"):
             if isinstance(tree.get(key), str | int | float):
-                notes[key] = tree[key] if isinstance(tree[key], str) else str(tree[key])[:40]
+                notes[key] = tree[key] if isinstance(tree[key], str) else brief(tree[key])
         tree = tree["params"]
     elif isinstance(tree, Mapping) and set(tree) == {"0", "1", "2"}:
         # The oldest releases: built by their loader with both flags true, whatever the default
@@ -264,7 +264,9 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
         tree = module if isinstance(module, Mapping) else tree
     if not isinstance(tree, Mapping):
         raise weights_error(source, expected="the layers of an MLP", found=type(tree).__name__)
-    layers = {key: value for key, value in tree.items() if not re.fullmatch(r"w0__\d+", str(key))}
+    layers = {
+        key: value for key, value in tree.items() if not re.fullmatch(r"w0__\d{1,4}", str(key))
+    }
     groups = [key for key in tree if key not in layers]
     if groups:
         groups.sort(key=lambda key: int(key[4:]))

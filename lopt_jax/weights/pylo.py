@@ -24,7 +24,7 @@ from lopt_jax.weights.arrays import declared_array
 from lopt_jax.weights.base import Weights, brief, thaw, weights_error
 from lopt_jax.weights.original import Converted, joined
 from lopt_jax.weights.schema import MAX_BYTES, validate
-from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER
+from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER, local_folder
 
 MODEL = "model.safetensors"
 CONFIG = JSON
@@ -53,7 +53,8 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 
 def is_safetensors(data: bytes) -> bool:
     """Tells whether the bytes begin like a safetensors file."""
-    return len(data) > 8 and data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data)
+    size = int.from_bytes(data[:8], "little")
+    return data[8:9] == b"{" and size <= max(len(data), _MAX_HEADER)  # it may be cut off
 
 
 def read_safetensors(data: bytes, source: object) -> dict[str, np.ndarray]:
@@ -289,17 +290,17 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
     Args:
       weights: weights of small_fc_lopt, mulo, elo, velo, celo2 or elo_celo2.
       path: the folder to write `model.safetensors` and `config.json` into; for velo, which PyLO
-        keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it.
+        keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it. ~ is expanded.
       format: "pylo".
 
     Raises:
       ValueError: another format, or an architecture that PyLO has not.
-      WeightsError: the weights are not valid.
+      WeightsError: the weights are not valid, or `path` is an address.
     """
     if format != "pylo":
         raise ValueError(f"format must be 'pylo', found {format!r}")
-    weights = validate(weights, f"weights to export to {os.fspath(path)}")
-    folder = Path(path)
+    folder = local_folder(path)
+    weights = validate(weights, f"weights to export to {folder}")
     params = weights.params
     record: dict[str, Any] = {
         "architecture": weights.architecture,

@@ -15,8 +15,13 @@ from lopt_jax.weights.base import Weights, WeightsError, weights_error
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.convert import convert_bundle, convert_weights
 from lopt_jax.weights.schema import check_structure, schema_of
-from lopt_jax.weights.sources import local_path, read_local
-from lopt_jax.weights.store import DESCRIPTION, is_checkpoint, load_checkpoint, save_weights
+from lopt_jax.weights.sources import GIN, JSON, local_folder, local_path, read_local
+from lopt_jax.weights.store import (
+    DESCRIPTION,
+    is_checkpoint,
+    load_checkpoint,
+    save_weights,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,8 @@ class WeightsInfo:
     Attributes:
       name: what `load_weights` and the optimizers' `weights` take.
       architecture: the optimizer that it belongs to.
-      source: where from: "embedded", or the addresses in the order they are tried.
+      source: where from: "embedded", or the addresses in the order they are tried, those of
+        weights in two files joined by "with".
       offline: whether it can be loaded without a network.
       licence: as its authors state it.
       about: one line.
@@ -48,12 +54,15 @@ def embedded_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Returns the folder of fetched weights: LOPT_JAX_CACHE, or the user's cache folder."""
+    """Returns the folder of fetched weights: LOPT_JAX_CACHE, or the user's cache folder.
+
+    Raises:
+      WeightsError: LOPT_JAX_CACHE is an address, or names a user that is not there.
+    """
     override = os.environ.get("LOPT_JAX_CACHE")
     if override:
-        return Path(override).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lopt_jax"
+        return local_folder(override).absolute()
+    return local_folder(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lopt_jax"
 
 
 def cached_path(name: str) -> Path:
@@ -84,7 +93,7 @@ def list_weights() -> list[WeightsInfo]:
     names = {info.name for info in found}
     for entry in REGISTRY.values():
         if entry.name not in names:
-            places = tuple(next(iter(place.files.values())) for place in entry.places)
+            places = tuple(map(_addresses, entry.places))
             offline = is_checkpoint(cached_path(entry.name))
             found.append(
                 WeightsInfo(
@@ -92,6 +101,13 @@ def list_weights() -> list[WeightsInfo]:
                 )
             )
     return found
+
+
+def _addresses(place: Place) -> str:
+    """Returns the address of a place's weights, both of them of a pair."""
+    return " with ".join(
+        address for name, address in place.files.items() if name not in (GIN, JSON)
+    )
 
 
 def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
@@ -109,26 +125,24 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
       WeightsError: nothing of that name or at that path, weights that are not valid, or no place
         to fetch them from answered.
     """
+    path = local_path(name_or_path)
+    if path is None:
+        return convert_weights(name_or_path)
     if isinstance(name_or_path, str):
-        path = local_path(name_or_path)
-        if path is None:
-            return convert_weights(name_or_path)
         embedded = embedded_folder() / name_or_path
         if _is_name(name_or_path) and is_checkpoint(embedded):
             return load_checkpoint(embedded)
         if name_or_path in REGISTRY:
             cached = cached_path(name_or_path)
             if is_checkpoint(cached):
-                return load_checkpoint(cached)
+                return _load_cached(cached)
             return _fetch_registered(REGISTRY[name_or_path])
-        if _is_name(name_or_path) and not path.exists():
+        if _is_name(name_or_path) and not is_checkpoint(path) and not os.path.exists(path):
             known = ", ".join(info.name for info in list_weights())
             raise weights_error(
                 repr(name_or_path), expected=f"a path, or a name out of {known}", found="neither"
             )
-    else:
-        path = Path(name_or_path)
-    if path.is_file():
+    if os.path.isfile(path):
         raise weights_error(
             path,
             expected="the folder of a checkpoint of ours",
@@ -136,6 +150,15 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
             advice="Read other formats with lopt_jax.convert_weights.",
         )
     return load_checkpoint(path)
+
+
+def _load_cached(folder: Path) -> Weights:
+    try:
+        return load_checkpoint(folder)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error} This is the cached copy: delete the folder {folder} to fetch it again."
+        ) from error
 
 
 def _is_name(text: str) -> bool:
@@ -150,7 +173,7 @@ def _fetch_registered(entry: Entry) -> Weights:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_name(f".{entry.name}.lock")):
             if is_checkpoint(target):  # another process was faster
-                return load_checkpoint(target)
+                return _load_cached(target)
             # Whoever made these is dead, as we hold the lock.
             for leftover in target.parent.glob(f".{entry.name}.tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lopt_jax.weights.base import weights_error
+from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.weights.files import read_regular
 from lopt_jax.weights.schema import MAX_BYTES
 
 GIN = "config.gin"
@@ -45,24 +46,46 @@ def scheme_of(address: str) -> str:
 
 
 def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
-    """Returns the path that is meant, None where it is a remote address.
+    """Returns the path that is meant, with ~ expanded; None where it is a remote address.
 
     Raises:
-      WeightsError: a file:// address of another host.
+      WeightsError: text that names nothing: a user that is not there, a NUL character; or a
+        file:// address of another host.
     """
-    if isinstance(path_or_url, os.PathLike):
-        return Path(path_or_url)
-    scheme = scheme_of(path_or_url)
-    if not scheme:
-        return Path(path_or_url).expanduser()
-    if scheme != "file":
-        return None
-    parts = urlsplit(path_or_url)
-    if parts.netloc not in ("", "localhost"):
+    text = os.fspath(path_or_url)
+    scheme = scheme_of(text) if isinstance(path_or_url, str) else ""
+    try:
+        if b"\0" in os.fsencode(text):
+            raise ValueError("a NUL character")
+        if not scheme:
+            return Path(text).expanduser()
+        if scheme != "file":
+            return None
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"the host {parts.netloc!r}")
+        return Path(unquote(parts.path))
+    except (ValueError, RuntimeError) as error:
+        expected = "file:///absolute/path" if scheme == "file" else "a path or an address"
+        found = str(error)[:120].rstrip(".")
+        raise weights_error(brief(text), expected=expected, found=found) from error
+
+
+def local_folder(path: str | os.PathLike[str]) -> Path:
+    """Returns the folder to write to, with ~ expanded.
+
+    Raises:
+      WeightsError: as `local_path`; or a remote address.
+    """
+    folder = local_path(path)
+    if folder is None:
         raise weights_error(
-            path_or_url, expected="file:///absolute/path", found=f"the host {parts.netloc!r}"
+            path,
+            expected="a folder of this machine",
+            found="an address",
+            advice="Save to a folder; lopt_jax.push_to_hub uploads to the Hugging Face Hub.",
         )
-    return Path(unquote(parts.path))
+    return folder
 
 
 def read_local(path: Path, origin: str | None = None) -> Bundle:
@@ -73,19 +96,31 @@ def read_local(path: Path, origin: str | None = None) -> Bundle:
       origin: what to call it; the path itself where None.
 
     Raises:
-      WeightsError: there is no weights file, more than one, or one that is too large.
+      WeightsError: there is no weights file that can be read, more than one, or one that is too
+        large.
     """
+    try:
+        return _read_bundle(path, origin)
+    except OSError as error:
+        raise weights_error(
+            origin or path,
+            expected="a readable file",
+            found=error.strerror or type(error).__name__,
+            advice="Check the path.",
+        ) from error
+
+
+def _read_bundle(path: Path, origin: str | None) -> Bundle:
     if path.is_dir() and (path / RNN_FOLDER).is_dir() and (path / MLP_FOLDER).is_dir():
         name = origin or os.fspath(path)
-        first = read_local(path / RNN_FOLDER, name)
-        return dataclasses.replace(first, second=read_local(path / MLP_FOLDER, name).data)
+        first = _read_bundle(path / RNN_FOLDER, name)
+        return dataclasses.replace(first, second=_read_bundle(path / MLP_FOLDER, name).data)
     file = _weights_file(path) if path.is_dir() else path
     folder = file.parent
     name = origin or os.fspath(file)
-    data = _read(file, name, MAX_BYTES)
     return Bundle(
         origin=name,
-        data=data,
+        data=read_regular(file, MAX_BYTES, name),
         gin=_neighbour(folder / GIN, name),
         json=_neighbour(folder / JSON, name),
     )
@@ -107,23 +142,6 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _neighbour(path: Path, source: str) -> bytes | None:
-    return _read(path, f"{path.name} of {source}", _MAX_NEIGHBOUR) if path.is_file() else None
-
-
-def _read(path: Path, source: str, limit: int) -> bytes:
-    try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise weights_error(source, expected="a file", found="something else of that name")
-        with path.open("rb") as file:
-            data = file.read(min(size, limit) + 1)
-    except OSError as error:
-        raise weights_error(
-            source,
-            expected="a readable file",
-            found=error.strerror or type(error).__name__,
-            advice="Check the path.",
-        ) from error
-    if len(data) > limit:
-        raise weights_error(source, expected=f"at most {limit} bytes", found="a larger file")
-    return data
+    if not path.is_file():
+        return None
+    return read_regular(path, _MAX_NEIGHBOUR, f"{path.name} of {source}")

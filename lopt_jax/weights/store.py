@@ -3,26 +3,30 @@
     <path>/weights.json   format, version, architecture, config, metadata, sha256 of the files
     <path>/params/        Orbax PyTree checkpoint of the meta-parameters
 
-Orbax is imported inside the functions: `import lopt_jax` does not need it.
+Orbax writes it; TensorStore alone reads it. Both are imported inside the functions: `import
+lopt_jax` does not need them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from lopt_jax.weights.arrays import MAX_RANK
 from lopt_jax.weights.base import Weights, WeightsError, brief, thaw, weights_error
+from lopt_jax.weights.files import read_regular, read_tree
 from lopt_jax.weights.schema import (
     MAX_BYTES,
     MAX_LEAVES,
@@ -30,19 +34,23 @@ from lopt_jax.weights.schema import (
     checked_params,
     complete_config,
     validate,
-    walk,
 )
+from lopt_jax.weights.sources import local_folder
 
 DESCRIPTION = "weights.json"
 PARAMS = "params"
 FORMAT = "lopt_jax weights"
 VERSION = 1
 _MAX_DESCRIPTION = 1 << 20
+_ASIDE = "-old"  # ends the name of weights that move aside
+_ATTEMPTS = 100  # to save where other processes save too
+_PATIENCE = 2.0  # seconds that a reader waits for a writer to leave the folder as it is
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Tells whether `path` is a folder that holds weights in our format."""
-    return (Path(path) / DESCRIPTION).is_file()
+    folder = Path(path)
+    return _unless_replaced(folder, lambda: os.path.isfile(folder / DESCRIPTION))
 
 
 def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
@@ -52,16 +60,16 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
     that are at `path` already are replaced.
 
     Args:
-      path: the folder to create.
+      path: the folder to create; ~ is expanded.
       weights: the weights.
 
     Raises:
-      WeightsError: the weights are not valid.
+      WeightsError: the weights are not valid, or `path` is an address.
       FileExistsError: there is something else than weights at `path`.
     """
-    target = Path(os.path.abspath(os.fspath(path)))
+    target = Path(os.path.realpath(local_folder(path)))  # of a link, where it points to
     weights = validate(weights, f"weights to save in {target}")
-    if target.exists() and not is_checkpoint(target) and not _is_empty_folder(target):
+    if os.path.lexists(target) and not is_checkpoint(target) and not _is_empty_folder(target):
         raise FileExistsError(f"{target} exists and holds no weights: remove it, or take another")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -77,6 +85,8 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
             "files": _digests(temporary),
         }
         text = json.dumps(description, indent=1, sort_keys=True, allow_nan=False)
+        if len(text) >= _MAX_DESCRIPTION:
+            raise ValueError(f"{len(text)} bytes, more than {_MAX_DESCRIPTION}")
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         _replace_folder(temporary, target)
     except ValueError as error:
@@ -92,7 +102,8 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
 def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
     """Reads weights in our format, on any number of devices.
 
-    Shapes are checked before anything is restored, and values afterwards.
+    All files are read into memory at one moment, and everything that they declare is checked
+    there before TensorStore sees it.
 
     Args:
       path: the folder that `save_weights` made.
@@ -104,20 +115,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
       WeightsError: something about the folder is not what it has to be.
     """
     folder = Path(os.path.abspath(os.fspath(path)))
-    description = _read_description(folder)
+    description, files = _unless_replaced(folder, lambda: _read_checkpoint(folder))
     try:
         architecture = description["architecture"]
         config = complete_config(architecture, description["config"], folder)
-        _check_size(folder)
-        _check_digests(folder, description.get("files", {}))
+        _check_digests(folder, files, description.get("files", {}))
         params = checked_params(
-            architecture, config, _restore(folder / PARAMS, architecture, config), folder
+            architecture, config, _restore(files, architecture, config, folder / PARAMS), folder
         )
         return on_device(Weights(architecture, config, params, description["metadata"]))
     except WeightsError:
         raise
     except (Exception, RecursionError) as error:
-        # Orbax and TensorStore have many ways to say that a file is damaged.
+        # TensorStore has many ways to say that a file is damaged.
         raise weights_error(
             folder,
             expected=f"the Orbax checkpoint of {brief(description['architecture'])} weights",
@@ -133,17 +143,60 @@ def on_device(weights: Weights) -> Weights:
     return Weights(weights.architecture, weights.config, params, weights.metadata)
 
 
+def _unless_replaced[T](folder: Path, read: Callable[[], T]) -> T:
+    """Returns what `read` returns; it reads again where the folder was replaced meanwhile."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        before = _identity(folder)
+        result: T | WeightsError
+        try:
+            result = read()
+        except WeightsError as error:
+            result = error
+        replaced = _identity(folder) != before or _is_being_replaced(folder)
+        if not replaced or time.monotonic() > deadline:
+            if isinstance(result, WeightsError):
+                raise result
+            return result
+        time.sleep(0.005)
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Returns the description and the files of the arrays, by names such as params/_METADATA."""
+    description = _read_description(folder)
+    try:
+        files = read_tree(folder / PARAMS, MAX_BYTES, MAX_LEAVES)
+    except OSError as error:
+        raise weights_error(
+            error.filename or folder,
+            expected=f"the {PARAMS} folder of an Orbax PyTree checkpoint",
+            found=error.strerror or type(error).__name__,
+            advice="The checkpoint is damaged or not yours to read: fetch or convert it again.",
+        ) from error
+    return description, {f"{PARAMS}/{name}": data for name, data in files.items()}
+
+
 def _read_description(folder: Path) -> dict[str, Any]:
     source = folder / DESCRIPTION
     advice = "Point to a folder that save_weights or `lopt convert` made."
-    if not source.is_file():
-        found = "no such file" if folder.is_dir() else "no such folder"
-        raise weights_error(source, expected="weights", found=found, advice=advice)
     try:
-        if source.stat().st_size > _MAX_DESCRIPTION:
-            raise ValueError(f"{source.stat().st_size} bytes")
-        description = json.loads(source.read_bytes(), parse_constant=_reject_constant)
-    except (ValueError, RecursionError, OSError) as error:
+        data = read_regular(source, _MAX_DESCRIPTION, source)
+    except OSError as error:
+        found = error.strerror or type(error).__name__
+        if isinstance(error, FileNotFoundError):
+            found = "no such file" if os.path.isdir(folder) else "no such folder"
+        raise weights_error(source, expected="weights", found=found, advice=advice) from error
+    try:
+        description = json.loads(data, parse_constant=_reject_constant)
+    except (ValueError, RecursionError) as error:
         raise weights_error(
             source, expected="a JSON file", found=str(error)[:120], advice=advice
         ) from error
@@ -170,32 +223,17 @@ def _reject_constant(name: str) -> None:
     raise ValueError(f"the number {name}")
 
 
-def _check_size(folder: Path) -> None:
-    """Bounds the bytes and the files that restoring can read."""
-    total = count = 0
-    for root, _, files in os.walk(folder):
-        for name in files:
-            count += 1
-            total += os.path.getsize(os.path.join(root, name))
-            if total > MAX_BYTES or count > MAX_LEAVES:
-                raise weights_error(
-                    folder,
-                    expected=f"at most {MAX_BYTES} bytes in at most {MAX_LEAVES} files",
-                    found="more",
-                )
-
-
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in (folder / PARAMS).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    files = read_tree(folder / PARAMS, MAX_BYTES, MAX_LEAVES)
+    return {f"{PARAMS}/{name}": _digest(files[name]) for name in sorted(files)}
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _check_digests(folder: Path, digests: Any) -> None:
-    """Finds damaged files by their digests: a clear message, and no work for Orbax.
+def _check_digests(folder: Path, files: Mapping[str, bytes], digests: Any) -> None:
+    """Finds damaged files by their digests: a clear message, and no work for TensorStore.
 
     This is no protection against somebody who changes the digests too; the checks of shapes,
     sizes and values do not rely on it.
@@ -203,64 +241,121 @@ def _check_digests(folder: Path, digests: Any) -> None:
     if not isinstance(digests, dict) or len(digests) > MAX_LEAVES:
         raise weights_error(folder, expected="digests of files", found=brief(digests))
     for name, digest in digests.items():
-        path = folder / name
-        inside = PurePosixPath(name).parts[:1] == (PARAMS,) and ".." not in name
-        if not inside or not path.is_file() or _digest(path) != digest:
+        if name not in files or _digest(files[name]) != digest:
             raise weights_error(
-                path,
+                folder / name,
                 expected=f"sha256 {brief(digest)}",
-                found="another content" if inside and path.is_file() else "no such file",
+                found="another content" if name in files else "no such file",
                 advice="The checkpoint is damaged: fetch or convert it again.",
             )
 
 
-def _restore(folder: Path, architecture: str, config: Mapping[str, Any]) -> Any:
-    """Restores the arrays to host memory, after their declared shapes passed the schema."""
-    ocp = _orbax()
-    checkpointer = _checkpointer()
-    step = checkpointer.metadata(folder)
-    declared = dict(walk(_metadata_tree(step, folder), folder))
-    for path, array in declared.items():
-        storage = getattr(array, "storage", None)
-        chunk = getattr(storage, "chunk_shape", None)
-        if not hasattr(array, "shape") or str(array.dtype) != "float32":
-            found = f"{getattr(array, 'dtype', type(array).__name__)}"
-            raise weights_error(
-                folder, expected=f"{'/'.join(path)} to be a float32 array", found=found[:80]
-            )
-        if chunk is not None and tuple(chunk) != tuple(array.shape):
-            # Reading reserves whole chunks: a chunk larger than its array is refused.
-            raise weights_error(
-                folder,
-                expected=f"{'/'.join(path)} in one chunk of shape {tuple(array.shape)}",
-                found=f"chunks of shape {tuple(chunk)}"[:120],
-            )
-    check_shapes(architecture, config, {p: a.shape for p, a in declared.items()}, folder)
-    as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _nested(declared, folder)
-    )
-    return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+def _restore(
+    files: Mapping[str, bytes], architecture: str, config: Mapping[str, Any], source: Path
+) -> dict[str, Any]:
+    """Reads the arrays from memory, after their declared types and shapes passed the schema.
 
+    Orbax itself would open the arrays first, and TensorStore reserves what they declare then.
+    """
+    import tensorstore as ts
 
-def _metadata_tree(step: Any, folder: Path) -> Any:
-    tree = getattr(getattr(step, "item_metadata", None), "tree", None)
-    if not isinstance(tree, Mapping):
-        raise weights_error(
-            folder, expected="an Orbax PyTree checkpoint", found="no metadata of one"
+    context = ts.Context()
+    memory = ts.KvStore.open({"driver": "memory"}, context=context).result()
+    for name, data in files.items():
+        memory[name] = data
+    database = {"driver": "ocdbt", "base": f"memory://{PARAMS}/"}
+    values = ts.KvStore.open(database, context=context).result()
+    shapes = {}
+    for path in _declared_paths(files, source):
+        header = values.read(f"{'.'.join(path)}/.zarray").result()
+        if header.state == "value":
+            shapes[path] = _declared_shape(header.value, "/".join(path), source)
+    check_shapes(architecture, config, shapes, source)
+    tree: dict[str, Any] = {}
+    for path in shapes:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        spec = {
+            "driver": "zarr",
+            "kvstore": {**database, "path": f"{'.'.join(path)}/"},
+            "fill_missing_data_reads": False,
+        }
+        node[path[-1]] = (
+            ts.open(spec, open=True, read=True, context=context).result().read().result()
         )
     return tree
 
 
-def _nested(leaves: Mapping[tuple[str, ...], Any], folder: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path in leaves:
-        if not path:
-            raise weights_error(folder, expected="a dict of arrays", found="a single array")
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = 0
-    return tree
+def _declared_paths(files: Mapping[str, bytes], source: Path) -> list[tuple[str, ...]]:
+    """Returns the paths of the arrays that Orbax's description of the tree names."""
+    wanted = "the description of an Orbax PyTree checkpoint"
+    data = files.get(f"{PARAMS}/_METADATA")
+    if data is None:
+        raise weights_error(source / "_METADATA", expected=wanted, found="no such file")
+    try:
+        document = json.loads(data)
+        entries = list(document["tree_metadata"].values())
+        paths = [tuple(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
+        stored = document["use_ocdbt"], document["use_zarr3"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise weights_error(
+            source / "_METADATA", expected=wanted, found=f"{type(error).__name__}: {error}"[:120]
+        ) from error
+    if stored != (True, False) or len(paths) > MAX_LEAVES:
+        raise weights_error(
+            source / "_METADATA",
+            expected=f"at most {MAX_LEAVES} arrays of zarr 2 in OCDBT",
+            found=f"{len(paths)} arrays, (use_ocdbt, use_zarr3) = {brief(stored)}",
+            advice="Write it with lopt_jax.save_weights.",
+        )
+    return paths
+
+
+# What Orbax writes; another compressor could unpack to anything.
+_ZARR = {"zarr_format": 2, "filters": None, "order": "C", "fill_value": None}
+
+
+def _declared_shape(header: bytes, name: str, source: Path) -> tuple[int, ...]:
+    """Returns the shape in a .zarray, after checking that it declares a plain float32 array.
+
+    Raises:
+      WeightsError: another type, or chunks, filters or a compressor that Orbax does not write.
+    """
+    try:
+        declared = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise weights_error(
+            source, expected=f"a JSON header of {name}", found=str(error)[:120]
+        ) from error
+    if not isinstance(declared, dict) or declared.get("dtype") != "<f4":
+        found = declared.get("dtype") if isinstance(declared, dict) else declared
+        raise weights_error(source, expected=f"{name} to be a float32 array", found=brief(found))
+    shape, compressor = declared.get("shape"), declared.get("compressor")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_RANK
+        or not all(type(size) is int and 0 <= size <= MAX_BYTES for size in shape)
+    ):
+        raise weights_error(
+            source, expected=f"{name} of at most {MAX_RANK} dimensions", found=brief(shape)
+        )
+    if declared.get("chunks") != [max(size, 1) for size in shape]:
+        # Reading reserves whole chunks: a chunk larger than its array is refused.
+        raise weights_error(
+            source,
+            expected=f"{name} in one chunk of shape {tuple(shape)}",
+            found=f"chunks of shape {brief(declared.get('chunks'))}",
+        )
+    packed_by = compressor.get("id") if isinstance(compressor, dict) else compressor
+    if packed_by not in (None, "zstd") or any(declared.get(key) != _ZARR[key] for key in _ZARR):
+        raise weights_error(
+            source,
+            expected=f"{name} with zstd and {_ZARR}",
+            found=brief(declared),
+            advice="Write it with lopt_jax.save_weights.",
+        )
+    return tuple(shape)
 
 
 def _orbax() -> Any:
@@ -272,7 +367,7 @@ def _orbax() -> Any:
 def _checkpointer() -> Any:
     """Returns a checkpointer that acts for this process alone."""
     ocp = _orbax()
-    options = {}
+    options: dict[str, Any] = {}
     if jax.process_count() > 1:
         # Weights are read and written by every process for itself: no barrier with the others.
         index = jax.process_index()
@@ -281,23 +376,41 @@ def _checkpointer() -> Any:
             active_processes={index},
             barrier_sync_key_prefix=f"lopt_jax_weights_{index}",
         )
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options), **options)
+    # What `_restore` reads, whatever the defaults of another version of Orbax.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, **options)
+    return ocp.Checkpointer(handler, **options)
 
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def _is_being_replaced(folder: Path) -> bool:
+    """Tells whether weights are moved aside at this moment, for new ones."""
+    return not os.path.lexists(folder) and any(
+        folder.parent.glob(f".{glob.escape(folder.name)}.tmp-*{_ASIDE}")
+    )
+
+
 def _replace_folder(temporary: Path, target: Path) -> None:
     """Renames `temporary` to `target`; weights that are there move aside first."""
-    with contextlib.suppress(OSError):  # not empty: another process may just have saved there
-        os.rename(temporary, target)
+    aside = temporary.with_name(temporary.name + _ASIDE)
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(OSError):  # not empty
+            os.rename(temporary, target)
+            return
+        try:
+            os.rename(target, aside)
+        except FileNotFoundError:
+            continue  # another process has moved it aside, to save there too
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not is_checkpoint(target):  # it is not that another process just saved there
+                os.rename(aside, target)
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+            continue
+        shutil.rmtree(aside, ignore_errors=True)
         return
-    aside = temporary.with_name(temporary.name + "-old")
-    os.rename(target, aside)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(temporary, target)
