@@ -209,6 +209,33 @@ def test_tables_of_tasks():
                                      "| ours | not run | **2.5** (0.75) |"]  # fmt: skip
 
 
+def test_labels_of_weights():
+    reserved = ["adamw", "adam"]
+    assert cli.label_weights(["celo_small", "x/velo/"], reserved) == {
+        "celo_small": "celo_small", "velo": "x/velo/",
+    }  # fmt: skip
+    # Where last parts collide, with one another or with a tuned optimizer, the whole path.
+    assert cli.label_weights(["a/weights", "mine=c/weights", "b/weights", "d/adam"], reserved) == {
+        "a/weights": "a/weights", "mine": "c/weights", "b/weights": "b/weights", "d/adam": "d/adam",
+    }  # fmt: skip
+    assert cli.label_weights(["weights=a", "b/weights"], reserved) == {
+        "weights": "a", "b/weights": "b/weights",
+    }  # fmt: skip
+    for items in (["a/w", "a/w"], ["x=a", "x=b"], ["adamw=a"], ["adam"], ["=a"]):
+        with pytest.raises(ValueError, match="weights: expected labels that differ"):
+            cli.label_weights(items, reserved)
+
+
+def test_contenders_of_one_name_are_refused_and_a_name_may_be_a_path(tmp_path):
+    still = Contender("a/b", lambda rate, steps: optax.sgd(rate), (0.0,))
+    tasks = {"bowl": Quadratic(3)}
+    with pytest.raises(ValueError, match="contenders: .*'a/b'"):
+        evaluate.run_curves(tasks, [still, still], (40,))
+    evaluate.run_curves(tasks, [still], (40,), seeds=1, folder=tmp_path)
+    kept = evaluate.run_curves(tasks, [still], (40,), 1, folder=tmp_path, kept_only=True)
+    assert set(kept) == {("bowl", "a/b", 40)}
+
+
 def test_wrong_arguments_are_named(capsys):
     assert cli.main(["meta-train", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The commands `lopt meta-train` and `lopt meta-eval`."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -36,7 +37,7 @@ def add_commands(subparsers: Any) -> None:
     train.set_defaults(run=run_meta_train)
 
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
-    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH to name")
+    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH to label")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
     evaluate.add_argument("--horizons", default="200,1000,5000")
     evaluate.add_argument("--seeds", type=int, default=5)
@@ -245,6 +246,37 @@ def _parse_list(text: str, known: Sequence[str], argument: str) -> list[str]:
     return names
 
 
+def label_weights(items: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
+    """Labels of weights for tables: the NAME of NAME=PATH, else the path's last part.
+
+    Where others have that last part too, the label is the whole path: `meta-train` calls every
+    folder of weights the same.
+
+    Args:
+      items: names or paths of weights, or NAME=PATH.
+      reserved: labels of other optimizers in the tables.
+
+    Returns:
+      Names or paths by label, in the order given.
+
+    Raises:
+      ValueError: for a label that is given twice or reserved.
+    """
+    pairs = [item.split("=", 1) if "=" in item else [Path(item).name, item] for item in items]
+    count = collections.Counter([*(label for label, _ in pairs), *reserved])
+    paths: dict[str, str] = {}
+    for item, (short, path) in zip(items, pairs, strict=True):
+        label = short if "=" in item or count[short] == 1 else path
+        if not label or label in paths or label in reserved:
+            what = "another optimizer is called" if label in reserved else "there already is"
+            raise ValueError(
+                f"weights: expected labels that differ, found {item!r} where {what} {label!r}; "
+                "give it one of its own, NAME=PATH"
+            )
+        paths[label] = path
+    return paths
+
+
 def run_meta_eval(arguments: argparse.Namespace) -> int:
     """Runs `lopt meta-eval`.
 
@@ -275,10 +307,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")
         contenders = [every["adamw"]]  # what the others are measured against
-        for item in arguments.weights:
-            name, found, path = item.partition("=")
-            path = path if found else name
-            label = name if found else Path(name).name
+        for label, path in label_weights(arguments.weights, list(every)).items():
             contenders.append(evaluate.learned(label, load_weights(path)))
         contenders += [every[name] for name in wanted if name != "adamw"]
         curves = evaluate.run_curves(

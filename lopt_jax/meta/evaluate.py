@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import time
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -195,12 +196,16 @@ def run_curves(
       Curves by (task, contender, horizon).
 
     Raises:
-      ValueError: for a horizon that is no multiple of POINTS.
+      ValueError: for a horizon that is no multiple of POINTS, or two contenders of one name.
       Exception: the first of the errors that items ended with, when all the others are done.
     """
     bad = [horizon for horizon in horizons if horizon % POINTS or horizon <= 0]
     if bad:
         raise ValueError(f"horizons: expected positive multiples of {POINTS}, found {bad}")
+    counts = collections.Counter(contender.name for contender in contenders)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"contenders: expected names that differ, found {twice} more than once")
     say = on_progress or (lambda text: None)
     found: dict[tuple[str, str], dict[int, Curves]] = {}
     for name in tasks:
@@ -307,10 +312,15 @@ def _compile(
     return lambda horizon: Curves(*jax.device_get(program(rates, seed_array, jnp.int32(horizon))))
 
 
+def _file_name(task: str, contender: Contender) -> str:
+    # A label may be a path.
+    return f"{task}.{urllib.parse.quote(contender.name, safe='')}"
+
+
 def _claim(folder: Path, task: str, contender: Contender, wait: bool) -> IO[bytes] | None:
     """A lock on an item, None where another process has it; its end, however it ends, frees it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f".{task}.{contender.name}.lock").open("ab")
+    file = (folder / f".{_file_name(task, contender)}.lock").open("ab")
     try:
         import fcntl
     except ImportError:  # Windows: processes that share a folder may do things twice
@@ -339,13 +349,13 @@ def _save_curves(
     arrays["learning_rates"] = np.asarray(contender.learning_rates, np.float32)
     arrays["digest"] = np.array(contender.digest)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{task}.{contender.name}.{os.getpid()}.npz"
+    temporary = folder / f".{_file_name(task, contender)}.{os.getpid()}.npz"
     np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(folder / f"{task}.{contender.name}.npz")
+    temporary.replace(folder / f"{_file_name(task, contender)}.npz")
 
 
 def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> dict[int, Curves]:
-    path = folder / f"{task}.{contender.name}.npz"
+    path = folder / f"{_file_name(task, contender)}.npz"
     if not path.exists():
         return {}
     with np.load(path) as arrays:
