@@ -229,7 +229,7 @@ def test_labels_of_weights():
 def test_contenders_of_one_name_are_refused_and_a_name_may_be_a_path(tmp_path):
     still = Contender("a/b", lambda rate, steps: optax.sgd(rate), (0.0,))
     tasks = {"bowl": Quadratic(3)}
-    with pytest.raises(ValueError, match="contenders: .*'a/b'"):
+    with pytest.raises(ValueError, match=r"contenders: .*'a/b'"):
         evaluate.run_curves(tasks, [still, still], (40,))
     evaluate.run_curves(tasks, [still], (40,), seeds=1, folder=tmp_path)
     kept = evaluate.run_curves(tasks, [still], (40,), 1, folder=tmp_path, kept_only=True)

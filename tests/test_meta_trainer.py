@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from lopt_jax.meta import cli
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.trainer import Trainer
+from lopt_jax.meta.trainer import Report, Result, Trainer
 
 TINY = MetaTrainConfig(
     name="test",
@@ -182,6 +183,35 @@ def test_config_survives_json():
         dataclasses.replace(TINY, phases=((0.5, ()),))
     with pytest.raises(ValueError, match="unknown names"):
         Trainer(dataclasses.replace(TINY, tasks=("mnist",)))
+
+
+class _Diverged:
+    """In place of a Trainer: a run whose last losses are not finite."""
+
+    def __init__(self, config, initial):
+        arguments = config.architecture, jax.random.key(0), dict(config.architecture_config)
+        self.theta = initial_parameters(*arguments, dict(config.gains))
+
+    def train(self, *unused, **also_unused):
+        report = Report(20, 1.0, math.nan, math.nan, 1.0, 1.0, math.inf, (math.nan,))
+        return Result(self.theta, [report], 20, 1.0, True)
+
+
+def test_weights_are_saved_whatever_the_last_loss_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("lopt_jax.meta.trainer.Trainer", _Diverged)
+    tmp_path.joinpath("run").mkdir()
+    assert cli.main(["meta-train", "tiny", "--out", str(tmp_path / "run")]) == 0
+    record = lopt_jax.load_weights(str(tmp_path / "run/weights")).metadata["meta_training"]
+    assert record["final_loss"] is None
+    assert record["steps"] == 20
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    (row,) = json.loads((tmp_path / "run/history.json").read_text(), parse_constant=refuse)
+    assert row["loss"] is row["gradient_norm"] is None
+    assert row["task_scores"] == [None]
+    assert row["step"] == 20
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def add_commands(subparsers: Any) -> None:
     train.set_defaults(run=run_meta_train)
 
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
-    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH to label")
+    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
     evaluate.add_argument("--horizons", default="200,1000,5000")
     evaluate.add_argument("--seeds", type=int, default=5)
@@ -138,13 +138,13 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         "hardware": f"{len(jax.devices())} {device.device_kind}",
         "jax": jax.__version__,
         "platform": platform.platform(),
-        "final_loss": result.history[-1].loss,
+        "final_loss": _finite(result.history[-1].loss),
         "not_good_for": config.notes,
         "started_from": arguments.weights or "an Adam-like start",
     }
     (out / "config.json").write_text(to_json(config))
     (out / "history.json").write_text(
-        json.dumps([report._asdict() for report in result.history], indent=0)
+        json.dumps(_finite([report._asdict() for report in result.history]), indent=0)
     )
     if config.architecture not in ("learned_adam", "learned_sgd"):
         metadata = {
@@ -164,6 +164,15 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         print(f"weights: {out / 'weights'}")
     _plot_history(result.history, config, out / "curves.png")
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: nan and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _progress:
