@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,63 @@ def test_config_survives_json():
         dataclasses.replace(TINY, phases=((0.5, ()),))
     with pytest.raises(ValueError, match="unknown names"):
         Trainer(dataclasses.replace(TINY, tasks=("mnist",)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective=3", "objective: expected a JSON object, found 3"),
+        ('objective={"bad":1}', "objective: unknown settings"),
+        ('objective={"floor":"x"}', "objective: floor: expected a number, found 'x'"),
+        ('objective={"floor":0}', "objective: floor: expected a number above 0"),
+        ("estimator=nope", "estimator: expected one of full_es, "),
+        ("reparametrise_level=x", "reparametrise_level: expected one of global, "),
+        ("backend=pallas", "backend: expected one of xla, auto"),
+        ("num_pairs=abc", "num_pairs: expected an integer, found 'abc'"),
+        ("num_pairs=true", "num_pairs: expected an integer, found True"),
+        ("num_pairs=0", "num_pairs: expected at least 1, found 0"),
+        ("seed=abc", "seed: expected an integer"),
+        ("seed=4294967296", "seed: expected less than"),
+        ("outer_learning_rate=abc", "outer_learning_rate: expected a number"),
+        ("outer_learning_rate=NaN", "outer_learning_rate: expected a finite number"),
+        ("standard_deviation=0", "standard_deviation: expected a number above 0"),
+        ("reparametrise=0.5", "reparametrise: expected at least 1"),
+        ("log_every=0", "log_every: expected at least 1"),
+        ("measure_every=0", "measure_every: expected at least 1"),
+        ("outer_steps=0", "outer_steps: expected at least 1"),
+        ("architecture_config=3", "architecture_config: expected a list"),
+        ("architecture_config=[]", "architecture_config: expected the sizes of a small_fc_lopt"),
+        ('architecture_config=[["hidden_size", 4.5], ["hidden_layers", 2]]', "architecture_config"),
+        ("architecture=velo", "architecture_config: .*missing: .'lstm_hidden_size'"),
+        ("architecture=nope", "architecture: 'nope'"),
+        ("architecture=celo_adam", "architecture: no meta-training start"),
+        ("gains=[[1, 2]]", r"gains\[0\]\[0\]: expected a text, found 1"),
+        ('gains=[["zzz", 2]]', "gains: unknown features"),
+        ('scales=[["zzz", 2]]', "scales: .* no meta-parameters .'zzz'"),
+        ('scales=[["mlp", 0]]', "scales: expected factors above 0"),
+        ("phases=3", "phases: expected a list"),
+        ("phases=[[1.0]]", r"phases\[0\]: expected 2 values"),
+        ('phases=[[1.0, ["zzz"]]]', "phases: .* no meta-parameters .'zzz'"),
+        ("phases=[[2.0, []], [-1.0, []]]", "phases: expected fractions of at least 0"),
+        ("tasks=tables_mlp_32x2", "tasks: expected a list in brackets, found 'tables_mlp_32x2'"),
+        ("tasks=[]", "tasks: expected at least one"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(setting, message, capsys, monkeypatch):
+    def fail(*unused, **also_unused):
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    assert cli.main(["meta-train", "small_fc_lopt_h4", "--set", setting]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_wrong_settings_are_errors_of_their_type():
+    with pytest.raises(TypeError, match=r"num_pairs: expected an integer, found 1\.5"):
+        dataclasses.replace(TINY, num_pairs=1.5)
+    with pytest.raises(ValueError, match="max_horizon: expected at least 1"):
+        dataclasses.replace(TINY, max_horizon=-1)
+    dataclasses.replace(TINY, tasks=["quadratic"], gradient_clip=1)
 
 
 class _Diverged:

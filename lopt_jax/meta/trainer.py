@@ -98,6 +98,20 @@ def _phase_mask(
     return {k: jax.tree.map(lambda _, k=k: chosen[k], v) for k, v in meta_parameters.items()}
 
 
+def _check_keys(config: MetaTrainConfig, meta_parameters: MetaParameters) -> None:
+    named = {
+        "scales": {key for key, _ in config.scales},
+        "phases": {key for _, keys in config.phases for key in keys},
+    }
+    for field, keys in named.items():
+        unknown = sorted(keys - set(meta_parameters))
+        if unknown:
+            raise ValueError(
+                f"{field}: {config.architecture} has no meta-parameters {unknown}; "
+                f"known: {sorted(meta_parameters)}"
+            )
+
+
 class Trainer:
     """Meta-trains one optimizer.
 
@@ -141,6 +155,7 @@ class Trainer:
         self.tasks = [self._augment(known[name]) for name in config.tasks]
         self.estimators = [self._estimator(task, scaled_rule) for task in self.tasks]
         self._initial = initial
+        _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
         count = math.gcd(len(devices), config.num_pairs)
         self.mesh = Mesh(np.array(devices[:count]), (_PAIRS,))
@@ -177,17 +192,18 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         return jax.random.fold_in(key, task)
 
+    def _start(self) -> MetaParameters:
+        if self._initial is not None:
+            return self._initial
+        config = self.config
+        key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+        return initial_parameters(
+            config.architecture, key, dict(config.architecture_config), dict(config.gains)
+        )
+
     def init(self) -> TrainState:
         """The state before the first step."""
-        config = self.config
-        if self._initial is not None:
-            start = self._initial
-        else:
-            key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-            start = initial_parameters(
-                config.architecture, key, dict(config.architecture_config), dict(config.gains)
-            )
-        start = self._rescale(start, {k: 1.0 / v for k, v in config.scales})
+        start = self._rescale(self._start(), {k: 1.0 / v for k, v in self.config.scales})
         start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
         start = jax.device_put(start, self._replicated)
         lowered = [
@@ -265,6 +281,8 @@ class Trainer:
         config = self.config
         began = time.monotonic()
         store = _Store(Path(folder).absolute(), config) if folder is not None else None
+        if store is not None and not resume:
+            store.require_empty()
         state = self.init()
         step, total, history = 0, config.outer_steps, list[Report]()
         planned = False
@@ -279,8 +297,6 @@ class Trainer:
                     Report._make(row)._replace(task_scores=tuple(row[-1]))
                     for row in record["history"]
                 ]
-        if store is not None and not resume:
-            store.require_empty()
         programs, outer = self._compile(state)
         loop_began = time.monotonic()
         saved = last = loop_began
