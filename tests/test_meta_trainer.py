@@ -106,6 +106,21 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert resumed.steps == 60
 
 
+def test_an_interrupted_run_saves_its_step_and_goes_on_from_it(tmp_path, whole):
+    config = dataclasses.replace(TINY, checkpoint_seconds=1000.0)
+
+    def interrupt(report, total, left):
+        if report.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="after step 6, saved"):
+        Trainer(config).train(tmp_path, on_report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(config).train(tmp_path, resume=True)
+    assert [r.step for r in resumed.history] == [3, 6, 9, 12]
+    assert_same(resumed.meta_parameters, whole.meta_parameters)
+
+
 _MESH = """
 import os, sys
 count = "--xla_force_host_platform_device_count=4"

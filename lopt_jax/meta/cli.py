@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lopt_jax.cli
+
 
 def add_commands(subparsers: Any) -> None:
     """Adds `meta-train` and `meta-eval` to the command line.
@@ -466,15 +468,8 @@ def plot_speed_ups(summaries: Sequence[Any], tuned: Sequence[str], path: Path) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The two commands on their own: `python -m lopt_jax.meta.cli meta-train ...`."""
-    parser = argparse.ArgumentParser(prog="lopt_jax.meta.cli")
-    add_commands(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(arguments)
-    try:
-        return parsed.run(parsed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """`python -m lopt_jax.meta.cli meta-train ...`: as `lopt meta-train ...`."""
+    return lopt_jax.cli.main(arguments)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,28 @@ def _check_keys(config: MetaTrainConfig, meta_parameters: MetaParameters) -> Non
                 f"{field}: {config.architecture} has no meta-parameters {unknown}; "
                 f"known: {sorted(meta_parameters)}"
             )
+
+
+class _Interruption:
+    """Lets a first Ctrl-C wait: the block sees `asked` and ends in order; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self._waits = usual and threading.current_thread() is threading.main_thread()
+        if self._waits:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *unused: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *unused: Any) -> None:
+        if self._waits:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Trainer:
@@ -277,6 +301,9 @@ class Trainer:
 
         Returns:
           The meta-parameters (in the architecture's units) and the history.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C, when the step it came in is done and saved.
         """
         config = self.config
         began = time.monotonic()
@@ -312,43 +339,46 @@ class Trainer:
                 record = {"total": total, "planned": planned, "seconds": seconds}
                 store.save(step, state, {**record, "history": [list(row) for row in history]})
 
-        while step < end:
-            theta, optimizer_state, estimator_states = state
-            at, of = put(step), put(total)
-            estimates, new_states = [], []
-            for program, estimator_state in zip(programs, estimator_states, strict=True):
-                estimate, estimator_state = program(theta, estimator_state, at, of)
-                estimates.append(estimate)
-                new_states.append(estimator_state)
-            gradients = [estimate.gradient for estimate in estimates]
-            theta, optimizer_state, norm = outer(theta, optimizer_state, gradients, at, of)
-            state = TrainState(theta, optimizer_state, tuple(new_states))
-            pending.append(([e._replace(gradient=None) for e in estimates], norm))
-            step += 1
-            if step % config.log_every and step != end:
-                continue
-            now_spent = spent + time.monotonic() - loop_began
-            report = _report(step, now_spent, pending)
-            history.append(report)
-            now = time.monotonic()  # the report waited for the device
-            rate = len(pending) / max(now - last, 1e-6)
-            last, pending = now, []
-            if max_seconds is not None:
-                left = max_seconds - (now - began)
-                # For checkpoints on the way and at the end; little of a small budget.
-                margin = min(20.0, 0.1 * max_seconds)
-                if not planned and step >= 2 * config.log_every:
-                    total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
-                    end = total if max_steps is None else min(total, max_steps)
-                    planned = True
-                if left <= 0:
-                    break
-            if on_report is not None:
-                on_report(report, total, (total - step) / rate)
-            if now - saved > config.checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-        save()
+        with _Interruption() as interruption:
+            while step < end and not interruption.asked:
+                theta, optimizer_state, estimator_states = state
+                at, of = put(step), put(total)
+                estimates, new_states = [], []
+                for program, estimator_state in zip(programs, estimator_states, strict=True):
+                    estimate, estimator_state = program(theta, estimator_state, at, of)
+                    estimates.append(estimate)
+                    new_states.append(estimator_state)
+                gradients = [estimate.gradient for estimate in estimates]
+                theta, optimizer_state, norm = outer(theta, optimizer_state, gradients, at, of)
+                state = TrainState(theta, optimizer_state, tuple(new_states))
+                pending.append(([e._replace(gradient=None) for e in estimates], norm))
+                step += 1
+                if step % config.log_every and step != end:
+                    continue
+                now_spent = spent + time.monotonic() - loop_began
+                report = _report(step, now_spent, pending)
+                history.append(report)
+                now = time.monotonic()  # the report waited for the device
+                rate = len(pending) / max(now - last, 1e-6)
+                last, pending = now, []
+                if max_seconds is not None:
+                    left = max_seconds - (now - began)
+                    # For checkpoints on the way and at the end; little of a small budget.
+                    margin = min(20.0, 0.1 * max_seconds)
+                    if not planned and step >= 2 * config.log_every:
+                        total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
+                        end = total if max_steps is None else min(total, max_steps)
+                        planned = True
+                    if left <= 0:
+                        break
+                if on_report is not None:
+                    on_report(report, total, (total - step) / rate)
+                if now - saved > config.checkpoint_seconds:
+                    save()
+                    saved = time.monotonic()
+            save()
+        if interruption.asked:
+            raise KeyboardInterrupt(f"after step {step}" + ("" if store is None else ", saved"))
         meta_parameters = self._rescale(state.meta_parameters, dict(config.scales))
         meta_parameters = jax.tree.map(np.asarray, meta_parameters)
         seconds = spent + time.monotonic() - loop_began
