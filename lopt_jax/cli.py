@@ -92,6 +92,21 @@ def _add_late(commands: Any, given: Sequence[str]) -> None:
             commands.add_parser(name, help=text)
 
 
+def positive_integer(text: str) -> int:
+    """The type of arguments that count something.
+
+    Raises:
+      argparse.ArgumentTypeError: for anything else than an integer above 0.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return value
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)

@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lopt_jax.weights.base import brief
+
 
 def check_fields(settings: Any) -> None:
     """Checks the type of every field of a dataclass instance.
@@ -44,7 +46,9 @@ def check_value(name: str, value: Any, hint: Any) -> None:
             check_value(name, value, inner[0])
         case kind if kind is Literal:
             if value not in inner:
-                raise ValueError(f"{name}: expected one of {', '.join(inner)}; found {value!r}")
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(inner)}; found {brief(value)}"
+                )
         case kind if kind is tuple:
             _check_items(name, value, inner)
         case _:
@@ -53,11 +57,11 @@ def check_value(name: str, value: Any, hint: Any) -> None:
 
 def _check_items(name: str, values: Any, hints: tuple[Any, ...]) -> None:
     if not isinstance(values, tuple | list):
-        raise TypeError(f"{name}: expected a list in brackets, found {values!r}")
+        raise TypeError(f"{name}: expected a list in brackets, found {brief(values)}")
     if hints[-1] is Ellipsis:
         hints = hints[:1] * len(values)
     if len(values) != len(hints):
-        raise ValueError(f"{name}: expected {len(hints)} values, found {list(values)}")
+        raise ValueError(f"{name}: expected {len(hints)} values, found {brief(values)}")
     for i, (value, hint) in enumerate(zip(values, hints, strict=True)):
         check_value(f"{name}[{i}]", value, hint)
 
@@ -66,7 +70,7 @@ def _check_plain(name: str, value: Any, kind: type) -> None:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         names = {float: "a number", int: "an integer", str: "a text"}
-        raise TypeError(f"{name}: expected {names.get(kind, kind.__name__)}, found {value!r}")
+        raise TypeError(f"{name}: expected {names.get(kind, kind.__name__)}, found {brief(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, found {value}")
 

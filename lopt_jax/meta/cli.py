@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lopt_jax.cli
+from lopt_jax.cli import positive_integer
 
 
 def add_commands(subparsers: Any) -> None:
@@ -22,12 +23,16 @@ def add_commands(subparsers: Any) -> None:
       subparsers: of an argparse parser; each command sets `run`, a function of the arguments that
         returns the exit status.
     """
+    from lopt_jax.meta.configs import CONFIGS
+
     train = subparsers.add_parser("meta-train", help="meta-train a learned optimizer")
-    train.add_argument("config", help="a name (see --list) or a JSON file of MetaTrainConfig")
+    train.add_argument(
+        "config", help=f"one of {', '.join(CONFIGS)}, or a JSON file of MetaTrainConfig"
+    )
     train.add_argument("--out", default=None, help="folder for checkpoints, weights and curves")
     train.add_argument("--seconds", type=float, default=None, help="wall-clock budget")
     train.add_argument(
-        "--steps", type=int, default=None, help="outer steps, instead of the config's"
+        "--steps", type=positive_integer, default=None, help="outer steps, instead of the config's"
     )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
@@ -41,8 +46,8 @@ def add_commands(subparsers: Any) -> None:
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
     evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
-    evaluate.add_argument("--horizons", default="200,1000,5000")
-    evaluate.add_argument("--seeds", type=int, default=5)
+    evaluate.add_argument("--horizons", type=_horizons, default="200,1000,5000")
+    evaluate.add_argument("--seeds", type=positive_integer, default=5)
     evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
@@ -51,7 +56,7 @@ def add_commands(subparsers: Any) -> None:
         "processes may share it",
     )  # fmt: skip
     evaluate.add_argument(
-        "--ahead", type=int, default=min(8, os.cpu_count() or 1),
+        "--ahead", type=positive_integer, default=min(8, os.cpu_count() or 1),
         help="programs compiled while one runs; 1 for processes that share a folder",
     )  # fmt: skip
     evaluate.add_argument(
@@ -61,10 +66,14 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
     evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
     evaluate.add_argument(
-        "--merge", nargs="*", default=None, metavar="JSON",
+        "--merge", nargs="+", default=None, metavar="JSON",
         help="summarise these record files instead of running anything",
     )  # fmt: skip
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _horizons(text: str) -> list[int]:
+    return [positive_integer(part) for part in text.split(",")]
 
 
 def _load_config(arguments: argparse.Namespace) -> Any:
@@ -288,6 +297,21 @@ def label_weights(items: Sequence[str], reserved: Sequence[str]) -> dict[str, st
     return paths
 
 
+def _prepare_output(option: str, path: Path) -> None:
+    """Makes the folder of a file that is written when all the work is done."""
+    if option == "--plot":
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix and path.suffix[1:].lower() not in known:
+            raise ValueError(
+                f"{option}: expected a file of a type out of {', '.join(known)}, found {path}"
+            )
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file, found the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def run_meta_eval(arguments: argparse.Namespace) -> int:
     """Runs `lopt meta-eval`.
 
@@ -304,8 +328,14 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
     from lopt_jax.meta.tasks import held_out_tasks, training_tasks
     from lopt_jax.weights import load_weights
 
+    if arguments.kept_only and not arguments.curves:
+        raise ValueError("--kept-only: expected --curves with it, the folder that holds them")
+    outputs = {"--json": arguments.json, "--plot": arguments.plot}
+    for option, path in outputs.items():
+        if path is not None:
+            _prepare_output(option, Path(path))
     if arguments.merge is not None:
-        records = [row for path in arguments.merge for row in json.loads(Path(path).read_text())]
+        records = [row for path in arguments.merge for row in evaluate.read_records(Path(path))]
         unique = {
             (r["task"], r["optimizer"], r["horizon"], r["learning_rate"], r["seed"]): r
             for r in records
@@ -314,7 +344,6 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
     else:
         known = {**training_tasks(), **held_out_tasks()}
         names = _parse_list(arguments.tasks or ",".join(held_out_tasks()), list(known), "--tasks")
-        horizons = [int(text) for text in arguments.horizons.split(",")]
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")
         contenders = [every["adamw"]]  # what the others are measured against
@@ -322,12 +351,15 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
             contenders.append(evaluate.learned(label, load_weights(path)))
         contenders += [every[name] for name in wanted if name != "adamw"]
         curves = evaluate.run_curves(
-            {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
+            {name: known[name] for name in names}, contenders, arguments.horizons, arguments.seeds,
             lambda text: print(text, flush=True),
             Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
             ahead=arguments.ahead,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
+    if not records:
+        source = "--merge" if arguments.merge is not None else "--curves"
+        raise ValueError(f"{source}: expected records of runs, found none to summarise")
     if arguments.json:
         lines = ",\n".join(json.dumps(record) for record in records)
         Path(arguments.json).write_text(f"[\n{lines}\n]\n")

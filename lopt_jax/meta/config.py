@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lopt_jax.meta.checks import check_bounds, check_fields
 from lopt_jax.meta.estimators import EstimatorName
 from lopt_jax.meta.unroll import Objective
+from lopt_jax.weights.base import brief
 
 _LEAST = {
     "learning_rate_peak": 0,
@@ -140,7 +141,7 @@ def from_json(text: str) -> MetaTrainConfig:
 
 def _read[Settings](kind: type[Settings], fields: Any, name: str) -> Settings:
     if not isinstance(fields, dict):
-        raise ValueError(f"{name}: expected a JSON object, found {fields!r}")
+        raise ValueError(f"{name}: expected a JSON object, found {brief(fields)}")
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - known)
     if unknown:

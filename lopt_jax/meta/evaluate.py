@@ -9,9 +9,12 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import time
 import urllib.parse
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt_jax.meta.checks import check_value
 from lopt_jax.meta.rules import cosine_schedule, make_rule
 from lopt_jax.meta.shampoo import shampoo
 from lopt_jax.meta.tasks import Task, held_out_tasks
@@ -358,13 +362,20 @@ def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> d
     path = folder / f"{_file_name(task, contender)}.npz"
     if not path.exists():
         return {}
-    with np.load(path) as arrays:
-        rates = np.asarray(contender.learning_rates, np.float32)
-        same = np.array_equal(arrays["learning_rates"], rates)
-        if not same or str(arrays["digest"]) != contender.digest:
-            return {}
-        horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
-        found = {h: Curves(*(arrays[f"{field}_{h}"] for field in Curves._fields)) for h in horizons}
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            rates = np.asarray(contender.learning_rates, np.float32)
+            same = np.array_equal(arrays["learning_rates"], rates)
+            if not same or str(arrays["digest"]) != contender.digest:
+                return {}
+            horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
+            found = {
+                h: Curves(*(arrays[f"{field}_{h}"] for field in Curves._fields)) for h in horizons
+            }
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"curves: {path} does not hold the curves of an evaluation ({error}); remove it"
+        ) from error
     return {h: curves for h, curves in found.items() if curves.train.shape[1] == seeds}
 
 
@@ -445,6 +456,47 @@ def make_records(
                         "adamw_steps": back,
                     }
                 )
+    return records
+
+
+_RECORD = {
+    "task": str,
+    "horizon": int,
+    "optimizer": str,
+    "learning_rate": float,
+    "seed": int,
+    "train_loss": float | None,
+    "valid_loss": float | None,
+    "initial_loss": float | None,
+    "steps_to_adamw": int | None,
+    "steps_to_adamw_for_good": int | None,
+    "adamw_steps": int | None,
+}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the records that `meta-eval --json` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      As `make_records`.
+
+    Raises:
+      ValueError: for a file that holds something else, naming it.
+    """
+    try:
+        records = json.loads(path.read_text())
+        check_value("records", records, tuple[dict, ...])
+        for record in records:
+            missing = sorted(_RECORD.keys() - record.keys())
+            if missing:
+                raise ValueError(f"a record has no {missing}")
+            for field, hint in _RECORD.items():
+                check_value(field, record[field], hint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected records of `meta-eval --json`: {error}") from error
     return records
 
 
@@ -545,7 +597,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
             for t in shared
         ]
         low, high = bootstrap_interval(scores)
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             ratios = [
                 float(np.exp(np.mean(np.log(np.maximum(a, 1e-12) / np.maximum(b, 1e-12)))))
                 for a, b in ((train, adamw_train), (valid, adamw))
