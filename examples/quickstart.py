@@ -6,6 +6,7 @@ draws the curves to outputs/quickstart.png.
 python examples/quickstart.py
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -160,4 +161,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # for --help
     main()

@@ -72,10 +72,19 @@ def batch_at(text: np.ndarray, step: int, batch: int, length: int) -> np.ndarray
 
 def make_mesh(description: str) -> Mesh:
     """The mesh that --mesh describes, such as data=4,model=2; one axis may be -1, the rest."""
-    sizes = {name: int(size) for name, size in (x.split("=") for x in description.split(","))}
+    try:
+        sizes = {name: int(size) for name, size in (x.split("=") for x in description.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected axes and their sizes such as data=4,model=2, found {description!r}"
+        ) from None
     known = int(np.prod([n for n in sizes.values() if n > 0]))
     sizes = {k: n if n > 0 else jax.device_count() // known for k, n in sizes.items()}
     count = int(np.prod(list(sizes.values())))
+    if not 0 < count <= jax.device_count():
+        raise argparse.ArgumentTypeError(
+            f"expected at most {jax.device_count()} devices, those there are, found {description!r}"
+        )
     devices = np.asarray(jax.devices()[:count]).reshape(tuple(sizes.values()))
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -103,7 +112,9 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformationExtr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mesh", default="data=-1", help="such as data=4,model=2; -1: the rest")
+    parser.add_argument(
+        "--mesh", type=make_mesh, default="data=-1", help="such as data=4,model=2; -1: the rest"
+    )
     parser.add_argument("--optimizer", default="small_fc_lopt", help="of lopt_jax, or adamw")
     parser.add_argument("--weights", help="its weights: a name or a path")
     parser.add_argument("--steps", type=int, default=300)
@@ -117,7 +128,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/train_fsdp"))
     args = parser.parse_args()
 
-    mesh = make_mesh(args.mesh)
+    mesh = args.mesh
     print(f"{mesh.size} devices ({jax.devices()[0].device_kind}), mesh {dict(mesh.shape)}")
     text = read_text(args.text)
     model = Transformer(args.layers, args.width, args.length)

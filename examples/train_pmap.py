@@ -7,6 +7,7 @@ written with pmap. The one change is `distributed`: it averages the gradients by
 updates each device's share and gathers the updates, so there is no pmean of the gradients here.
 """
 
+import argparse
 import functools
 
 import jax
@@ -56,4 +57,5 @@ def main(weights: str = "small_fc_lopt", steps: int = STEPS) -> float:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # for --help
     main()

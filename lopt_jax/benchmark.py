@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt_jax.cli import positive_integer
+from lopt_jax.meta.checks import check_fields, check_value
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
@@ -31,6 +33,8 @@ from lopt_jax.weights import Weights
 from lopt_jax.weights.schema import expected_shapes
 
 Shapes = dict[str, tuple[int, ...]]
+
+BACKENDS = ("xla", "auto", "pallas")  # in the tables' order
 
 # Of one timing; shorter steps are repeated within it, and nothing waits for them in between: the
 # host hands out the next step while a GPU works, as in any training loop. What passes until the
@@ -71,7 +75,7 @@ class Optimizer:
 
     make: Callable[[str], optax.GradientTransformationExtraArgs]
     bytes_per_parameter: Callable[[int], int]
-    backends: tuple[str, ...] = ("xla", "auto")
+    backends: tuple[str, ...] = BACKENDS
 
 
 # -- the models' parameter lists ----------------------------------------------------------------
@@ -462,8 +466,14 @@ def record_of(
 
 def _optimizer(named: str) -> str:
     name, _, backend = named.partition(":")
-    if name not in OPTIMIZERS or backend not in ("", *OPTIMIZERS[name].backends):
-        raise argparse.ArgumentTypeError(f"there is no {named!r}")
+    if name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise argparse.ArgumentTypeError(f"expected one of {known}; found {name!r}")
+    backends = OPTIMIZERS[name].backends
+    if backend not in ("", *backends):
+        raise argparse.ArgumentTypeError(
+            f"{name}: expected a backend out of {', '.join(backends)}; found {backend!r}"
+        )
     return named
 
 
@@ -488,17 +498,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backends",
         nargs="+",
-        choices=("xla", "auto", "pallas"),
+        choices=BACKENDS,
         default=["xla"] if on_cpu else ["xla", "auto"],
         help="implementations of the learned rules (default here: %(default)s)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--repetitions", type=int, default=20, help="timings of each variant")
+    parser.add_argument(
+        "--repetitions", type=positive_integer, default=20, help="timings of each variant"
+    )
     parser.add_argument("--compile-only", action="store_true", help="compile, do not run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there too")
     parser.add_argument(
         "--show", type=Path, metavar="FILE", help="print a file's records as Markdown; run nothing"
     )
+
+
+def read_records(path: Path) -> list[Record]:
+    """Reads the records that `--json` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      The records.
+
+    Raises:
+      ValueError: for a file that holds something else or none, naming it.
+    """
+    try:
+        rows = json.loads(path.read_text())
+        check_value("records", rows, tuple[dict, ...])
+        records = [Record(**row) for row in rows]
+        for record in records:
+            check_fields(record)
+        if not records:
+            raise ValueError("there are none")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected records of `bench --json`: {error}") from error
+    return records
 
 
 def add_commands(commands: Any) -> None:
@@ -511,7 +548,7 @@ def add_commands(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measures what the options ask for, prints a table and writes the records."""
     if options.show is not None:
-        print(markdown([Record(**fields) for fields in json.loads(options.show.read_text())]))
+        print(markdown(read_records(options.show)))
         return 0
     records: list[Record] = []
     for model in options.models:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +29,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: without the program's name; those of the process where None.
 
     Returns:
-      0; 2 after an error of the user or of a file, which is printed as one message.
+      0; 2 after an error of the user or of a file, which is printed as one message; 130 after an
+      interruption; 141 where nobody reads the output any more.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = _parser(given).parse_args(given)
-        return int(options.run(options) or 0)
+        status = int(options.run(options) or 0)
+        sys.stdout.flush()  # here, not when Python ends: it may be a pipe that was closed
+        return status
+    except BrokenPipeError:
+        # As `lopt list | head -1` does. What is left to write goes nowhere when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as error:
+        print(f"lopt: interrupted {error}".rstrip(), file=sys.stderr)
+        return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"lopt: {error}", file=sys.stderr)
         return 2
@@ -79,6 +90,21 @@ def _add_late(commands: Any, given: Sequence[str]) -> None:
     for name, (_, text) in _LATE.items():
         if name not in commands.choices:
             commands.add_parser(name, help=text)
+
+
+def positive_integer(text: str) -> int:
+    """The type of arguments that count something.
+
+    Raises:
+      argparse.ArgumentTypeError: for anything else than an integer above 0.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return value
 
 
 def _json_object(text: str) -> dict[str, Any]:

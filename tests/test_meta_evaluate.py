@@ -1,8 +1,10 @@
 """The evaluation's arithmetic, Shampoo's roots, and records of a small run."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -11,10 +13,12 @@ import numpy as np
 import optax
 import pytest
 
+from lopt_jax.benchmark import random_weights
 from lopt_jax.meta import cli, evaluate
 from lopt_jax.meta.evaluate import Contender
 from lopt_jax.meta.shampoo import inverse_root, shampoo
 from lopt_jax.meta.tasks import Quadratic
+from lopt_jax.weights import save_weights
 
 
 def test_interquartile_mean_is_the_mean_of_the_middle_half():
@@ -209,6 +213,33 @@ def test_tables_of_tasks():
                                      "| ours | not run | **2.5** (0.75) |"]  # fmt: skip
 
 
+def test_labels_of_weights():
+    reserved = ["adamw", "adam"]
+    assert cli.label_weights(["celo_small", "x/velo/"], reserved) == {
+        "celo_small": "celo_small", "velo": "x/velo/",
+    }  # fmt: skip
+    # Where last parts collide, with one another or with a tuned optimizer, the whole path.
+    assert cli.label_weights(["a/weights", "mine=c/weights", "b/weights", "d/adam"], reserved) == {
+        "a/weights": "a/weights", "mine": "c/weights", "b/weights": "b/weights", "d/adam": "d/adam",
+    }  # fmt: skip
+    assert cli.label_weights(["weights=a", "b/weights"], reserved) == {
+        "weights": "a", "b/weights": "b/weights",
+    }  # fmt: skip
+    for items in (["a/w", "a/w"], ["x=a", "x=b"], ["adamw=a"], ["adam"], ["=a"]):
+        with pytest.raises(ValueError, match="weights: expected labels that differ"):
+            cli.label_weights(items, reserved)
+
+
+def test_contenders_of_one_name_are_refused_and_a_name_may_be_a_path(tmp_path):
+    still = Contender("a/b", lambda rate, steps: optax.sgd(rate), (0.0,))
+    tasks = {"bowl": Quadratic(3)}
+    with pytest.raises(ValueError, match=r"contenders: .*'a/b'"):
+        evaluate.run_curves(tasks, [still, still], (40,))
+    evaluate.run_curves(tasks, [still], (40,), seeds=1, folder=tmp_path)
+    kept = evaluate.run_curves(tasks, [still], (40,), 1, folder=tmp_path, kept_only=True)
+    assert set(kept) == {("bowl", "a/b", 40)}
+
+
 def test_wrong_arguments_are_named(capsys):
     assert cli.main(["meta-train", "no_such"]) == 2
     assert "no_such" in capsys.readouterr().err
@@ -216,6 +247,66 @@ def test_wrong_arguments_are_named(capsys):
     assert "pears" in capsys.readouterr().err
     assert cli.main(["meta-eval", "--tasks", "mnist"]) == 2
     assert "mnist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0", "--seeds: expected an integer of at least 1, found '0'"),
+        ("--seeds -1", "--seeds: expected"),
+        ("--ahead 0", "--ahead: expected"),
+        ("--horizons abc", "--horizons: expected an integer of at least 1, found 'abc'"),
+        ("--horizons 200,", "--horizons: expected"),
+        ("--merge", "--merge: expected at least one argument"),
+        ("--kept-only", "--kept-only: expected --curves"),
+        ("--curves empty --kept-only", "--curves: expected records of runs, found none"),
+        ("--plot x.xyz", "--plot: expected a file of a type out of .*png.*, found x.xyz"),
+        ("--json .", "--json: expected a file, found the folder"),
+        ("--merge none.json", "--merge: expected records of runs, found none"),
+        ("--merge bad.json", "bad.json: expected records of .*no .*'adamw_steps'"),
+        ("--merge worse.json", "worse.json: expected records of .*found {}"),
+        ("--merge worst.json", "worst.json: expected records of .*: Expecting value"),
+        ("--curves kept --tasks cancer_mlp_32x2", "curves: kept/cancer_mlp_32x2.adamw.npz does"),
+        ("mulo_weights", "'mulo' can be neither meta-trained nor evaluated here"),
+    ],
+)
+def test_wrong_arguments_of_an_evaluation(arguments, message, tmp_path, monkeypatch, capsys):
+    def fail(*unused, **also_unused):
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(evaluate, "_compile", fail)
+    monkeypatch.chdir(tmp_path)
+    Path("none.json").write_text("[]")
+    Path("bad.json").write_text('[{"task": "bowl"}]')
+    Path("worse.json").write_text("{}")
+    Path("worst.json").write_text("")
+    Path("kept").mkdir()
+    Path("kept/cancer_mlp_32x2.adamw.npz").touch()
+    if arguments == "mulo_weights":
+        save_weights("mulo_weights", random_weights("mulo"))
+    with contextlib.suppress(SystemExit):  # of argparse
+        assert cli.main(["meta-eval", *arguments.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04 cut short"])
+def test_broken_curves_are_named(content, tmp_path):
+    (tmp_path / "bowl.still.npz").write_bytes(content)
+    still = Contender("still", lambda rate, steps: optax.sgd(rate), (0.0,))
+    with pytest.raises(ValueError, match=r"curves: .*bowl\.still\.npz does not hold .*remove it"):
+        evaluate.run_curves({"bowl": Quadratic(3)}, [still], (40,), 1, folder=tmp_path)
+
+
+def test_folders_of_outputs_are_made(tmp_path):
+    record = {"task": "bowl", "horizon": 40, "optimizer": "adamw", "learning_rate": 0.1, "seed": 0,
+              "train_loss": 1.0, "valid_loss": None, "initial_loss": 2.0, "steps_to_adamw": None,
+              "steps_to_adamw_for_good": None, "adamw_steps": None}  # fmt: skip
+    (tmp_path / "in.json").write_text(json.dumps([record]))
+    out = tmp_path / "new" / "out.json"
+    arguments = ["meta-eval", "--merge", str(tmp_path / "in.json"), "--json", str(out)]
+    assert cli.main([*arguments, "--plot", str(tmp_path / "other" / "p.png")]) == 0
+    assert evaluate.read_records(out) == [record]
+    assert (tmp_path / "other" / "p.png").exists()
 
 
 def test_benchmark_beside_released_celo_trains_as_a_plain_loop():

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from lopt_jax.meta import cli
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.trainer import Trainer
+from lopt_jax.meta.trainer import Report, Result, Trainer
 
 TINY = MetaTrainConfig(
     name="test",
@@ -104,6 +106,21 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert resumed.steps == 60
 
 
+def test_an_interrupted_run_saves_its_step_and_goes_on_from_it(tmp_path, whole):
+    config = dataclasses.replace(TINY, checkpoint_seconds=1000.0)
+
+    def interrupt(report, total, left):
+        if report.step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="after step 6, saved"):
+        Trainer(config).train(tmp_path, on_report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(config).train(tmp_path, resume=True)
+    assert [r.step for r in resumed.history] == [3, 6, 9, 12]
+    assert_same(resumed.meta_parameters, whole.meta_parameters)
+
+
 _MESH = """
 import os, sys
 count = "--xla_force_host_platform_device_count=4"
@@ -182,6 +199,92 @@ def test_config_survives_json():
         dataclasses.replace(TINY, phases=((0.5, ()),))
     with pytest.raises(ValueError, match="unknown names"):
         Trainer(dataclasses.replace(TINY, tasks=("mnist",)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("objective=3", "objective: expected a JSON object, found 3"),
+        ('objective={"bad":1}', "objective: unknown settings"),
+        ('objective={"floor":"x"}', "objective: floor: expected a number, found 'x'"),
+        ('objective={"floor":0}', "objective: floor: expected a number above 0"),
+        ("estimator=nope", "estimator: expected one of full_es, "),
+        ("reparametrise_level=x", "reparametrise_level: expected one of global, "),
+        ("backend=pallas", "backend: expected one of xla, auto"),
+        ("num_pairs=abc", "num_pairs: expected an integer, found 'abc'"),
+        ("num_pairs=true", "num_pairs: expected an integer, found True"),
+        ("num_pairs=0", "num_pairs: expected at least 1, found 0"),
+        ("seed=abc", "seed: expected an integer"),
+        ("seed=4294967296", "seed: expected less than"),
+        ("outer_learning_rate=abc", "outer_learning_rate: expected a number"),
+        ("outer_learning_rate=NaN", "outer_learning_rate: expected a finite number"),
+        ("standard_deviation=0", "standard_deviation: expected a number above 0"),
+        ("reparametrise=0.5", "reparametrise: expected at least 1"),
+        ("log_every=0", "log_every: expected at least 1"),
+        ("measure_every=0", "measure_every: expected at least 1"),
+        ("outer_steps=0", "outer_steps: expected at least 1"),
+        ("architecture_config=3", "architecture_config: expected a list"),
+        ("architecture_config=[]", "architecture_config: expected the sizes of a small_fc_lopt"),
+        ('architecture_config=[["hidden_size", 4.5], ["hidden_layers", 2]]', "architecture_config"),
+        ("architecture=velo", "architecture_config: .*missing: .'lstm_hidden_size'"),
+        ("architecture=nope", "architecture: 'nope'"),
+        ("architecture=celo_adam", "architecture: no meta-training start"),
+        ("gains=[[1, 2]]", r"gains\[0\]\[0\]: expected a text, found 1"),
+        ('gains=[["zzz", 2]]', "gains: unknown features"),
+        ('scales=[["zzz", 2]]', "scales: .* no meta-parameters .'zzz'"),
+        ('scales=[["mlp", 0]]', "scales: expected factors above 0"),
+        ("phases=3", "phases: expected a list"),
+        ("phases=[[1.0]]", r"phases\[0\]: expected 2 values"),
+        ('phases=[[1.0, ["zzz"]]]', "phases: .* no meta-parameters .'zzz'"),
+        ("phases=[[2.0, []], [-1.0, []]]", "phases: expected fractions of at least 0"),
+        ("tasks=tables_mlp_32x2", "tasks: expected a list in brackets, found 'tables_mlp_32x2'"),
+        ("tasks=[]", "tasks: expected at least one"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(setting, message, capsys, monkeypatch):
+    def fail(*unused, **also_unused):
+        raise AssertionError("it ran")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    assert cli.main(["meta-train", "small_fc_lopt_h4", "--set", setting]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_wrong_settings_are_errors_of_their_type():
+    with pytest.raises(TypeError, match=r"num_pairs: expected an integer, found 1\.5"):
+        dataclasses.replace(TINY, num_pairs=1.5)
+    with pytest.raises(ValueError, match="max_horizon: expected at least 1"):
+        dataclasses.replace(TINY, max_horizon=-1)
+    dataclasses.replace(TINY, tasks=["quadratic"], gradient_clip=1)
+
+
+class _Diverged:
+    """In place of a Trainer: a run whose last losses are not finite."""
+
+    def __init__(self, config, initial):
+        arguments = config.architecture, jax.random.key(0), dict(config.architecture_config)
+        self.theta = initial_parameters(*arguments, dict(config.gains))
+
+    def train(self, *unused, **also_unused):
+        report = Report(20, 1.0, math.nan, math.nan, 1.0, 1.0, math.inf, (math.nan,))
+        return Result(self.theta, [report], 20, 1.0, True)
+
+
+def test_weights_are_saved_whatever_the_last_loss_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("lopt_jax.meta.trainer.Trainer", _Diverged)
+    tmp_path.joinpath("run").mkdir()
+    assert cli.main(["meta-train", "tiny", "--out", str(tmp_path / "run")]) == 0
+    record = lopt_jax.load_weights(str(tmp_path / "run/weights")).metadata["meta_training"]
+    assert record["final_loss"] is None
+    assert record["steps"] == 20
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    (row,) = json.loads((tmp_path / "run/history.json").read_text(), parse_constant=refuse)
+    assert row["loss"] is row["gradient_norm"] is None
+    assert row["task_scores"] == [None]
+    assert row["step"] == 20
 
 
 @pytest.mark.slow

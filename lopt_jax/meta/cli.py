@@ -1,6 +1,7 @@
 """The commands `lopt meta-train` and `lopt meta-eval`."""
 
 import argparse
+import collections
 import dataclasses
 import json
 import math
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lopt_jax.cli
+from lopt_jax.cli import positive_integer
+
 
 def add_commands(subparsers: Any) -> None:
     """Adds `meta-train` and `meta-eval` to the command line.
@@ -19,12 +23,16 @@ def add_commands(subparsers: Any) -> None:
       subparsers: of an argparse parser; each command sets `run`, a function of the arguments that
         returns the exit status.
     """
+    from lopt_jax.meta.configs import CONFIGS
+
     train = subparsers.add_parser("meta-train", help="meta-train a learned optimizer")
-    train.add_argument("config", help="a name (see --list) or a JSON file of MetaTrainConfig")
+    train.add_argument(
+        "config", help=f"one of {', '.join(CONFIGS)}, or a JSON file of MetaTrainConfig"
+    )
     train.add_argument("--out", default=None, help="folder for checkpoints, weights and curves")
     train.add_argument("--seconds", type=float, default=None, help="wall-clock budget")
     train.add_argument(
-        "--steps", type=int, default=None, help="outer steps, instead of the config's"
+        "--steps", type=positive_integer, default=None, help="outer steps, instead of the config's"
     )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
@@ -36,10 +44,10 @@ def add_commands(subparsers: Any) -> None:
     train.set_defaults(run=run_meta_train)
 
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
-    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH to name")
+    evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
-    evaluate.add_argument("--horizons", default="200,1000,5000")
-    evaluate.add_argument("--seeds", type=int, default=5)
+    evaluate.add_argument("--horizons", type=_horizons, default="200,1000,5000")
+    evaluate.add_argument("--seeds", type=positive_integer, default=5)
     evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
@@ -48,7 +56,7 @@ def add_commands(subparsers: Any) -> None:
         "processes may share it",
     )  # fmt: skip
     evaluate.add_argument(
-        "--ahead", type=int, default=min(8, os.cpu_count() or 1),
+        "--ahead", type=positive_integer, default=min(8, os.cpu_count() or 1),
         help="programs compiled while one runs; 1 for processes that share a folder",
     )  # fmt: skip
     evaluate.add_argument(
@@ -58,10 +66,14 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--plot", default=None, help="write a plot of the speed-ups here (PNG)")
     evaluate.add_argument("--all-rates", action="store_true", help="record every learning rate")
     evaluate.add_argument(
-        "--merge", nargs="*", default=None, metavar="JSON",
+        "--merge", nargs="+", default=None, metavar="JSON",
         help="summarise these record files instead of running anything",
     )  # fmt: skip
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _horizons(text: str) -> list[int]:
+    return [positive_integer(part) for part in text.split(",")]
 
 
 def _load_config(arguments: argparse.Namespace) -> Any:
@@ -137,13 +149,13 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         "hardware": f"{len(jax.devices())} {device.device_kind}",
         "jax": jax.__version__,
         "platform": platform.platform(),
-        "final_loss": result.history[-1].loss,
+        "final_loss": _finite(result.history[-1].loss),
         "not_good_for": config.notes,
         "started_from": arguments.weights or "an Adam-like start",
     }
     (out / "config.json").write_text(to_json(config))
     (out / "history.json").write_text(
-        json.dumps([report._asdict() for report in result.history], indent=0)
+        json.dumps(_finite([report._asdict() for report in result.history]), indent=0)
     )
     if config.architecture not in ("learned_adam", "learned_sgd"):
         metadata = {
@@ -163,6 +175,15 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         print(f"weights: {out / 'weights'}")
     _plot_history(result.history, config, out / "curves.png")
     return 0
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have: nan and the infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _progress:
@@ -245,6 +266,52 @@ def _parse_list(text: str, known: Sequence[str], argument: str) -> list[str]:
     return names
 
 
+def label_weights(items: Sequence[str], reserved: Sequence[str]) -> dict[str, str]:
+    """Labels of weights for tables: the NAME of NAME=PATH, else the path's last part.
+
+    Where others have that last part too, the label is the whole path: `meta-train` calls every
+    folder of weights the same.
+
+    Args:
+      items: names or paths of weights, or NAME=PATH.
+      reserved: labels of other optimizers in the tables.
+
+    Returns:
+      Names or paths by label, in the order given.
+
+    Raises:
+      ValueError: for a label that is given twice or reserved.
+    """
+    pairs = [item.split("=", 1) if "=" in item else [Path(item).name, item] for item in items]
+    count = collections.Counter([*(label for label, _ in pairs), *reserved])
+    paths: dict[str, str] = {}
+    for item, (short, path) in zip(items, pairs, strict=True):
+        label = short if "=" in item or count[short] == 1 else path
+        if not label or label in paths or label in reserved:
+            what = "another optimizer is called" if label in reserved else "there already is"
+            raise ValueError(
+                f"weights: expected labels that differ, found {item!r} where {what} {label!r}; "
+                "give it one of its own, NAME=PATH"
+            )
+        paths[label] = path
+    return paths
+
+
+def _prepare_output(option: str, path: Path) -> None:
+    """Makes the folder of a file that is written when all the work is done."""
+    if option == "--plot":
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if path.suffix and path.suffix[1:].lower() not in known:
+            raise ValueError(
+                f"{option}: expected a file of a type out of {', '.join(known)}, found {path}"
+            )
+    if path.is_dir():
+        raise ValueError(f"{option}: expected a file, found the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def run_meta_eval(arguments: argparse.Namespace) -> int:
     """Runs `lopt meta-eval`.
 
@@ -261,8 +328,14 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
     from lopt_jax.meta.tasks import held_out_tasks, training_tasks
     from lopt_jax.weights import load_weights
 
+    if arguments.kept_only and not arguments.curves:
+        raise ValueError("--kept-only: expected --curves with it, the folder that holds them")
+    outputs = {"--json": arguments.json, "--plot": arguments.plot}
+    for option, path in outputs.items():
+        if path is not None:
+            _prepare_output(option, Path(path))
     if arguments.merge is not None:
-        records = [row for path in arguments.merge for row in json.loads(Path(path).read_text())]
+        records = [row for path in arguments.merge for row in evaluate.read_records(Path(path))]
         unique = {
             (r["task"], r["optimizer"], r["horizon"], r["learning_rate"], r["seed"]): r
             for r in records
@@ -271,23 +344,22 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
     else:
         known = {**training_tasks(), **held_out_tasks()}
         names = _parse_list(arguments.tasks or ",".join(held_out_tasks()), list(known), "--tasks")
-        horizons = [int(text) for text in arguments.horizons.split(",")]
         every = evaluate.baselines()
         wanted = _parse_list(arguments.baselines, list(every), "--baselines")
         contenders = [every["adamw"]]  # what the others are measured against
-        for item in arguments.weights:
-            name, found, path = item.partition("=")
-            path = path if found else name
-            label = name if found else Path(name).name
+        for label, path in label_weights(arguments.weights, list(every)).items():
             contenders.append(evaluate.learned(label, load_weights(path)))
         contenders += [every[name] for name in wanted if name != "adamw"]
         curves = evaluate.run_curves(
-            {name: known[name] for name in names}, contenders, horizons, arguments.seeds,
+            {name: known[name] for name in names}, contenders, arguments.horizons, arguments.seeds,
             lambda text: print(text, flush=True),
             Path(arguments.curves) if arguments.curves else None, kept_only=arguments.kept_only,
             ahead=arguments.ahead,
         )  # fmt: skip
         records = evaluate.make_records(curves, contenders, arguments.all_rates)
+    if not records:
+        source = "--merge" if arguments.merge is not None else "--curves"
+        raise ValueError(f"{source}: expected records of runs, found none to summarise")
     if arguments.json:
         lines = ",\n".join(json.dumps(record) for record in records)
         Path(arguments.json).write_text(f"[\n{lines}\n]\n")
@@ -428,15 +500,8 @@ def plot_speed_ups(summaries: Sequence[Any], tuned: Sequence[str], path: Path) -
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The two commands on their own: `python -m lopt_jax.meta.cli meta-train ...`."""
-    parser = argparse.ArgumentParser(prog="lopt_jax.meta.cli")
-    add_commands(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(arguments)
-    try:
-        return parsed.run(parsed)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """`python -m lopt_jax.meta.cli meta-train ...`: as `lopt meta-train ...`."""
+    return lopt_jax.cli.main(arguments)
 
 
 if __name__ == "__main__":

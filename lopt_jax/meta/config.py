@@ -2,11 +2,30 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from typing import Any, Literal
 
+from lopt_jax.meta.checks import check_bounds, check_fields
 from lopt_jax.meta.estimators import EstimatorName
 from lopt_jax.meta.unroll import Objective
+from lopt_jax.weights.base import brief
+
+_LEAST = {
+    "learning_rate_peak": 0,
+    "weight_decay": 0,
+    "num_pairs": 1,
+    "truncation_length": 1,
+    "measure_every": 1,
+    "min_horizon": 1,
+    "max_horizon": 1,
+    "reparametrise": 1,
+    "outer_steps": 1,
+    "outer_learning_rate": 0,
+    "outer_warmup": 0,
+    "seed": 0,
+    "log_every": 1,
+    "checkpoint_seconds": 0,
+}
+_ABOVE_ZERO = ("standard_deviation", "gradient_clip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +35,7 @@ class MetaTrainConfig:
     Args:
       name: of the weights it makes.
       architecture: of `lopt_jax.Weights`.
-      architecture_config: (name, value) pairs of `lopt_jax.Weights.config`.
+      architecture_config: (name, value) pairs of `lopt_jax.Weights.config`, all sizes among them.
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
       gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`.
       learning_rate_peak: peak of the cosine schedule that rules with a learning rate are given.
@@ -45,6 +64,10 @@ class MetaTrainConfig:
       log_every: outer steps between reports; a wall-clock limit is checked as often.
       checkpoint_seconds: time between checkpoints.
       notes: what the model card says the weights are not good for.
+
+    Raises:
+      TypeError: for a setting of another type, named.
+      ValueError: for a setting that is out of bounds or no choice, named.
     """
 
     name: str
@@ -77,8 +100,16 @@ class MetaTrainConfig:
     notes: str = ""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        check_bounds(self, _LEAST, _ABOVE_ZERO)
+        if self.seed >= 2**32:  # JAX would take its last 32 bits
+            raise ValueError(f"seed: expected less than 2**32, found {self.seed}")
         if not self.tasks:
             raise ValueError("tasks: expected at least one name, found none")
+        if any(factor <= 0 for _, factor in self.scales):
+            raise ValueError(f"scales: expected factors above 0, found {self.scales}")
+        if any(fraction < 0 for fraction, _ in self.phases):
+            raise ValueError(f"phases: expected fractions of at least 0, found {self.phases}")
         total = sum(fraction for fraction, _ in self.phases)
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"phases: expected fractions that sum to 1, found a sum of {total}")
@@ -100,19 +131,22 @@ def from_json(text: str) -> MetaTrainConfig:
       ValueError: for text that is not such a config, naming what is wrong.
     """
     try:
-        fields: Mapping[str, Any] = json.loads(text)
+        fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"config: not JSON: {error}") from error
+    if isinstance(fields, dict) and "objective" in fields:
+        fields["objective"] = _read(Objective, fields["objective"], "objective")
+    return _read(MetaTrainConfig, fields, "config")
+
+
+def _read[Settings](kind: type[Settings], fields: Any, name: str) -> Settings:
     if not isinstance(fields, dict):
-        raise ValueError(f"config: expected a JSON object, found {type(fields).__name__}")
-    known = {field.name for field in dataclasses.fields(MetaTrainConfig)}
+        raise ValueError(f"{name}: expected a JSON object, found {brief(fields)}")
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - known)
     if unknown:
-        raise ValueError(f"config: unknown settings {unknown}; known: {sorted(known)}")
-    values = {name: _tuples(value) for name, value in fields.items()}
-    if "objective" in values:
-        values["objective"] = Objective(**values["objective"])
+        raise ValueError(f"{name}: unknown settings {unknown}; known: {sorted(known)}")
     try:
-        return MetaTrainConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"config: {error}") from error
+        return kind(**{key: _tuples(value) for key, value in fields.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error

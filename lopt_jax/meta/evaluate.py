@@ -9,8 +9,12 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import time
+import urllib.parse
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt_jax.meta.checks import check_value
 from lopt_jax.meta.rules import cosine_schedule, make_rule
 from lopt_jax.meta.shampoo import shampoo
 from lopt_jax.meta.tasks import Task, held_out_tasks
@@ -195,12 +200,16 @@ def run_curves(
       Curves by (task, contender, horizon).
 
     Raises:
-      ValueError: for a horizon that is no multiple of POINTS.
+      ValueError: for a horizon that is no multiple of POINTS, or two contenders of one name.
       Exception: the first of the errors that items ended with, when all the others are done.
     """
     bad = [horizon for horizon in horizons if horizon % POINTS or horizon <= 0]
     if bad:
         raise ValueError(f"horizons: expected positive multiples of {POINTS}, found {bad}")
+    counts = collections.Counter(contender.name for contender in contenders)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(f"contenders: expected names that differ, found {twice} more than once")
     say = on_progress or (lambda text: None)
     found: dict[tuple[str, str], dict[int, Curves]] = {}
     for name in tasks:
@@ -307,10 +316,15 @@ def _compile(
     return lambda horizon: Curves(*jax.device_get(program(rates, seed_array, jnp.int32(horizon))))
 
 
+def _file_name(task: str, contender: Contender) -> str:
+    # A label may be a path.
+    return f"{task}.{urllib.parse.quote(contender.name, safe='')}"
+
+
 def _claim(folder: Path, task: str, contender: Contender, wait: bool) -> IO[bytes] | None:
     """A lock on an item, None where another process has it; its end, however it ends, frees it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f".{task}.{contender.name}.lock").open("ab")
+    file = (folder / f".{_file_name(task, contender)}.lock").open("ab")
     try:
         import fcntl
     except ImportError:  # Windows: processes that share a folder may do things twice
@@ -339,22 +353,29 @@ def _save_curves(
     arrays["learning_rates"] = np.asarray(contender.learning_rates, np.float32)
     arrays["digest"] = np.array(contender.digest)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{task}.{contender.name}.{os.getpid()}.npz"
+    temporary = folder / f".{_file_name(task, contender)}.{os.getpid()}.npz"
     np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(folder / f"{task}.{contender.name}.npz")
+    temporary.replace(folder / f"{_file_name(task, contender)}.npz")
 
 
 def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> dict[int, Curves]:
-    path = folder / f"{task}.{contender.name}.npz"
+    path = folder / f"{_file_name(task, contender)}.npz"
     if not path.exists():
         return {}
-    with np.load(path) as arrays:
-        rates = np.asarray(contender.learning_rates, np.float32)
-        same = np.array_equal(arrays["learning_rates"], rates)
-        if not same or str(arrays["digest"]) != contender.digest:
-            return {}
-        horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
-        found = {h: Curves(*(arrays[f"{field}_{h}"] for field in Curves._fields)) for h in horizons}
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            rates = np.asarray(contender.learning_rates, np.float32)
+            same = np.array_equal(arrays["learning_rates"], rates)
+            if not same or str(arrays["digest"]) != contender.digest:
+                return {}
+            horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
+            found = {
+                h: Curves(*(arrays[f"{field}_{h}"] for field in Curves._fields)) for h in horizons
+            }
+    except (EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"curves: {path} does not hold the curves of an evaluation ({error}); remove it"
+        ) from error
     return {h: curves for h, curves in found.items() if curves.train.shape[1] == seeds}
 
 
@@ -435,6 +456,47 @@ def make_records(
                         "adamw_steps": back,
                     }
                 )
+    return records
+
+
+_RECORD = {
+    "task": str,
+    "horizon": int,
+    "optimizer": str,
+    "learning_rate": float,
+    "seed": int,
+    "train_loss": float | None,
+    "valid_loss": float | None,
+    "initial_loss": float | None,
+    "steps_to_adamw": int | None,
+    "steps_to_adamw_for_good": int | None,
+    "adamw_steps": int | None,
+}
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the records that `meta-eval --json` wrote.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      As `make_records`.
+
+    Raises:
+      ValueError: for a file that holds something else, naming it.
+    """
+    try:
+        records = json.loads(path.read_text())
+        check_value("records", records, tuple[dict, ...])
+        for record in records:
+            missing = sorted(_RECORD.keys() - record.keys())
+            if missing:
+                raise ValueError(f"a record has no {missing}")
+            for field, hint in _RECORD.items():
+                check_value(field, record[field], hint)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected records of `meta-eval --json`: {error}") from error
     return records
 
 
@@ -535,7 +597,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> list[Summary]:
             for t in shared
         ]
         low, high = bootstrap_interval(scores)
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             ratios = [
                 float(np.exp(np.mean(np.log(np.maximum(a, 1e-12) / np.maximum(b, 1e-12)))))
                 for a, b in ((train, adamw_train), (valid, adamw))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller
+from lopt_jax.weights.schema import complete_config, schema_of
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
 # of VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"),
@@ -240,7 +241,7 @@ def initial_parameters(
       Nested dictionaries of float32 arrays, laid out as `lopt_jax.Weights.params`.
 
     Raises:
-      ValueError: for an unknown architecture.
+      ValueError: for an unknown architecture, or a config that is not one of its.
     """
     if architecture == "learned_adam":
         return {
@@ -249,8 +250,17 @@ def initial_parameters(
         }
     if architecture == "learned_sgd":
         return {"log_learning_rate": jnp.log(jnp.float32(0.03))}
-    hidden = int(config.get("hidden_size", 4))
-    layers = int(config.get("hidden_layers", 2))
+    if architecture not in ("small_fc_lopt", "celo2", "celo", "velo"):
+        raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")
+    sizes = schema_of(architecture, "architecture").sizes
+    missing = [key for key in sizes if key not in config]
+    if missing:
+        raise ValueError(
+            f"architecture_config: expected the sizes of a {architecture}, "
+            f"{', '.join(sizes)}; missing: {missing}"
+        )
+    config = complete_config(architecture, config, "architecture_config")
+    hidden, layers = config["hidden_size"], config["hidden_layers"]
     if architecture == "small_fc_lopt":
         mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gains)
         return {
@@ -259,25 +269,22 @@ def initial_parameters(
             "rms_decays": jnp.zeros((1,)),
             "adafactor_decays": jnp.zeros((3,)),
         }
-    if architecture in ("celo2", "celo2_base"):
+    if architecture == "celo2":
         return {"mlp": passing_mlp(key, 30, 30, hidden, layers, 3, gains)}
-    if architecture in ("celo", "velo"):
-        size = int(config["lstm_hidden_size"])
-        banks = int(config["param_inits"])
-        features = 18 if architecture == "celo" else 30
-        spread = 0.0 if banks == 1 else (0.3 if architecture == "celo" else 0.003)
-        key_mlp, key_lstm, key_fit, key_controls = jax.random.split(key, 4)
-        keys = jax.random.split(key_mlp, banks)
-        mlps = [passing_mlp(k, 30, 30, hidden, layers, 3, gains) for k in keys]
-        params: dict[str, Any] = {
-            "mlp": jax.tree.map(lambda *x: jnp.stack(x), *mlps),
-            **_lstm(key_lstm, features, size),
-            # A tensor's rule is the mean over banks of control * bank, times 100 for VeLO. With one
-            # bank the controls start constant; with several, small weights tell tensors apart.
-            "controls": {
-                "w": spread * jax.random.normal(key_controls, (size, banks)) / math.sqrt(size),
-                "b": jnp.full((banks,), 1.0 if architecture == "celo" else 0.01),
-            },
-        }
-        return fit_schedule(architecture, params, key_fit)
-    raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")
+    size, banks = config["lstm_hidden_size"], config["param_inits"]
+    features = 18 if architecture == "celo" else 30
+    spread = 0.0 if banks == 1 else (0.3 if architecture == "celo" else 0.003)
+    key_mlp, key_lstm, key_fit, key_controls = jax.random.split(key, 4)
+    keys = jax.random.split(key_mlp, banks)
+    mlps = [passing_mlp(k, 30, 30, hidden, layers, 3, gains) for k in keys]
+    params: dict[str, Any] = {
+        "mlp": jax.tree.map(lambda *x: jnp.stack(x), *mlps),
+        **_lstm(key_lstm, features, size),
+        # A tensor's rule is the mean over banks of control * bank, times 100 for VeLO. With one
+        # bank the controls start constant; with several, small weights tell tensors apart.
+        "controls": {
+            "w": spread * jax.random.normal(key_controls, (size, banks)) / math.sqrt(size),
+            "b": jnp.full((banks,), 1.0 if architecture == "celo" else 0.01),
+        },
+    }
+    return fit_schedule(architecture, params, key_fit)

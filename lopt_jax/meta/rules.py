@@ -111,7 +111,7 @@ def make_rule(
       A function that builds the optimizer.
 
     Raises:
-      ValueError: for an architecture that cannot be meta-trained.
+      ValueError: for an architecture that is neither meta-trained nor evaluated here.
     """
     if architecture == "learned_adam":
         return learned_adam
@@ -119,7 +119,7 @@ def make_rule(
         return learned_sgd
     if architecture not in (*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON):
         raise ValueError(
-            f"architecture: {architecture!r} cannot be meta-trained; "
+            f"architecture: {architecture!r} can be neither meta-trained nor evaluated here; "
             f"choose one of {sorted([*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON])}"
         )
     module = importlib.import_module(f"lopt_jax.optimizers.{architecture}")

@@ -9,10 +9,12 @@ import dataclasses
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,42 @@ def _phase_mask(
     return {k: jax.tree.map(lambda _, k=k: chosen[k], v) for k, v in meta_parameters.items()}
 
 
+def _check_keys(config: MetaTrainConfig, meta_parameters: MetaParameters) -> None:
+    named = {
+        "scales": {key for key, _ in config.scales},
+        "phases": {key for _, keys in config.phases for key in keys},
+    }
+    for field, keys in named.items():
+        unknown = sorted(keys - set(meta_parameters))
+        if unknown:
+            raise ValueError(
+                f"{field}: {config.architecture} has no meta-parameters {unknown}; "
+                f"known: {sorted(meta_parameters)}"
+            )
+
+
+class _Interruption:
+    """Lets a first Ctrl-C wait: the block sees `asked` and ends in order; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self._waits = usual and threading.current_thread() is threading.main_thread()
+        if self._waits:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *unused: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *unused: Any) -> None:
+        if self._waits:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Trainer:
     """Meta-trains one optimizer.
 
@@ -141,6 +179,7 @@ class Trainer:
         self.tasks = [self._augment(known[name]) for name in config.tasks]
         self.estimators = [self._estimator(task, scaled_rule) for task in self.tasks]
         self._initial = initial
+        _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
         count = math.gcd(len(devices), config.num_pairs)
         self.mesh = Mesh(np.array(devices[:count]), (_PAIRS,))
@@ -177,17 +216,18 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
         return jax.random.fold_in(key, task)
 
+    def _start(self) -> MetaParameters:
+        if self._initial is not None:
+            return self._initial
+        config = self.config
+        key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
+        return initial_parameters(
+            config.architecture, key, dict(config.architecture_config), dict(config.gains)
+        )
+
     def init(self) -> TrainState:
         """The state before the first step."""
-        config = self.config
-        if self._initial is not None:
-            start = self._initial
-        else:
-            key = jax.random.fold_in(jax.random.key(config.seed), 2**31)
-            start = initial_parameters(
-                config.architecture, key, dict(config.architecture_config), dict(config.gains)
-            )
-        start = self._rescale(start, {k: 1.0 / v for k, v in config.scales})
+        start = self._rescale(self._start(), {k: 1.0 / v for k, v in self.config.scales})
         start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
         start = jax.device_put(start, self._replicated)
         lowered = [
@@ -261,10 +301,15 @@ class Trainer:
 
         Returns:
           The meta-parameters (in the architecture's units) and the history.
+
+        Raises:
+          KeyboardInterrupt: after Ctrl-C, when the step it came in is done and saved.
         """
         config = self.config
         began = time.monotonic()
         store = _Store(Path(folder).absolute(), config) if folder is not None else None
+        if store is not None and not resume:
+            store.require_empty()
         state = self.init()
         step, total, history = 0, config.outer_steps, list[Report]()
         planned = False
@@ -279,8 +324,6 @@ class Trainer:
                     Report._make(row)._replace(task_scores=tuple(row[-1]))
                     for row in record["history"]
                 ]
-        if store is not None and not resume:
-            store.require_empty()
         programs, outer = self._compile(state)
         loop_began = time.monotonic()
         saved = last = loop_began
@@ -296,43 +339,46 @@ class Trainer:
                 record = {"total": total, "planned": planned, "seconds": seconds}
                 store.save(step, state, {**record, "history": [list(row) for row in history]})
 
-        while step < end:
-            theta, optimizer_state, estimator_states = state
-            at, of = put(step), put(total)
-            estimates, new_states = [], []
-            for program, estimator_state in zip(programs, estimator_states, strict=True):
-                estimate, estimator_state = program(theta, estimator_state, at, of)
-                estimates.append(estimate)
-                new_states.append(estimator_state)
-            gradients = [estimate.gradient for estimate in estimates]
-            theta, optimizer_state, norm = outer(theta, optimizer_state, gradients, at, of)
-            state = TrainState(theta, optimizer_state, tuple(new_states))
-            pending.append(([e._replace(gradient=None) for e in estimates], norm))
-            step += 1
-            if step % config.log_every and step != end:
-                continue
-            now_spent = spent + time.monotonic() - loop_began
-            report = _report(step, now_spent, pending)
-            history.append(report)
-            now = time.monotonic()  # the report waited for the device
-            rate = len(pending) / max(now - last, 1e-6)
-            last, pending = now, []
-            if max_seconds is not None:
-                left = max_seconds - (now - began)
-                # For checkpoints on the way and at the end; little of a small budget.
-                margin = min(20.0, 0.1 * max_seconds)
-                if not planned and step >= 2 * config.log_every:
-                    total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
-                    end = total if max_steps is None else min(total, max_steps)
-                    planned = True
-                if left <= 0:
-                    break
-            if on_report is not None:
-                on_report(report, total, (total - step) / rate)
-            if now - saved > config.checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-        save()
+        with _Interruption() as interruption:
+            while step < end and not interruption.asked:
+                theta, optimizer_state, estimator_states = state
+                at, of = put(step), put(total)
+                estimates, new_states = [], []
+                for program, estimator_state in zip(programs, estimator_states, strict=True):
+                    estimate, estimator_state = program(theta, estimator_state, at, of)
+                    estimates.append(estimate)
+                    new_states.append(estimator_state)
+                gradients = [estimate.gradient for estimate in estimates]
+                theta, optimizer_state, norm = outer(theta, optimizer_state, gradients, at, of)
+                state = TrainState(theta, optimizer_state, tuple(new_states))
+                pending.append(([e._replace(gradient=None) for e in estimates], norm))
+                step += 1
+                if step % config.log_every and step != end:
+                    continue
+                now_spent = spent + time.monotonic() - loop_began
+                report = _report(step, now_spent, pending)
+                history.append(report)
+                now = time.monotonic()  # the report waited for the device
+                rate = len(pending) / max(now - last, 1e-6)
+                last, pending = now, []
+                if max_seconds is not None:
+                    left = max_seconds - (now - began)
+                    # For checkpoints on the way and at the end; little of a small budget.
+                    margin = min(20.0, 0.1 * max_seconds)
+                    if not planned and step >= 2 * config.log_every:
+                        total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
+                        end = total if max_steps is None else min(total, max_steps)
+                        planned = True
+                    if left <= 0:
+                        break
+                if on_report is not None:
+                    on_report(report, total, (total - step) / rate)
+                if now - saved > config.checkpoint_seconds:
+                    save()
+                    saved = time.monotonic()
+            save()
+        if interruption.asked:
+            raise KeyboardInterrupt(f"after step {step}" + ("" if store is None else ", saved"))
         meta_parameters = self._rescale(state.meta_parameters, dict(config.scales))
         meta_parameters = jax.tree.map(np.asarray, meta_parameters)
         seconds = spent + time.monotonic() - loop_began

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.applying import update_params
+from lopt_jax.meta.checks import check_bounds, check_fields
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, cosine_schedule
 from lopt_jax.meta.tasks import Content, Params, Task
 
@@ -33,6 +34,10 @@ class Objective:
     floor: float = 0.01
     ceiling: float = 3.0
     final_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_bounds(self, {"final_weight": 0}, ("floor", "ceiling"))
 
     def score(self, loss: jax.Array, initial_loss: jax.Array) -> jax.Array:
         """The bounded log ratio of a held-out loss to the one at the start, scalars."""
