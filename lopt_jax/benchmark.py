@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lopt_jax.checks import check_fields, check_value
 from lopt_jax.cli import positive_integer
-from lopt_jax.meta.checks import check_fields, check_value
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo

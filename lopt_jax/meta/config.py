@@ -4,7 +4,7 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from lopt_jax.meta.checks import check_bounds, check_fields
+from lopt_jax.checks import check_bounds, check_fields
 from lopt_jax.meta.estimators import EstimatorName
 from lopt_jax.meta.unroll import Objective
 from lopt_jax.weights.base import brief

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lopt_jax.meta.checks import check_value
+from lopt_jax.checks import check_value
 from lopt_jax.meta.rules import cosine_schedule, make_rule
 from lopt_jax.meta.shampoo import shampoo
 from lopt_jax.meta.tasks import Task, held_out_tasks

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.applying import update_params
-from lopt_jax.meta.checks import check_bounds, check_fields
+from lopt_jax.checks import check_bounds, check_fields
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, cosine_schedule
 from lopt_jax.meta.tasks import Content, Params, Task
 
