@@ -53,7 +53,7 @@ def test_parts_are_joined_again(params):
         return str(update(gradients, tx.init(params), params)).count("dynamic_slice[")
 
     counts = [
-        parts_at_unknown_places(wrap(lopt_jax.small_fc_lopt()))
+        parts_at_unknown_places(wrap(lopt_jax.small_fc_lopt(backend="xla")))
         for wrap in (lambda tx: tx, lopt_jax.packed)
     ]
     # nine updates; their five accumulators each, and three columns
