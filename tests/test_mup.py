@@ -155,6 +155,7 @@ def test_learning_curves_of_two_widths_agree_under_mup():
         narrow, wide = (
             example.train(width, under_mup, adam_like(0.01), 100) for width in (64, 512)
         )
-        gaps[under_mup] = np.max(np.abs(np.log(wide / narrow)))
-    assert gaps[True] < np.log(1.5), gaps
-    assert gaps[False] > np.log(3), gaps
+        # of the whole curve: training amplifies rounding, single steps differ from run to run
+        gaps[under_mup] = np.mean(np.abs(np.log(wide / narrow)))
+    assert gaps[True] < np.log(1.25), gaps
+    assert gaps[False] > np.log(2.5), gaps

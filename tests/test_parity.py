@@ -26,11 +26,10 @@ def test_trajectory(name, record_property):
     ("name", "form"),
     [
         ("small_fc_lopt_h4", {}),
-        ("small_fc_lopt_h4", {"stack": True, "block_elements": 100}),
         ("small_fc_lopt_h32", {}),
+        ("small_fc_lopt_h32", {"block_elements": 100}),
         ("small_fc_lopt_h32", {"write_out": True}),
         ("velo", {}),
-        ("velo", {"stack": True, "block_elements": 100}),
         ("celo2_base", {}),
     ],
 )
