@@ -33,9 +33,9 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
         return out
 
 
-def applies(tx: optax.GradientTransformation) -> bool:
-    """Whether a transformation can apply its updates itself."""
-    return isinstance(tx, LearnedTransformation) and tx.apply is not None
+def apply_of(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]] | None:
+    """The function of a transformation that can apply its updates itself, None of others."""
+    return tx.apply if isinstance(tx, LearnedTransformation) else None
 
 
 def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -84,8 +84,9 @@ def update_params(
     Returns:
       The parameters after the step, in their dtypes, and the state.
     """
-    if applies(tx):
-        return tx.apply(grads, state, params, value=value, **extra_args)  # type: ignore[attr-defined]
+    apply = apply_of(tx)
+    if apply is not None:
+        return apply(grads, state, params, value=value, **extra_args)
     update = with_extra_args(tx).update
     updates, state = update(grads, state, params, value=value, **extra_args)
     return optax.apply_updates(params, updates), state

@@ -8,7 +8,7 @@ import optax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from lopt_jax.applying import applies, update_params, with_extra_args
+from lopt_jax.applying import apply_of, update_params, with_extra_args
 
 
 class TrainState(train_state.TrainState):
@@ -41,7 +41,7 @@ class TrainState(train_state.TrainState):
           ValueError: the optimizer reads the loss and `value` is missing or no scalar.
         """
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
-        if applies(self.tx) and not overwrites:
+        if apply_of(self.tx) is not None and not overwrites:
             params, opt_state = update_params(
                 self.tx, grads, self.opt_state, self.params, value=value
             )

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lopt_jax.cli
-from lopt_jax.cli import positive_integer
+from lopt_jax import cli
 
 
 def add_commands(subparsers: Any) -> None:
@@ -32,7 +31,10 @@ def add_commands(subparsers: Any) -> None:
     train.add_argument("--out", default=None, help="folder for checkpoints, weights and curves")
     train.add_argument("--seconds", type=float, default=None, help="wall-clock budget")
     train.add_argument(
-        "--steps", type=positive_integer, default=None, help="outer steps, instead of the config's"
+        "--steps",
+        type=cli.positive_integer,
+        default=None,
+        help="outer steps, instead of the config's",
     )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
@@ -47,7 +49,7 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
     evaluate.add_argument("--horizons", type=_horizons, default="200,1000,5000")
-    evaluate.add_argument("--seeds", type=positive_integer, default=5)
+    evaluate.add_argument("--seeds", type=cli.positive_integer, default=5)
     evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
@@ -56,7 +58,7 @@ def add_commands(subparsers: Any) -> None:
         "processes may share it",
     )  # fmt: skip
     evaluate.add_argument(
-        "--ahead", type=positive_integer, default=min(8, os.cpu_count() or 1),
+        "--ahead", type=cli.positive_integer, default=min(8, os.cpu_count() or 1),
         help="programs compiled while one runs; 1 for processes that share a folder",
     )  # fmt: skip
     evaluate.add_argument(
@@ -73,7 +75,7 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _horizons(text: str) -> list[int]:
-    return [positive_integer(part) for part in text.split(",")]
+    return [cli.positive_integer(part) for part in text.split(",")]
 
 
 def _load_config(arguments: argparse.Namespace) -> Any:
@@ -501,7 +503,7 @@ def plot_speed_ups(summaries: Sequence[Any], tuned: Sequence[str], path: Path) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m lopt_jax.meta.cli meta-train ...`: as `lopt meta-train ...`."""
-    return lopt_jax.cli.main(arguments)
+    return cli.main(arguments)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def celo_adam(
             second_moment=treedef.unflatten(second_moment),
         )
         return treedef.unflatten(updates), CeloAdamState(
-            count, accumulators, controls.state, loss, sizes.astype(state.step_size.dtype)
+            count, accumulators, controls.state, loss, sizes
         )
 
     return common.transformation(init, update, weights.params, CeloAdamState)

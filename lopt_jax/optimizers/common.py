@@ -15,9 +15,9 @@ from lopt_jax.backends import BACKENDS, constant_weights
 from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, shards
 from lopt_jax.tensors import (
+    IN_STATIC_ARGS,
+    arrays_like,
     check_params,
-    check_shapes,
-    leaves_like,
     partitions_of_leaves,
     prefix_of_params,
     tensors_of,
@@ -79,15 +79,20 @@ def check_backend(backend: Any) -> None:
 
 def check_num_steps(num_steps: Any) -> None:
     """Raises TypeError or ValueError unless it is a positive integer or traced."""
-    if isinstance(num_steps, jax.core.Tracer | jax.Array):
-        return
-    if isinstance(num_steps, bool) or not hasattr(num_steps, "__index__"):
+    if not isinstance(num_steps, jax.Array):
+        check_count("num_steps", num_steps, "an integer, the updates of the whole training")
+
+
+def check_count(name: str, value: Any, expected: str) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is a positive integer."""
+    is_array = isinstance(value, jax.Array)
+    if is_array or isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            f"num_steps: expected an integer, the number of updates of the whole training; found "
-            f"{num_steps!r} of type {type(num_steps).__name__}."
+            f"{name}: expected {expected}; found {value!r} of type {type(value).__name__}."
+            + (IN_STATIC_ARGS if is_array else "")
         )
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected at least 1, found {num_steps}.")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, found {value}.")
 
 
 def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -96,11 +101,11 @@ def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.A
     return scalar("learning_rate", value)
 
 
-def scalar(name: str, value: Any) -> jax.Array:
+def scalar(name: str, value: Any, expected: str = "a number") -> jax.Array:
     """A number as () float32, or a ValueError naming the argument."""
     value = jnp.asarray(value, jnp.float32)
     if value.size != 1:
-        raise ValueError(f"{name}: expected a number; found an array of shape {value.shape}.")
+        raise ValueError(f"{name}: expected {expected}; found shape {value.shape}.")
     return value if value.ndim == 0 else value.reshape(())
 
 
@@ -249,10 +254,7 @@ def require_value(name: str, value: Any) -> jax.Array:
             f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
             "(Wrappers that call update several times, such as optax.lookahead, do not hand it on.)"
         )
-    value = jnp.asarray(value)
-    if value.size != 1:
-        raise ValueError(f"value: expected the loss, a scalar; found shape {value.shape}.")
-    return value.astype(jnp.float32).reshape(())
+    return scalar("value", value, "the loss, a scalar")
 
 
 def transformation(
@@ -288,7 +290,7 @@ def transformation(
             partitions: Any, constant: bool, platform: str | None, *arguments: Any
         ) -> tuple[Any, Any]:
             _, updates, state, params, _ = arguments
-            check_shapes("updates", leaves_like("updates", updates, params), params)
+            arrays_like("updates", updates, params)
             with shards(partitions), constant_weights(constant), running_on(platform):
                 made, new_state = function(*arguments)
             # a state keeps its dtypes also where parameters are of a wider one

@@ -146,7 +146,7 @@ def controlled(
             statistics=statistics,
             lstm=controls.state if keeps_lstm_state else state.lstm,
             loss=loss,
-            step_size=sizes.astype(state.step_size.dtype),
+            step_size=sizes,
         )
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731

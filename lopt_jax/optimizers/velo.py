@@ -15,7 +15,7 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.accumulation import accumulate_gradients
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule, Statistics
-from lopt_jax.tensors import IN_STATIC_ARGS, StackedAxes, tensor_shapes
+from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import Weights, resolve
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
@@ -118,18 +118,7 @@ def velo(
 
 def _accumulation(gradient_accumulation: int | None, num_steps: Any) -> int:
     if gradient_accumulation is not None:
-        if isinstance(gradient_accumulation, bool | jax.Array) or not hasattr(
-            gradient_accumulation, "__index__"
-        ):
-            raise TypeError(
-                f"gradient_accumulation: expected an integer or None, found "
-                f"{gradient_accumulation!r}."
-                + (IN_STATIC_ARGS if isinstance(gradient_accumulation, jax.Array) else "")
-            )
-        if gradient_accumulation < 1:
-            raise ValueError(
-                f"gradient_accumulation: expected at least 1, found {gradient_accumulation}."
-            )
+        common.check_count("gradient_accumulation", gradient_accumulation, "an integer or None")
         return operator.index(gradient_accumulation)
     if isinstance(num_steps, jax.Array) or num_steps <= HORIZON:
         return 1
