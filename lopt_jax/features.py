@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import safe_rsqrt
 
 Varies = Literal["element", "row", "column"]
+NormalizerAxes = Literal["tensor", "matrix"] | tuple[int, ...]
 
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
@@ -63,13 +64,14 @@ class FeatureSet:
       factored: features of tensors whose second moment is factored.
       unfactored: the same, for tensors of rank below two: all vary with the element.
       normalizer_epsilon: added to each feature's mean square before the reciprocal root.
-      normalizer_axes: "tensor" normalises over the whole tensor, "matrix" over its last two axes.
+      normalizer_axes: "tensor" normalises over the whole tensor, "matrix" over its last two axes,
+        axes, counted from the end, over these.
     """
 
     factored: tuple[Feature, ...]
     unfactored: tuple[Feature, ...]
     normalizer_epsilon: float = 1e-5
-    normalizer_axes: Literal["tensor", "matrix"] = "tensor"
+    normalizer_axes: NormalizerAxes = "tensor"
 
     def __len__(self) -> int:
         """Number of features."""
@@ -201,7 +203,7 @@ def velo_features(
     *,
     rsqrt_epsilon: float = 1e-6,
     normalizer_epsilon: float = 1e-5,
-    normalizer_axes: Literal["tensor", "matrix"] = "tensor",
+    normalizer_axes: NormalizerAxes = "tensor",
 ) -> FeatureSet:
     """The 30 features of VeLO, Celo and Celo2 (for three decays).
 

@@ -7,7 +7,8 @@ import optax
 
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
-from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
+from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, Plans, celo2_plans
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
@@ -17,6 +18,7 @@ def celo2(
     weights: str | Weights = "celo2",
     *,
     label_fn: LabelFn | None = None,
+    matrix_axes: MatrixAxes = None,
     adam_learning_rate_mult: float | jax.Array = 1.0,
     adam_weight_decay: float | jax.Array | None = None,
     adam_betas: tuple[float, float] = (0.9, 0.95),
@@ -31,15 +33,21 @@ def celo2(
 ) -> optax.GradientTransformationExtraArgs:
     """Celo2: a learned rule for matrices, AdamW for the rest.
 
-    A small MLP proposes the direction of every matrix (the last two axes of a tensor);
-    Newton-Schulz iterations make it nearly orthogonal; it is scaled to root mean square one. So the
-    learning rate is the size of the step, as with other optimizers that normalise.
+    A small MLP proposes the direction of every matrix; Newton-Schulz iterations make it nearly
+    orthogonal; it is scaled to root mean square one. So the learning rate is the size of the step,
+    as with other optimizers that normalise.
 
     Args:
       learning_rate: multiplies the step; a number or an optax schedule.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       label_fn: from the path and the leaf to "learned" or "adamw": leaves of rank two and more
         that AdamW should update, such as embeddings. Tensors of rank below two always are AdamW's.
+      matrix_axes: where the matrices of leaves of rank three and more are. None: kernels of Flax's
+        attention, of its convolutions and of layers like them are recognised by their names and
+        shapes (`lopt_jax.optimizers.plans.flax_matrix`); of all others they are the last two axes.
+        "last_two": of all leaves, as in the original. Or a function of path and leaf that returns
+        the axes of rows and those of columns, such as `((0,), (1, 2))` or
+        `optax.contrib.MuonDimensionNumbers`, or None. Other axes are those of separate matrices.
       adam_learning_rate_mult: AdamW's learning rate is this times `learning_rate`.
       adam_weight_decay: AdamW's weight decay; None: `weight_decay`.
       adam_betas: AdamW's decays.
@@ -80,7 +88,7 @@ def celo2(
         AdamSettings(adam_betas, adam_epsilon),
         adam_learning_rate_mult,
         adam_weight_decay,
-        label_fn,
+        celo2_plans(label_fn, matrix_axes),
         max_gradient_norm,
         orthogonal=True,
     )
@@ -91,6 +99,7 @@ def celo2_base(
     weights: str | Weights = "celo2",
     *,
     label_fn: LabelFn | None = None,
+    matrix_axes: MatrixAxes = None,
     adam_learning_rate_mult: float | jax.Array = 1.0,
     adam_weight_decay: float | jax.Array | None = None,
     adam_betas: tuple[float, float] = (0.9, 0.95),
@@ -122,7 +131,7 @@ def celo2_base(
         AdamSettings(adam_betas, adam_epsilon),
         adam_learning_rate_mult,
         adam_weight_decay,
-        label_fn,
+        celo2_plans(label_fn, matrix_axes),
         max_gradient_norm,
         orthogonal=False,
     )
@@ -134,7 +143,7 @@ def _celo2(
     adam: AdamSettings,
     adam_learning_rate_mult: Any,
     adam_weight_decay: Any,
-    label_fn: LabelFn | None,
+    plans: Plans,
     max_gradient_norm: float | None,
     orthogonal: bool,
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,7 +152,7 @@ def _celo2(
         resolve(weights, ARCHITECTURES),
         options,
         AdamW(adam_learning_rate_mult, decay, adam),
-        label_fn=label_fn,
+        plans=plans,
         max_gradient_norm=max_gradient_norm,
         orthogonal=orthogonal,
     )

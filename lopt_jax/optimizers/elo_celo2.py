@@ -7,7 +7,8 @@ import optax
 
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
-from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, LabelFn, matrix_optimizer
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
+from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, celo2_plans
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
@@ -17,6 +18,7 @@ def elo_celo2(
     weights: str | Weights = "elo_celo2",
     *,
     label_fn: LabelFn | None = None,
+    matrix_axes: MatrixAxes = None,
     adam_learning_rate_mult: float | jax.Array = 1.0,
     adam_weight_decay: float | jax.Array | None = None,
     max_gradient_norm: float | None = 1.0,
@@ -36,6 +38,7 @@ def elo_celo2(
       learning_rate: multiplies the step; a number or an optax schedule.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       label_fn: as `celo2`'s.
+      matrix_axes: as `celo2`'s.
       adam_learning_rate_mult: AdamW's learning rate is this times `learning_rate`.
       adam_weight_decay: AdamW's weight decay; None: `weight_decay`.
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
@@ -78,7 +81,7 @@ def elo_celo2(
         weights,
         options,
         adamw,
-        label_fn=label_fn,
+        plans=celo2_plans(label_fn, matrix_axes),
         max_gradient_norm=max_gradient_norm,
         orthogonal=True,
     )
