@@ -10,6 +10,7 @@ from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
 from lopt_jax.optimizers.elo import elo
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
@@ -41,6 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "Recipe",
     "Weights",
     "WeightsError",
     "__version__",
@@ -55,6 +57,7 @@ __all__ = [
     "export_weights",
     "list_weights",
     "load_weights",
+    "lopt",
     "mulo",
     "mup",
     "pack_state",

@@ -65,6 +65,7 @@ def matrix_optimizer(
     orthogonal: bool,
     decay: common.ScalarOrSchedule | None = None,
     still_where_zero: bool = False,
+    cautious_decay: bool = False,
 ) -> MatrixTransformation:
     """The learned rule, normalised, for matrices; AdamW for the rest.
 
@@ -82,6 +83,8 @@ def matrix_optimizer(
         or a schedule; None: weight decay times learning rate, as `options` and `adamw` say.
       still_where_zero: whether a matrix whose gradient is zero everywhere makes no step.
         Normalised, what the rule proposes for it would be as large as any other step.
+      cautious_decay: whether learned leaves decay only where the step shrinks them, element by
+        element (arXiv 2510.12402).
 
     Returns:
       An optax transformation with state `PerParameterState`. Leaves of AdamW's have its moments as
@@ -148,6 +151,8 @@ def matrix_optimizer(
                 )
                 mult, decay_of_leaf = adamw.learning_rate_mult, decay_of_adam
             decayed = plan.decay * per_leaf(decay_of_leaf, entry, wide[i]) * wide[i]
+            if cautious_decay and plan.rule == LEARNED:
+                decayed = jnp.where(step * wide[i] >= 0, decayed, 0)
             updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = accumulators._replace(
             momentum=(treedef.unflatten(momentum), *others),

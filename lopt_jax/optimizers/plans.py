@@ -37,8 +37,8 @@ class LeafPlan(NamedTuple):
 
     rule: str  # "learned" or "adamw"
     matrix: Matrix = Matrix()  # where its matrices are; AdamW does not read it
-    scale: float = 1.0  # multiplies the step, beside the learning rate
-    decay: float = 1.0  # multiplies the optimizer's weight decay
+    scale: float | jax.Array = 1.0  # multiplies the step, beside the learning rate
+    decay: float | jax.Array = 1.0  # multiplies the optimizer's weight decay
     reason: str = ""  # why, for people
 
 
@@ -60,13 +60,7 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
     Raises:
       TypeError: an argument is none of those.
     """
-    if label_fn is not None and not callable(label_fn):
-        raise TypeError(f"label_fn: expected a function of path and leaf, found {label_fn!r}.")
-    if matrix_axes not in (None, LAST_TWO) and not callable(matrix_axes):
-        raise TypeError(
-            f"matrix_axes: expected a function of path and leaf, {LAST_TWO!r} or None; found "
-            f"{matrix_axes!r}."
-        )
+    check_functions(label_fn, matrix_axes)
 
     def plan(path: Any, leaf: Any, stacked: int) -> LeafPlan:
         name = jax.tree_util.keystr(path)
@@ -80,14 +74,7 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
             return LeafPlan(ADAMW, reason=f"of rank {rank}")
         if label == ADAMW:
             return LeafPlan(ADAMW, reason="label_fn says so")
-        chosen = matrix_axes(path, leaf) if callable(matrix_axes) else None
-        if chosen is not None:
-            return LeafPlan(
-                LEARNED, _checked(chosen, name, leaf.ndim, stacked), reason="matrix_axes says so"
-            )
-        if matrix_axes == LAST_TWO:
-            return LeafPlan(LEARNED, reason="the last two axes, as matrix_axes says")
-        matrix, reason = flax_matrix(path, leaf.shape[stacked:])
+        matrix, reason = matrix_of(matrix_axes, path, leaf, stacked)
         return LeafPlan(LEARNED, matrix, reason=reason)
 
     def plans(params: Any, stacked: Sequence[int]) -> list[LeafPlan]:
@@ -95,6 +82,41 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
         return [plan(path, leaf, n) for (path, leaf), n in zip(leaves, stacked, strict=True)]
 
     return plans
+
+
+def check_functions(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> None:
+    """Raises TypeError, naming the argument, unless both are what optimizers of matrices take."""
+    if label_fn is not None and not callable(label_fn):
+        raise TypeError(f"label_fn: expected a function of path and leaf, found {label_fn!r}.")
+    if matrix_axes not in (None, LAST_TWO) and not callable(matrix_axes):
+        raise TypeError(
+            f"matrix_axes: expected a function of path and leaf, {LAST_TWO!r} or None; found "
+            f"{matrix_axes!r}."
+        )
+
+
+def matrix_of(matrix_axes: MatrixAxes, path: Any, leaf: Any, stacked: int) -> tuple[Matrix, str]:
+    """Where the matrices of a leaf are, and why.
+
+    Args:
+      matrix_axes: from path and leaf to rows and columns, or to None: as `flax_matrix` says.
+      path: of the leaf, as `jax.tree_util` gives it.
+      leaf: the leaf, or its shape.
+      stacked: its stacked axes.
+
+    Returns:
+      The axes, and the reason, for people.
+
+    Raises:
+      TypeError, ValueError: the function returned no axes of this leaf; the message names it.
+    """
+    chosen = matrix_axes(path, leaf) if callable(matrix_axes) else None
+    if chosen is not None:
+        name = jax.tree_util.keystr(path)
+        return _checked(chosen, name, leaf.ndim, stacked), "matrix_axes says so"
+    if matrix_axes == LAST_TWO:
+        return Matrix(), "the last two axes, as matrix_axes says"
+    return flax_matrix(path, leaf.shape[stacked:])
 
 
 def _checked(chosen: Any, name: str, rank: int, stacked: int) -> Matrix:
