@@ -6,6 +6,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
+
+LARGEST_INDEX = int(np.iinfo(np.int32).max)  # of what is counted while a program runs
 
 _platform: ContextVar[str | None] = ContextVar("platform", default=None)
 

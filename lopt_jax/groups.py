@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
-from lopt_jax.context import platform
+from lopt_jax.context import LARGEST_INDEX, platform
 from lopt_jax.partition import (
     BATCH,
     REPLICATED_ELEMENTS,
@@ -220,13 +220,16 @@ def make_groups(
     ]
 
 
-def _joined(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of tensors of a shape that are joined: along their first axis.
+def _joined(shape: tuple[int, ...], tensors: int = 1) -> tuple[int, ...]:
+    """The shape of so many tensors of a shape that are joined: along their first axis.
 
     Leaves have it as they are; a reshape of each would be one more operation that XLA looks at
-    again and again. Where a partitioner may have split that axis, the tensors' own axis is kept.
+    again and again. Where a partitioner may have split that axis, or where places along it would be
+    more than an int32 holds, the tensors' own axis is kept.
     """
-    return (-1, *shape[1:]) if shape and is_local() else (-1, *shape)
+    if shape and is_local() and tensors * shape[0] <= LARGEST_INDEX:
+        return (-1, *shape[1:])
+    return (-1, *shape)
 
 
 def gather(
@@ -309,7 +312,7 @@ def scatter(
         *((x, leaves, of_state, False) for x, leaves in elementwise),
         *((x, leaves, of_state, True) for x, leaves in factored),
     ]
-    new = [x.reshape(_joined(x.shape[1:])) for x, *_ in targets]
+    new = [x.reshape(_joined(x.shape[1:], x.shape[0])) for x, *_ in targets]
     if len(group.leaves) > 1:
         # else parts of their computation are repeated for every leaf, after its old value is gone:
         # XLA copies that value first

@@ -71,12 +71,13 @@ class Partition:
         for dim in dims:
             if not self.axes[dim]:
                 continue
-            size = x.shape[dim]
+            size, device = x.shape[dim], jax.lax.axis_index(self.axes[dim])
             if size * jax.lax.axis_size(self.axes[dim]) == self.shape[dim]:
                 continue
-            first = jax.lax.axis_index(self.axes[dim]) * size
-            position = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, dim)
-            x = jnp.where(position < self.shape[dim], x, 0)
+            # counted in the shard: a position in the whole may be more than an int32 holds
+            full, rest = divmod(self.shape[dim], size)
+            length = jnp.where(device < full, size, jnp.where(device == full, rest, 0))
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, dim) < length, x, 0)
         return x
 
     def is_split(self) -> bool:
@@ -100,10 +101,9 @@ class Partition:
         """The part of the whole tensor that this device holds."""
         for dim, names in enumerate(self.axes):
             if names:
-                size = -(-self.shape[dim] // jax.lax.axis_size(names))
-                whole = self._pad(whole, dim)
-                start = jax.lax.axis_index(names) * size
-                whole = jax.lax.dynamic_slice_in_dim(whole, start, size, dim)
+                parts = _parts(self._pad(whole, dim), dim, jax.lax.axis_size(names))
+                device = jax.lax.axis_index(names)
+                whole = jax.lax.dynamic_index_in_dim(parts, device, dim, keepdims=False)
         return whole
 
     def gather(self, shard: jax.Array) -> jax.Array:
@@ -130,14 +130,14 @@ class Partition:
             shard = jnp.where(jax.lax.axis_index(others) == 0, shard, 0)
         if not own:
             return shard
-        devices = [jax.lax.axis_size(of_dim) if of_dim else 1 for of_dim in self.axes]
-        padded = [n * size for n, size in zip(devices, shard.shape, strict=True)]
-        starts = [
-            jax.lax.axis_index(of_dim) * size if of_dim else 0
-            for of_dim, size in zip(self.axes, shard.shape, strict=True)
-        ]
-        out = jax.lax.dynamic_update_slice(jnp.zeros(padded, shard.dtype), shard, starts)
-        return out[tuple(map(slice, self.shape))]
+        for dim, of_dim in enumerate(self.axes):
+            if of_dim:
+                devices, device = jax.lax.axis_size(of_dim), jax.lax.axis_index(of_dim)
+                before, size, after = shard.shape[:dim], shard.shape[dim], shard.shape[dim + 1 :]
+                parts = jnp.zeros((*before, devices, size, *after), shard.dtype)
+                parts = jax.lax.dynamic_update_index_in_dim(parts, shard, device, dim)
+                shard = parts.reshape((*before, devices * size, *after))
+        return shard[tuple(map(slice, self.shape))]
 
     def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """This device's part of the mean over devices of tensors that each holds whole.
@@ -162,6 +162,15 @@ class Partition:
         if not missing:
             return whole
         return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+
+
+def _parts(whole: jax.Array, dim: int, devices: int) -> jax.Array:
+    """The tensor with a dimension as two: devices and what each holds.
+
+    A part's number fits into an int32, which its place in a dimension of more elements does not.
+    """
+    before, size, after = whole.shape[:dim], whole.shape[dim], whole.shape[dim + 1 :]
+    return whole.reshape((*before, devices, size // devices, *after))
 
 
 def split_names(entry: Any) -> tuple[str, ...]:
