@@ -4,7 +4,6 @@ What sets the networks may look at all tensors between the two. Leaves become te
 groups, and groups calls of a backend, which run on the shards of tensors where these are split.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax import rule as rules
 from lopt_jax import xla
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
 from lopt_jax.backends import choose_backend, kernels_split
-from lopt_jax.context import platform
 from lopt_jax.groups import (
     Call,
     Factors,
@@ -177,9 +174,8 @@ def _first_pass(
             made = iter(step.first_pass(rule, _step_units(on_kernels, groups, inputs)))
         pieces: list[list[tuple[_Shards, list[int], Moments]]] = [[] for _ in call.units]
         for x in shards:
-            function = functools.partial(rules.first_pass, rule, partition=x.partition)
             pairs = [(inputs[k].gradient, inputs[k].parameter) for k in x.members]
-            of_shards = next(made) if x.on_kernels else xla.moments_of(function, pairs)
+            of_shards = next(made) if x.on_kernels else xla.moments_of(rule, x.partition, pairs)
             pieces[x.unit].append((x, x.members, of_shards))
         if crosses:
             return _whole_moments(pieces, groups)
@@ -288,7 +284,7 @@ def _second_pass(
             if x.on_kernels:
                 continue
             run = (
-                xla.passes(rule, mlp_per_tensor, platform())
+                xla.passes(rule, mlp_per_tensor)
                 if x.partition is None
                 else xla.on_xla(rule, mlp_per_tensor, x.partition)
             )

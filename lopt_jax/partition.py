@@ -17,8 +17,7 @@ import contextlib
 import functools
 import logging
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,8 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lopt_jax.context import remembered, steering, tracing
 
 logger = logging.getLogger("lopt_jax")
 
@@ -200,35 +201,22 @@ BATCH = -1
 Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their paths, hashable
 
 
-class _Context(threading.local):
-    def __init__(self) -> None:
-        self.partitions: Shards | None = None
-        self.is_local = False
-
-
-_context = _Context()
-
-
-@contextlib.contextmanager
-def shards(partitions: Mapping[str, Partition] | Shards | None) -> Iterator[None]:
+def shards(
+    partitions: Mapping[str, Partition] | Shards | None,
+) -> contextlib.AbstractContextManager[None]:
     """Says of what the leaves of the params are shards, while a transformation is traced.
 
     Args:
       partitions: by the leaf's path, as `jax.tree_util.keystr` writes it; None: they are whole.
     """
-    before = _context.partitions
     if isinstance(partitions, Mapping):
         partitions = tuple(sorted(partitions.items(), key=lambda item: item[0]))
-    _context.partitions = partitions
-    try:
-        yield
-    finally:
-        _context.partitions = before
+    return steering(shards=partitions)
 
 
 def current_shards() -> Shards | None:
     """What `shards` was told: hashable, to be an argument of a compiled function."""
-    return _context.partitions
+    return tracing().shards
 
 
 def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
@@ -237,9 +225,10 @@ def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
     Raises:
       ValueError: inside `shards`, which says nothing of a leaf.
     """
-    if _context.partitions is None:
+    partitions = current_shards()
+    if partitions is None:
         return [None] * len(paths)
-    known = dict(_context.partitions)
+    known = dict(partitions)
     missing = [path for path in paths if path not in known]
     if missing:
         raise ValueError(
@@ -303,12 +292,11 @@ def spread(
     else:
         return function([None] * len(guides), *operands)
 
+    as_now = remembered()
+
     def run_local(partitions: Partitions, *xs: jax.Array) -> Any:
-        before, _context.is_local = _context.is_local, True
-        try:
+        with as_now(is_shard=True):
             return function(partitions, *treedef.unflatten(xs))
-        finally:
-            _context.is_local = before
 
     def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.tree.leaves(run_local(partitions, *xs)))
@@ -327,7 +315,7 @@ def is_local() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return is_manual or _context.is_local or jax.device_count() == 1
+    return is_manual or tracing().is_shard or jax.device_count() == 1
 
 
 def is_explicit(x: jax.Array) -> bool:
