@@ -16,6 +16,7 @@ from lopt_jax import xla
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
 from lopt_jax.backends import choose_backend, kernels_split
 from lopt_jax.groups import (
+    TURNS,
     Call,
     Factors,
     Group,
@@ -67,9 +68,11 @@ def _shards_of(
             alike.setdefault(partitions[k], []).append(k)
         first += len(unit)
         for partition, members in alike.items():
-            # of each it is said if they cannot
-            able = [kernels_split(groups[k], partition, inputs[k]) for k in members]
-            out.append(_Shards(i, members, partition, call.on_kernels and all(able)))
+            # of each it is said if the kernels cannot
+            able = [
+                call.on_kernels and kernels_split(groups[k], partition, inputs[k]) for k in members
+            ]
+            out.append(_Shards(i, members, partition, all(able)))
     return out
 
 
@@ -288,14 +291,16 @@ def _second_pass(
                 if x.partition is None
                 else xla.on_xla(rule, mlp_per_tensor, x.partition)
             )
-            of = factors.rows(tensors(x.members), mlp_per_tensor)
-            of_members = [inputs[k] for k in x.members]
-            results, statistics = xla.updates_in_turn(
-                run, of_members, moments_of(x, x.members), decays, of, mlp_per_tensor
-            )
-            for k, update in zip(x.members, results, strict=True):
-                updates[k] = update
-            kept.append((tensors(x.members), statistics))
+            in_turn = call.in_turn and len(x.members) >= TURNS
+            for members in [x.members] if in_turn else [[k] for k in x.members]:
+                of = factors.rows(tensors(members), mlp_per_tensor)
+                of_members = [inputs[k] for k in members]
+                results, statistics = xla.updates_in_turn(
+                    run, of_members, moments_of(x, members), decays, of, mlp_per_tensor
+                )
+                for k, update in zip(members, results, strict=True):
+                    updates[k] = update
+                kept.append((tensors(members), statistics))
         if any(statistics is None for _, statistics in kept):
             return updates, None
         return updates, in_order(kept)

@@ -162,6 +162,7 @@ class Call(NamedTuple):
 
     units: list[list[int]]  # those of a unit have tensors that are equal in shape and dtypes
     on_kernels: bool  # whether it is the fused kernels that update them
+    in_turn: bool = False  # on XLA: whether those of a unit take turns in a loop
 
     @property
     def members(self) -> list[int]:
@@ -399,28 +400,36 @@ def make_calls(
 ) -> list[Call]:
     """Which groups are updated together.
 
-    One call of the kernels takes all that it can. Where a partitioner may split tensors in
-    different ways, that is groups of one tensor, and vectors that it may not split: other stacks
-    may be split along their axis of tensors. On XLA it is large tensors that take turns.
+    One call of the kernels takes all that it can, and so does one of XLA where a partitioner may
+    split tensors: each call is an operation of the partitioner, whose code XLA asks for, traces and
+    lowers apart. It may split tensors in different ways, so these are groups of one tensor, and
+    vectors that it may not split: other stacks may be split along their axis of tensors. On XLA it
+    is large tensors that take turns.
     """
     joins = is_local() or any(group.partition is not None for group in groups)
-    xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
-    turns = _turns([i for i in xla if joins], groups, inputs)
-    alone = [[i] for i in sorted(set(xla) - {i for members in turns for i in members})]
-    calls = [Call([members], False) for members in turns + alone]
-    units: dict[Any, list[int]] = {}
+    turns: list[list[int]] = []
+    if joins:
+        xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
+        turns = _turns(xla, groups, inputs)
+    in_turn = {i for members in turns for i in members}
+    calls = [Call([members], False, in_turn=True) for members in turns]
+    units: dict[bool, dict[Any, list[int]]] = {True: {}, False: {}}
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
-        if not chosen:
-            continue
-        if not (joins or len(group.tensors) == 1 or group.lengths is not None):
-            calls.append(Call([[i]], True))
-            continue
-        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-        key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
-        units.setdefault(key, []).append(i)
-    if units:
+        is_one = len(group.tensors) == 1 or group.lengths is not None
+        if (joins and chosen) or (not joins and is_one):
+            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+            key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
+            units[chosen].setdefault(key, []).append(i)
+        elif i not in in_turn:
+            calls.append(Call([[i]], chosen))
+    if units[False]:
+        of_xla = list(units[False].values())
+        calls.append(
+            Call(of_xla, False, _takes_turns([i for unit in of_xla for i in unit], groups))
+        )
+    if units[True]:
         # what has vectors first: then what is by tensor lies as the kernels take it
-        in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
+        in_order = sorted(units[True].values(), key=lambda unit: groups[unit[0]].dims is None)
         calls.insert(0, Call(in_order, True))
     return calls
 
@@ -430,12 +439,17 @@ def is_large(group: Group) -> bool:
     return math.prod(group.shape) > STACKED_LEAF_ELEMENTS
 
 
+def _takes_turns(candidates: Sequence[int], groups: Sequence[Group]) -> bool:
+    """Whether there are so many large groups that equal ones should take turns."""
+    return platform() != "cpu" and sum(is_large(groups[i]) for i in candidates) > LARGE_GROUPS
+
+
 def _turns(
     candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
     large = [i for i in candidates if is_large(groups[i])]
-    if platform() == "cpu" or len(large) <= LARGE_GROUPS:
+    if not _takes_turns(candidates, groups):
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:
