@@ -6,6 +6,7 @@ groups, and groups calls of a backend, which run on the shards of tensors where 
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from lopt_jax import xla
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
 from lopt_jax.backends import choose_backend, kernels_split
+from lopt_jax.context import tracing
 from lopt_jax.groups import (
     TURNS,
     Call,
@@ -156,6 +158,11 @@ def _crosses(groups: Sequence[Group]) -> bool:
     return len(groups) > 1 and not is_local() and groups[0].partition is None
 
 
+def _settings(rule: Rule, call: Call, groups: Sequence[Group], *more: Any) -> tuple:
+    """What is static of a pass, for `spread`; devices have other names in other processes."""
+    return rule, call, tuple(groups), replace(tracing(), device=None), *more
+
+
 def _first_pass(
     rule: Rule, call: Call, groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[Moments]:
@@ -193,6 +200,7 @@ def _first_pass(
         [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
+        settings=_settings(rule, call, groups),
     )
     if not crosses:
         return moments
@@ -326,6 +334,7 @@ def _second_pass(
         [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
+        settings=_settings(rule, call, groups, mlp_per_tensor),
     )
 
 

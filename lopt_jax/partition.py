@@ -15,20 +15,23 @@ function in each of JAX's ways of sharding:
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lopt_jax.context import remembered, steering, tracing
+from lopt_jax.context import platform, remembered, steering, tracing
 
 logger = logging.getLogger("lopt_jax")
 
@@ -260,6 +263,7 @@ def spread(
     partitions: "Partitions",
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
+    settings: Any = None,
 ) -> Any:
     """Runs a function of tensors on the shards of them.
 
@@ -273,6 +277,8 @@ def spread(
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
       names: of the parts, for messages.
+      settings: what of the function is static: its representation differs where the code of a
+        shard may, also between processes.
 
     Returns:
       The function's result.
@@ -305,7 +311,7 @@ def spread(
     result = jax.eval_shape(whole, *map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names))
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names, settings))
 
 
 def is_local() -> bool:
@@ -399,8 +405,9 @@ def _in_shard_map(
     shapes: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Axes]],
     names: Sequence[str],
+    settings: Any,
 ) -> Sequence[jax.Array]:
-    del names
+    del names, settings
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
     partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
@@ -430,19 +437,23 @@ def _partitioned(
     shapes: Sequence[Sequence[int]],
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
+    settings: Any,
 ) -> Sequence[jax.Array]:
     whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
     # custom_partitioning takes no constants: they become operands that every device has.
     program = jax.make_jaxpr(whole)(*map(_bare, leaves))
-    constants = len(program.consts)
-    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in program.consts), *dims]
+    # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
+    # operands: so programs that differ in the code of a shard alone are different ones.
+    added = [*_fingerprint(program, settings), *program.consts]
+    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in added), *dims]
 
     def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(xs[:constants]))
-        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[constants:]))
+        constants = list(xs[len(added) - len(program.consts) : len(added)])
+        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[len(added) :]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments[constants:]]
+        shardings = [x.sharding for x in arguments[len(added) :]]
         axes = [
             _split_by([shardings[i] for i in part], dims[part[0]], dict(mesh.shape), name)
             for part, name in zip(guides, names, strict=True)
@@ -454,7 +465,7 @@ def _partitioned(
         ]
         return (
             mesh,
-            lambda *xs: local(how, *xs[constants:]),
+            lambda *xs: local(how, *xs[len(added) :]),
             tuple(named(d) for d in out_dims),
             tuple(named(d) for d in in_dims),
         )
@@ -465,7 +476,7 @@ def _partitioned(
     # custom_partitioning knows neither batching nor differentiation: there the function is plain.
     @custom_vmap
     def batchable(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        return operation(*program.consts, *xs)
+        return operation(*added, *xs)
 
     @batchable.def_vmap
     def _(axis_size: int, in_batched: Any, *xs: jax.Array) -> Any:
@@ -480,6 +491,34 @@ def _partitioned(
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
     return differentiable(*leaves)
+
+
+def _fingerprint(program: jax.extend.core.ClosedJaxpr, settings: Any) -> list[np.uint32]:
+    """Numbers that differ where programs do, and are the same in every process.
+
+    Args:
+      program: what the operation computes of whole tensors.
+      settings: see `spread`.
+    """
+    from lopt_jax import __version__
+
+    text = f"{__version__} {platform()} {settings!r} {program.jaxpr}"
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+    for x in _constants_inside(program.jaxpr):
+        if not isinstance(x, jax.core.Tracer):
+            digest.update(np.asarray(x).tobytes())
+    # scalars: they are part of the program's text, arrays may become its arguments
+    return list(np.frombuffer(digest.digest()[:16], np.uint32))
+
+
+def _constants_inside(jaxpr: Any) -> Iterator[Any]:
+    """The constants of the programs inside a program, whose values its text does not tell."""
+    for equation in jaxpr.eqns:
+        is_program = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_program):
+            if is_program(part):
+                yield from getattr(part, "consts", ())
+                yield from _constants_inside(getattr(part, "jaxpr", part))
 
 
 def _split_by(guides: Sequence[Any], dims: Dims, sizes: Mapping[str, int], name: str) -> Axes:
