@@ -19,11 +19,13 @@ import hashlib
 import logging
 import math
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.export
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
@@ -470,8 +472,18 @@ def _partitioned(
             tuple(named(d) for d in in_dims),
         )
 
+    def sharding_rule(*_: Any) -> str:  # asked for where the program is one of several devices
+        if _is_exported():
+            raise NotImplementedError(
+                "jax.export: the update of arrays that automatic sharding may split is not "
+                "exportable, since XLA asks Python for the code of a shard while it compiles. Call "
+                "it inside jax.sharding.explicit_axes, or lay the arrays on a mesh of explicit "
+                "axes, jax.make_mesh's default (docs/sharding.md)."
+            )
+        return _sharding_rule(in_dims, out_dims)
+
     operation = custom_partitioning(with_constants)
-    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(in_dims, out_dims))
+    operation.def_partition(partition=partition, sharding_rule=sharding_rule)
 
     # custom_partitioning knows neither batching nor differentiation: there the function is plain.
     @custom_vmap
@@ -491,6 +503,15 @@ def _partitioned(
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
     return differentiable(*leaves)
+
+
+def _is_exported() -> bool:
+    """Whether `jax.export` lowers the program: nothing but the stack tells.
+
+    Its own error, a step later, speaks of host callbacks.
+    """
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return any(frame.f_globals.get("__name__") == jax.export.export.__module__ for frame in frames)
 
 
 def _fingerprint(program: jax.extend.core.ClosedJaxpr, settings: Any) -> list[np.uint32]:

@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optimizers
@@ -166,3 +167,16 @@ def test_different_programs_have_different_keys_and_equal_ones_the_same():
     others += modules(lopt_jax.small_fc_lopt(of), apply=True)
     assert first == second
     assert len({first, *others}) == 4
+
+
+def test_export():
+    """Of split arrays under explicit sharding; otherwise it is refused by name."""
+    tx, mesh = optimizers.plain("small_fc_lopt"), make_mesh()
+    arguments = arguments_of(tx, mesh)
+    step = lambda *trees: tx.update(*trees)  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"jax\.sharding\.explicit_axes"):
+        jax.export.export(jax.jit(step))(*arguments)
+    trees = SPECS, sharding.state_specs(tx, draw(SHAPES), SPECS), SPECS
+    with jax.set_mesh(mesh):
+        explicit = jax.jit(jax.sharding.explicit_axes(step, in_sharding=trees))
+        assert jax.export.export(explicit)(*arguments).nr_devices == 2
