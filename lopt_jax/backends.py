@@ -1,6 +1,5 @@
 """Which backend updates which groups: the fused kernels where they can and where it is worth it."""
 
-import contextvars
 import functools
 import logging
 from collections.abc import Sequence
@@ -8,15 +7,13 @@ from contextlib import AbstractContextManager
 
 import jax
 
-from lopt_jax.context import holding
+from lopt_jax.context import steering, tracing
 from lopt_jax.groups import Group, GroupInputs
 from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
 
 BACKENDS = ("auto", "xla", "pallas")
 
-_batch: contextvars.ContextVar[int] = contextvars.ContextVar("batch", default=1)
-_constant_weights = contextvars.ContextVar("constant_weights", default=False)
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 
 
@@ -25,22 +22,12 @@ def batch(size: int) -> AbstractContextManager[None]:
 
     Whether the kernels are worth it, "auto" decides by the tensors of all trainings.
     """
-    return holding(_batch, size)
+    return steering(batch=size)
 
 
 def batch_size() -> int:
     """Trainings of one, as `batch` says."""
-    return _batch.get()
-
-
-def constant_weights(are_constant: bool) -> AbstractContextManager[None]:
-    """Says, while it is traced, whether the weights are constants of the program."""
-    return holding(_constant_weights, are_constant)
-
-
-def weights_are_constant() -> bool:
-    """What `constant_weights` was told."""
-    return _constant_weights.get()
+    return tracing().batch
 
 
 @functools.cache
@@ -82,7 +69,7 @@ def choose_backend(
             reason
             or choice.unsupported_group_reason(
                 rule,
-                (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
+                (batch_size() * x.gradient.shape[0], *x.gradient.shape[1:]),
                 [leaf.dtype for leaf in jax.tree.leaves(x)],
                 must,
             )

@@ -10,6 +10,7 @@ Formulas: google/learned_optimization, `learned_optimizers/adafac_mlp_lopt.py` (
 `research/general_lopt/hyper_v2.py` (VeLO); amoudgl/celo, `optimizers/celo2_optax.py` (Celo2).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -170,6 +171,7 @@ def _momentum(decays: int) -> tuple[Feature, ...]:
     return _each("momentum", decays, "element", lambda x, i: x.momentum[i])
 
 
+@functools.cache  # equal optimizers have one set: formulas are compared by identity
 def small_fc_features(decays: int = 3) -> FeatureSet:
     """The 28 tensor features of small_fc_lopt (for three decays).
 
@@ -198,6 +200,7 @@ def small_fc_features(decays: int = 3) -> FeatureSet:
     )
 
 
+@functools.cache
 def velo_features(
     decays: int = 3,
     *,

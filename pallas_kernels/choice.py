@@ -6,9 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lopt_jax.context import LARGEST_INDEX
 from lopt_jax.partition import checked_axes
 from lopt_jax.rule import Rule
 from pallas_kernels import mosaic
+from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.view import view_of
 
 SMALL = "tensors are small"
@@ -42,6 +44,8 @@ def unsupported_group_reason(
     for dtype in map(jnp.dtype, dtypes):
         if dtype.itemsize not in (2, 4):
             return f"arrays are {dtype.name}"
+    if largest_index(tuple(shape)) > LARGEST_INDEX:
+        return "an axis, or the row and column vectors, are longer than 32 bits count"
     if is_asked_for:
         return None
     if math.prod(shape) < WORTHWHILE_ELEMENTS:
@@ -49,6 +53,20 @@ def unsupported_group_reason(
     if view_of(tuple(shape[1:])).is_copied:
         return "sizes are not aligned to 16 bytes"
     return None
+
+
+def largest_index(shape: tuple[int, ...]) -> int:
+    """What the kernels count to: along an axis as they see it, or along all lines of vectors.
+
+    Args:
+      shape: (tensors, *shape of each).
+
+    Returns:
+      The largest number.
+    """
+    view = view_of(shape[1:])
+    lines = shape[0] * view.batch * view.middle * (pieces(view.down) + pieces(view.across)) * PIECE
+    return max(view.down, view.across, lines if view.is_factored else 0)
 
 
 def with_company(choices: Sequence[str | None], parts: Sequence[Any]) -> list[str | None]:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from lopt_jax.applying import LearnedTransformation
-from lopt_jax.backends import BACKENDS, constant_weights
-from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
+from lopt_jax.backends import BACKENDS
+from lopt_jax.context import Tracing, holding, is_traced, platform_of, tracing, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, shards
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
@@ -286,17 +286,15 @@ def transformation(
     """
 
     def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-        def lopt_update(
-            partitions: Any, constant: bool, platform: str | None, *arguments: Any
-        ) -> tuple[Any, Any]:
+        def lopt_update(how: Tracing, *arguments: Any) -> tuple[Any, Any]:
             _, updates, state, params, _ = arguments
             arrays_like("updates", updates, params)
-            with shards(partitions), constant_weights(constant), running_on(platform):
+            with holding(how):
                 made, new_state = function(*arguments)
             # a state keeps its dtypes also where parameters are of a wider one
             return made, jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
 
-        jitted = jax.jit(lopt_update, static_argnums=(0, 1, 2))
+        jitted = jax.jit(lopt_update, static_argnums=0)
 
         @functools.wraps(function)
         def update_fn(
@@ -309,10 +307,13 @@ def transformation(
                     f"state: expected a {state_type.__name__}, which init returns; found "
                     f"{type(state).__name__}."
                 )
-            # in a program of the caller's, arrays that have values are its constants
-            constant = is_traced(updates) and not is_traced(meta_parameters)
-            arguments = (meta_parameters, updates, state, params, value)
-            return jitted(current_shards(), constant, platform_of(updates), *arguments)
+            how = replace(
+                tracing(),
+                device=platform_of(updates) or tracing().device or jax.config.jax_default_device,
+                # in a program of the caller's, arrays that have values are its constants
+                constant_weights=is_traced(updates) and not is_traced(meta_parameters),
+            )
+            return jitted(how, meta_parameters, updates, state, params, value)
 
         return update_fn
 
