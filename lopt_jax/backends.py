@@ -12,6 +12,7 @@ from lopt_jax.context import holding
 from lopt_jax.groups import Group, GroupInputs
 from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
+from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
 
@@ -70,26 +71,19 @@ def choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
-    reason: str | None
-    try:
-        from pallas_kernels import choice
-    except ImportError as error:
-        reason = f"this jax has no Mosaic GPU backend ({error})"
-        choices: list[str | None] = [reason] * len(inputs)
-    else:
-        reason = choice.unsupported_reason()
-        choices = [
-            reason
-            or choice.unsupported_group_reason(
-                rule,
-                (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
-                [leaf.dtype for leaf in jax.tree.leaves(x)],
-                must,
-            )
-            for x in inputs
-        ]
+    reason = supports.unsupported_reason()
+    choices = [
+        reason
+        or supports.unsupported_group_reason(
+            rule,
+            (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
+            [leaf.dtype for leaf in jax.tree.leaves(x)],
+            must,
+        )
+        for x in inputs
+    ]
     if reason is None and is_local():
-        choices = choice.with_company(choices, inputs)
+        choices = supports.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:
