@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.partition import Partition, partitions_of, zeros
 from lopt_jax.rule import Statistics
 
@@ -226,9 +227,8 @@ def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
     """
     # boxes of the state say less of their axes where these are gone
     treedef = jax.tree.structure(params, is_leaf=is_box)
-    unboxed = lambda x: next(iter(jax.tree.leaves(x)), None) if is_box(x) else x  # noqa: E731
     try:
-        return [unboxed(x) for x in treedef.flatten_up_to(tree)]
+        return [content(x) if is_box(x) else x for x in treedef.flatten_up_to(tree)]
     except ValueError as error:
         raise ValueError(
             f"{name}: expected a tree like the params, {treedef}; found {jax.tree.structure(tree)}."
@@ -258,11 +258,6 @@ def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
 
 
-def is_box(x: Any) -> bool:
-    """Whether it is a metadata box, such as `flax.linen.Partitioned`."""
-    return hasattr(x, "replace_boxed") and hasattr(x, "unbox")
-
-
 def init_accumulators(
     params: Any,
     momenta: int,
@@ -282,8 +277,7 @@ def init_accumulators(
     Returns:
       Trees with the structure of params: momentum (one tree a decay) and second moment shaped like
       the parameters; row and column as `factored_shapes` says, stacked axes after the axis of
-      decays. Metadata boxes (such as `flax.linen.Partitioned`) are kept, their names following the
-      axes.
+      decays. Flax's boxes are kept, their names following the axes.
     """
     entries = iter(tensors_of(params, stacked_axes))
 
@@ -293,27 +287,20 @@ def init_accumulators(
         stack, shape = leaf.shape[:n], leaf.shape[n:]
         row, column = factored_shapes(shape, factored, dims)
         kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
+        row_dims = kept(dims.d0 if dims else None)
+        column_dims = kept(dims.d1) if dims else (None,)
         arrays = (
-            zeros((row[0], *stack, *row[1:]), dtype, leaf, kept(dims.d0 if dims else None)),
-            zeros((column[0], *stack, *column[1:]), dtype, leaf, kept(dims.d1))
+            zeros((row[0], *stack, *row[1:]), dtype, leaf, row_dims),
+            zeros((column[0], *stack, *column[1:]), dtype, leaf, column_dims)
             if dims
             else jnp.zeros((1,), dtype),
         )
         if box is None:
             return arrays
-        names = getattr(box, "names", None)
-        if names is None:
-            return tuple(box.replace_boxed(x) for x in arrays)
-        drop = lambda d: tuple(a for i, a in enumerate(names) if i != n + d)  # noqa: E731
-        row_names = (None, *(drop(dims.d0) if dims else names))
-        column_names = (None, *drop(dims.d1)) if dims else (None,)
-        return tuple(
-            box.replace_boxed(x).replace(names=axes)
-            for x, axes in zip(arrays, (row_names, column_names), strict=True)
-        )
+        return reboxed(box, arrays[0], row_dims), reboxed(box, arrays[1], column_dims)
 
     pairs = jax.tree.map(
-        lambda x: factored_of(x.unbox(), x) if is_box(x) else factored_of(x, None),
+        lambda x: factored_of(content(x), x) if is_box(x) else factored_of(x, None),
         params,
         is_leaf=is_box,
     )

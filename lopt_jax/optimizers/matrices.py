@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
@@ -24,7 +25,7 @@ from lopt_jax.optimizers.per_parameter import (
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
 from lopt_jax.rule import Rule, product_precision
-from lopt_jax.tensors import StackedAxes, arrays_like, is_box, per_leaf, tensors_of
+from lopt_jax.tensors import StackedAxes, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -148,8 +149,7 @@ def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulato
             return x
         if not is_box(x):
             return jnp.zeros((1,), x.dtype)
-        box = x.replace_boxed(jnp.zeros((1,), x.unbox().dtype))
-        return box.replace(names=(None,)) if hasattr(box, "names") else box
+        return reboxed(x, jnp.zeros((1,), content(x).dtype), (None,))
 
     def shrink_tree(tree: Any) -> Any:
         label = iter(labels)
