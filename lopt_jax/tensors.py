@@ -212,7 +212,9 @@ def _as_array(path: Any, leaf: Any) -> jax.Array:
 
 
 def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
-    """The leaves of a tree like the params; None where it has None in place of a leaf.
+    """The leaves of a tree like the params; None where it has None, or float0, in place of a leaf.
+
+    So this is where all optimizers learn which leaves have no gradient.
 
     Args:
       name: what the tree is, for the message.
@@ -228,11 +230,48 @@ def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
     # boxes of the state say less of their axes where these are gone
     treedef = jax.tree.structure(params, is_leaf=is_box)
     try:
-        return [content(x) if is_box(x) else x for x in treedef.flatten_up_to(tree)]
+        leaves = [content(x) if is_box(x) else x for x in treedef.flatten_up_to(tree)]
     except ValueError as error:
         raise ValueError(
             f"{name}: expected a tree like the params, {treedef}; found {jax.tree.structure(tree)}."
         ) from error
+    return [x if has_values(x) else None for x in leaves]
+
+
+def has_values(x: Any) -> bool:
+    """Whether it holds numbers: no None, and no float0, jax's gradient of integers and keys."""
+    return x is not None and getattr(x, "dtype", None) != jax.dtypes.float0
+
+
+def numbers_of(params: Any, gradients: Sequence[Any]) -> list[jax.Array]:
+    """The leaves of the params, zeros in place of PRNG keys, which may be there without gradients.
+
+    Args:
+      params: the parameters.
+      gradients: of `leaves_like`.
+
+    Returns:
+      The leaves.
+
+    Raises:
+      TypeError: a key has a gradient; the message names the leaf.
+    """
+
+    def number(path: Any, leaf: Any, gradient: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            return leaf
+        if gradient is not None:
+            raise TypeError(
+                f"updates: expected None for {jax.tree_util.keystr(path)}, as the param is no "
+                f"number but {leaf.dtype}; found a gradient."
+            )
+        return jnp.zeros(leaf.shape, jnp.float32)
+
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        number(path, leaf, gradient)
+        for (path, leaf), gradient in zip(with_paths, gradients, strict=True)
+    ]
 
 
 def check_shapes(name: str, leaves: Sequence[Any], params: Any) -> None:
