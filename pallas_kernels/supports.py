@@ -38,7 +38,7 @@ def is_interpreting() -> bool:
         from jax._src import config
 
         return config.pallas_tpu_interpret_mode_context_manager.value is not None
-    except (ImportError, AttributeError):  # another jax has other names: nothing that it interprets is ours
+    except (ImportError, AttributeError):  # a jax that renamed it interprets nothing of ours
         return False
 
 
