@@ -72,18 +72,21 @@ def choose_backend(
         return [False] * len(inputs)
     must = backend == "pallas"
     reason = supports.unsupported_reason()
-    choices = [
-        reason
-        or supports.unsupported_group_reason(
-            rule,
-            (_batch.get() * x.gradient.shape[0], *x.gradient.shape[1:]),
-            [leaf.dtype for leaf in jax.tree.leaves(x)],
-            must,
-        )
-        for x in inputs
-    ]
-    if reason is None and is_local():
-        choices = supports.with_company(choices, inputs)
+    choices: list[str | None] = [reason] * len(inputs)
+    if reason is None:
+        from pallas_kernels import choice
+
+        choices = [
+            choice.unsupported_group_reason(
+                rule,
+                (batch_size() * x.gradient.shape[0], *x.gradient.shape[1:]),
+                [leaf.dtype for leaf in jax.tree.leaves(x)],
+                must,
+            )
+            for x in inputs
+        ]
+        if is_local():
+            choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:

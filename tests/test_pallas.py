@@ -35,7 +35,7 @@ from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, Rule, Statistics
-from pallas_kernels import early, launches, lines, mosaic, step, supports, table, units
+from pallas_kernels import choice, early, launches, lines, mosaic, step, supports, table, units
 from pallas_kernels.view import view_of
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
@@ -381,12 +381,12 @@ OF_MATRICES = ("celo2", "celo2_base", "celo2_adamw", "elo_celo2")
 @pytest.fixture
 def wherever_possible(monkeypatch):
     """`backend="auto"` with kernels for every tensor that they can update, however small."""
-    reason = supports.unsupported_group_reason
+    reason = choice.unsupported_group_reason
 
     def only_the_impossible(rule, shape, dtypes, is_asked_for):
         return reason(rule, shape, dtypes, is_asked_for=True)
 
-    monkeypatch.setattr(supports, "unsupported_group_reason", only_the_impossible)
+    monkeypatch.setattr(choice, "unsupported_group_reason", only_the_impossible)
 
 
 def check_steps(record_property, name, options, steps=None, leaves=None, **limit):
@@ -935,13 +935,13 @@ class TestBackend:
         assert "not an NVIDIA GPU" in record.getMessage()
 
     def test_groups(self):
-        chosen = functools.partial(supports.unsupported_group_reason, VELO, is_asked_for=False)
+        chosen = functools.partial(choice.unsupported_group_reason, VELO, is_asked_for=False)
         assert chosen((1, 1024, 1024), dtypes=[jnp.float32]) is None
         assert "small" in chosen((4, 64), dtypes=[jnp.float32])
         assert "aligned" in chosen((1, 1024, 1023), dtypes=[jnp.float32])
         assert "float64" in chosen((1, 1024, 1024), dtypes=[np.float64])
         celo2 = Rule(velo_features(normalizer_axes="matrix"))
-        reason = supports.unsupported_group_reason(
+        reason = choice.unsupported_group_reason(
             celo2, (1, 3, 64, 64), [jnp.float32], is_asked_for=True
         )
         assert "matrices" in reason
@@ -962,10 +962,10 @@ class TestBackend:
     def test_small_tensors_go_along(self, tensors, shape, options, joins):
         """Only where a launch for large ones takes them, and not if they are not just small."""
         parts = [random_part((64, 256), 1, 0), random_part(shape, tensors, 1, **options)]
-        assert supports.with_company([None, supports.SMALL], parts) == [
+        assert choice.with_company([None, choice.SMALL], parts) == [
             None,
-            None if joins else supports.SMALL,
+            None if joins else choice.SMALL,
         ]
-        others = [supports.SMALL, supports.SMALL], ["arrays are int8", supports.SMALL], [None, "no"]
+        others = [choice.SMALL, choice.SMALL], ["arrays are int8", choice.SMALL], [None, "no"]
         for choices in others:
-            assert supports.with_company(choices, parts) == choices
+            assert choice.with_company(choices, parts) == choices
