@@ -20,7 +20,7 @@ import train_step
 from jax.experimental import topologies
 
 from lopt_jax import benchmark
-from pallas_kernels import mosaic
+from pallas_kernels import supports
 
 H200 = """
 gpu_device_info {
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("xla", "auto"), default="auto")
     parser.add_argument("--step", choices=("update", "train"), default="update")
     options = parser.parse_args()
-    mosaic.unsupported_reason = lambda: None  # type: ignore[assignment]
+    supports.unsupported_reason = lambda: None  # type: ignore[assignment]
     start = time.perf_counter()
     compiled = compile_for_h200(options.model, options.optimizer, options.backend, options.step)
     seconds = time.perf_counter() - start

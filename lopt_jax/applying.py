@@ -6,31 +6,62 @@ hand, so it can write the new one in the update's place.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+
+from lopt_jax.weights import Weights
+from lopt_jax.weights.base import brief
 
 
 class LearnedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation that can apply its updates itself, for `update_params`.
+    """An optax transformation that may apply its updates itself, for `update_params`.
 
-    As it is handed about it is a pair of functions like any other.
+    As it is handed about it is a pair of functions like any other. A copy, as `_replace` makes one,
+    is no more than that pair: its update may be another.
     """
 
-    # (gradients, state, params, **extra) -> (params, state); None in a copy, as `_replace` makes,
-    # whose update may be another
+    # (gradients, state, params, **extra) -> (params, state); None: it has no such form
     apply: Callable[..., tuple[Any, Any]] | None = None
+    # the constructor's name and the arguments that tell it from others
+    origin: tuple[str, Mapping[str, Any]] | None = None
+    # from the params to a `lopt_jax.optimizers.plans.LeafPlan` for each leaf; None: no plans
+    plans: Callable[[Any], list[Any]] | None = None
 
     @classmethod
     def of(
-        cls, init: Callable[..., Any], update: Callable[..., Any], apply: Callable[..., Any]
+        cls,
+        init: Callable[..., Any],
+        update: Callable[..., Any],
+        apply: Callable[..., Any] | None,
+        origin: tuple[str, Mapping[str, Any]] | None = None,
+        plans: Callable[[Any], list[Any]] | None = None,
     ) -> "LearnedTransformation":
-        """From its three functions."""
+        """From its functions, what its repr says, and what it does with each leaf."""
         out = cls(init, update)
-        out.apply = apply
+        out.apply, out.origin, out.plans = apply, origin, plans
         return out
+
+    def __repr__(self) -> str:
+        if self.origin is None:
+            return super().__repr__()
+        name, arguments = self.origin
+        return f"{name}({', '.join(f'{key}={_text(x)}' for key, x in arguments.items())})"
+
+
+def _text(x: Any) -> str:
+    """One argument in a repr: short, whatever it is."""
+    if isinstance(x, Weights):
+        return f"Weights({x.architecture!r}, source={x.metadata.get('source')!r})"
+    if isinstance(x, jax.Array | np.ndarray):
+        is_known = not isinstance(x, jax.core.Tracer) and x.size == 1
+        return str(x.item()) if is_known else f"{x.dtype.name}{list(x.shape)}"
+    if isinstance(x, optax.GradientTransformation):
+        return repr(x)
+    return getattr(x, "__qualname__", None) or brief(x)
 
 
 def apply_of(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]] | None:
@@ -75,7 +106,7 @@ def update_params(
 
     Args:
       tx: any optax transformation.
-      grads: gradients, a tree like params.
+      grads: gradients, a tree like params; None where a parameter has none: it stays as it is.
       state: of tx.
       params: the parameters.
       value: the loss, for the optimizers that read it.
@@ -89,4 +120,14 @@ def update_params(
         return apply(grads, state, params, value=value, **extra_args)
     update = with_extra_args(tx).update
     updates, state = update(grads, state, params, value=value, **extra_args)
-    return optax.apply_updates(params, updates), state
+    return _add(params, updates), state
+
+
+def _add(params: Any, updates: Any) -> Any:
+    """As `optax.apply_updates`, but that parameters without an update stay as they are."""
+    return jax.tree.map(
+        lambda u, p: p if u is None else optax.apply_updates(p, u),
+        updates,
+        params,
+        is_leaf=lambda u: u is None,
+    )

@@ -11,6 +11,7 @@ from lopt_jax.context import steering, tracing
 from lopt_jax.groups import Group, GroupInputs
 from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
+from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
 
@@ -57,17 +58,13 @@ def choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
-    reason: str | None
-    try:
+    reason = supports.unsupported_reason()
+    choices: list[str | None] = [reason] * len(inputs)
+    if reason is None:
         from pallas_kernels import choice
-    except ImportError as error:
-        reason = f"this jax has no Mosaic GPU backend ({error})"
-        choices: list[str | None] = [reason] * len(inputs)
-    else:
-        reason = choice.unsupported_reason()
+
         choices = [
-            reason
-            or choice.unsupported_group_reason(
+            choice.unsupported_group_reason(
                 rule,
                 (batch_size() * x.gradient.shape[0], *x.gradient.shape[1:]),
                 [leaf.dtype for leaf in jax.tree.leaves(x)],
@@ -75,8 +72,8 @@ def choose_backend(
             )
             for x in inputs
         ]
-    if reason is None and is_local():
-        choices = choice.with_company(choices, inputs)
+        if is_local():
+            choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
-import optax
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from lopt_jax.applying import apply_of, update_params, with_extra_args
+from lopt_jax.applying import update_params
 
 
 class TrainState(train_state.TrainState):
@@ -29,7 +28,7 @@ class TrainState(train_state.TrainState):
         """Updates parameters and optimizer state, and counts the step.
 
         Args:
-          grads: gradients, a tree like `params`.
+          grads: gradients, a tree like `params`; None where a parameter has none.
           value: the loss that they are the gradient of, a scalar; optimizers such as
             `lopt_jax.velo` need it.
           **kwargs: fields of the state to replace, as in the parent class.
@@ -40,18 +39,17 @@ class TrainState(train_state.TrainState):
         Raises:
           ValueError: the optimizer reads the loss and `value` is missing or no scalar.
         """
+        # what Flax's fp8 layers give as gradients of their scales are the new scales
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
-        if apply_of(self.tx) is not None and not overwrites:
-            params, opt_state = update_params(
-                self.tx, grads, self.opt_state, self.params, value=value
-            )
-            new = {"step": self.step + 1, "params": params, "opt_state": opt_state}
-            return self.replace(**new | kwargs)
-        tx = with_extra_args(self.tx)
-
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            return tx.update(updates, state, params, value=value)
-
-        # the parent's own update, with the loss bound: what else it does stays its business
-        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        return super(TrainState, bound).apply_gradients(grads=grads, **kwargs).replace(tx=self.tx)
+        params, opt_state = update_params(
+            self.tx,
+            grads["params"] if overwrites else grads,
+            self.opt_state,
+            self.params["params"] if overwrites else self.params,
+            value=value,
+        )
+        if overwrites:
+            scales = grads[OVERWRITE_WITH_GRADIENT]
+            params = {"params": params, OVERWRITE_WITH_GRADIENT: scales}
+        new = {"step": self.step + 1, "params": params, "opt_state": opt_state}
+        return self.replace(**new | kwargs)

@@ -70,7 +70,7 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
             params, inner = update_params(tx, updates, inner, params, **extra_args)
         return params, pack_state(inner)
 
-    return LearnedTransformation.of(init, update, apply)
+    return LearnedTransformation.of(init, update, apply, ("packed", {"tx": tx}))
 
 
 def pack_state(state: Any) -> PackedState:

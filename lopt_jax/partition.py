@@ -607,7 +607,7 @@ def on_whole(
 
 
 def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None]) -> jax.Array:
-    """Zeros that are sharded as the array that they belong to, as far as Python knows it.
+    """Zeros that lie where the array lies that they belong to, as far as Python knows it.
 
     Args:
       shape: the shape.
@@ -616,21 +616,29 @@ def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None
       dims: for every dimension of the zeros, the dimension of the array that it is, or None.
 
     Returns:
-      The zeros.
+      The zeros: split as the array, in its kind of memory; where no device was chosen for the
+      array, none is for them.
     """
     out = lambda **kwargs: jnp.zeros(shape, dtype, **kwargs)  # noqa: E731
     if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
-        given = like.sharding
-        if isinstance(given, NamedSharding) and given.num_devices > 1:
-            spec = spec_of_dims(given.spec, dims)
-            return out(device=NamedSharding(given.mesh, spec))
-        return out()
+        return out(device=_sharding_of_dims(like.sharding, dims)) if like.committed else out()
     sharding = _explicit_sharding(like)
     if sharding is None:
         return out()
     made = jax.sharding.reshard(out(), spec_of_dims(sharding.spec, dims))
     # a program that reads no parameter would not know the devices
     return jax.lax.optimization_barrier((made, like))[0]
+
+
+def _sharding_of_dims(sharding: Any, dims: Sequence[int | None]) -> Any:
+    """Where an array lies whose dimensions are some of those of an array that lies there.
+
+    None, which is the default device, where that cannot be said.
+    """
+    if isinstance(sharding, NamedSharding):
+        spec = spec_of_dims(sharding.spec, dims)
+        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    return sharding if len(sharding.device_set) == 1 else None
 
 
 def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSpec:

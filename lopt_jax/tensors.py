@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.partition import Partition, partitions_of, zeros
 from lopt_jax.rule import Statistics
 
@@ -211,7 +212,9 @@ def _as_array(path: Any, leaf: Any) -> jax.Array:
 
 
 def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
-    """The leaves of a tree like the params; None where it has None in place of a leaf.
+    """The leaves of a tree like the params; None where it has None, or float0, in place of a leaf.
+
+    So this is where all optimizers learn which leaves have no gradient.
 
     Args:
       name: what the tree is, for the message.
@@ -226,13 +229,49 @@ def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
     """
     # boxes of the state say less of their axes where these are gone
     treedef = jax.tree.structure(params, is_leaf=is_box)
-    unboxed = lambda x: next(iter(jax.tree.leaves(x)), None) if is_box(x) else x  # noqa: E731
     try:
-        return [unboxed(x) for x in treedef.flatten_up_to(tree)]
+        leaves = [content(x) if is_box(x) else x for x in treedef.flatten_up_to(tree)]
     except ValueError as error:
         raise ValueError(
             f"{name}: expected a tree like the params, {treedef}; found {jax.tree.structure(tree)}."
         ) from error
+    return [x if has_values(x) else None for x in leaves]
+
+
+def has_values(x: Any) -> bool:
+    """Whether it holds numbers: no None, and no float0, jax's gradient of integers and keys."""
+    return x is not None and getattr(x, "dtype", None) != jax.dtypes.float0
+
+
+def numbers_of(params: Any, gradients: Sequence[Any]) -> list[jax.Array]:
+    """The leaves of the params, zeros in place of PRNG keys, which may be there without gradients.
+
+    Args:
+      params: the parameters.
+      gradients: of `leaves_like`.
+
+    Returns:
+      The leaves.
+
+    Raises:
+      TypeError: a key has a gradient; the message names the leaf.
+    """
+
+    def number(path: Any, leaf: Any, gradient: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+            return leaf
+        if gradient is not None:
+            raise TypeError(
+                f"updates: expected None for {jax.tree_util.keystr(path)}, as the param is no "
+                f"number but {leaf.dtype}; found a gradient."
+            )
+        return jnp.zeros(leaf.shape, jnp.float32)
+
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        number(path, leaf, gradient)
+        for (path, leaf), gradient in zip(with_paths, gradients, strict=True)
+    ]
 
 
 def check_shapes(name: str, leaves: Sequence[Any], params: Any) -> None:
@@ -258,11 +297,6 @@ def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
 
 
-def is_box(x: Any) -> bool:
-    """Whether it is a metadata box, such as `flax.linen.Partitioned`."""
-    return hasattr(x, "replace_boxed") and hasattr(x, "unbox")
-
-
 def init_accumulators(
     params: Any,
     momenta: int,
@@ -282,8 +316,7 @@ def init_accumulators(
     Returns:
       Trees with the structure of params: momentum (one tree a decay) and second moment shaped like
       the parameters; row and column as `factored_shapes` says, stacked axes after the axis of
-      decays. Metadata boxes (such as `flax.linen.Partitioned`) are kept, their names following the
-      axes.
+      decays. Flax's boxes are kept, their names following the axes.
     """
     entries = iter(tensors_of(params, stacked_axes))
 
@@ -293,27 +326,20 @@ def init_accumulators(
         stack, shape = leaf.shape[:n], leaf.shape[n:]
         row, column = factored_shapes(shape, factored, dims)
         kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
+        row_dims = kept(dims.d0 if dims else None)
+        column_dims = kept(dims.d1) if dims else (None,)
         arrays = (
-            zeros((row[0], *stack, *row[1:]), dtype, leaf, kept(dims.d0 if dims else None)),
-            zeros((column[0], *stack, *column[1:]), dtype, leaf, kept(dims.d1))
+            zeros((row[0], *stack, *row[1:]), dtype, leaf, row_dims),
+            zeros((column[0], *stack, *column[1:]), dtype, leaf, column_dims)
             if dims
             else jnp.zeros((1,), dtype),
         )
         if box is None:
             return arrays
-        names = getattr(box, "names", None)
-        if names is None:
-            return tuple(box.replace_boxed(x) for x in arrays)
-        drop = lambda d: tuple(a for i, a in enumerate(names) if i != n + d)  # noqa: E731
-        row_names = (None, *(drop(dims.d0) if dims else names))
-        column_names = (None, *drop(dims.d1)) if dims else (None,)
-        return tuple(
-            box.replace_boxed(x).replace(names=axes)
-            for x, axes in zip(arrays, (row_names, column_names), strict=True)
-        )
+        return reboxed(box, arrays[0], row_dims), reboxed(box, arrays[1], column_dims)
 
     pairs = jax.tree.map(
-        lambda x: factored_of(x.unbox(), x) if is_box(x) else factored_of(x, None),
+        lambda x: factored_of(content(x), x) if is_box(x) else factored_of(x, None),
         params,
         is_leaf=is_box,
     )

@@ -1,4 +1,4 @@
-"""Where the kernels can run, and where they are worth it."""
+"""Which tensors the kernels can update, where they run at all, and where they are worth it."""
 
 import math
 from collections.abc import Sequence
@@ -7,22 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from lopt_jax.context import LARGEST_INDEX
-from lopt_jax.partition import checked_axes
 from lopt_jax.rule import Rule
-from pallas_kernels import mosaic
+from pallas_kernels.launches import launch_kind
 from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.view import view_of
 
 SMALL = "tensors are small"
 WORTHWHILE_ELEMENTS = 1 << 14  # of the tensors of a group; smaller ones XLA updates as fast
-
-
-def unsupported_reason() -> str | None:
-    """Why no kernel runs here, part of a sentence, or None."""
-    reason = mosaic.unsupported_reason()
-    if reason is None and checked_axes():
-        return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
-    return reason
 
 
 def unsupported_group_reason(
@@ -79,8 +70,6 @@ def with_company(choices: Sequence[str | None], parts: Sequence[Any]) -> list[st
     Returns:
       The choices.
     """
-    from pallas_kernels.launches import launch_kind  # not before they are known to run here
-
     shapes = [part.gradient.shape[1:] for part in parts]
     kinds = [launch_kind(*pair) for pair in zip(parts, shapes, strict=True)]
     taken = {kind for kind, reason in zip(kinds, choices, strict=True) if reason is None} - {None}

@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir, passmanager
 from jaxlib.mlir.dialects import arith, llvm
 
-from lopt_jax import context
 from pallas_kernels import inline
+from pallas_kernels.supports import is_interpreting
 
 WARPS = 4
 OPERAND_COLUMNS = 16  # of one step of a matrix product; columns of operands are a multiple
@@ -27,30 +27,6 @@ _OPERAND_TRANSFORMS: Any = (
 
 barrier_wait = plgpu.barrier_wait
 copy_in = plgpu.copy_gmem_to_smem
-
-
-def unsupported_reason() -> str | None:
-    """Why the kernels cannot run here, or None: they run on Hopper GPUs and in the interpreter."""
-    if is_interpreting():
-        return None
-    device = context.device()
-    if device.platform not in ("gpu", "cuda"):
-        return f"the default device is a {device.platform.upper()}, not an NVIDIA GPU"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability != "9.0":
-        return (
-            f"{device.device_kind} has compute capability {capability}; the kernels are built for "
-            "9.0 (Hopper)"
-        )
-    return None
-
-
-def is_interpreting() -> bool:
-    """Whether `force_gpu_interpret_mode` is on."""
-    from jax._src import config
-
-    value = getattr(config, "pallas_tpu_interpret_mode_context_manager", None)
-    return value is not None and value.value is not None
 
 
 def shared(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> Any:

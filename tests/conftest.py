@@ -1,9 +1,14 @@
 """How the tests run: on how many emulated devices, and with which compilation cache."""
 
 import os
+import signal
 import tempfile
 
 import jax
+
+# Whoever starts the tests may ignore the end of processes; those that tests start then have no exit
+# status. (SIGINT, which is ignored in the background, is the business of its only test.)
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 # Sharded computations need several devices, also where there are none: eight of the CPU. The other
 # tests compile faster with one, which `make test` asks for.

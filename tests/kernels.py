@@ -9,13 +9,13 @@ import pytest
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
-from pallas_kernels import mosaic  # noqa: E402
+from pallas_kernels import supports  # noqa: E402
 
 
 @functools.cache
 def are_compiled() -> bool:
     """Whether kernels are compiled; to be asked outside `running`."""
-    return mosaic.unsupported_reason() is None
+    return supports.unsupported_reason() is None
 
 
 def running() -> contextlib.AbstractContextManager[Any]:

@@ -115,3 +115,18 @@ def test_nnx_optimizer(name):
     assert int(optimizer.step[...]) == 2
     for leaf, value in expected.items():
         np.testing.assert_allclose(actual[leaf], value, rtol=1e-4, atol=1e-6)
+
+
+def test_variables_are_boxes():
+    """A state of NNX's variables is updated to the same numbers, and keeps their names of axes."""
+    tx = optimizers.plain("small_fc_lopt")
+    kernel = nnx.Param(X[:, :2], out_sharding=("in", "out"), eager_sharding=False)
+    boxed = nnx.State({"w": kernel})
+    params = nnx.to_pure_dict(boxed)
+    updates, state = tx.update(boxed, tx.init(boxed), boxed)
+    expected, expected_state = tx.update(params, tx.init(params), params)
+    assert updates["w"].out_sharding == ("in", "out")
+    assert state.accumulators.row["w"].out_sharding == (None, "out")
+    assert state.accumulators.column["w"].out_sharding == (None, "in")
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (updates, expected)))
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (state, expected_state)))

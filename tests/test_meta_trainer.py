@@ -106,6 +106,15 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert resumed.steps == 60
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C is Python's own also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_run_saves_its_step_and_goes_on_from_it(tmp_path, whole):
     config = dataclasses.replace(TINY, checkpoint_seconds=1000.0)
 

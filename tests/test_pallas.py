@@ -7,7 +7,10 @@ import functools
 import itertools
 import logging
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -20,6 +23,9 @@ import pytest
 import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax._src import compilation_cache
+from jax.experimental.mosaic.gpu import fragmented_array, launch_context, utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
@@ -29,7 +35,7 @@ from lopt_jax.accumulators import Decays, init_accumulators
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
 from lopt_jax.rule import MLP, Rule, Statistics
-from pallas_kernels import choice, early, launches, lines, mosaic, step, table, units
+from pallas_kernels import choice, early, launches, lines, mosaic, step, supports, table, units
 from pallas_kernels.view import view_of
 
 DECAYS = Decays(jnp.array([0.9, 0.99, 0.999]), jnp.float32(0.999), jnp.array([0.9, 0.99, 0.999]))
@@ -450,7 +456,7 @@ def test_vectors_of_different_lengths(monkeypatch):
     ):
         scale = np.max(np.abs(b), initial=1e-9)
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale, err_msg=str(path))
-    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
     traced = jax.jit(tx.update).trace(*arguments, value=jnp.float32(0.9))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4  # two passes, and 100 is too short for 512
@@ -489,27 +495,91 @@ def test_odd_shapes_lower_for_cuda(rule, shape, hidden):
     assert "@mosaic_gpu" in lowered_for_cuda(rule, shape, hidden)
 
 
-def test_kernels_are_compiled_early(monkeypatch):
-    """Each as soon as it is lowered, and once."""
-    started, found = [], []
+class TestCompileAhead:
+    """`early`: threads that compile kernels ahead, where that is asked for."""
 
-    class AtOnce:
-        submit = staticmethod(lambda compile_kernel, *arguments: compile_kernel(*arguments))
+    @pytest.fixture
+    def started(self, monkeypatch):
+        """What is handed to threads, as if there were a GPU; no thread is started."""
+        started = []
+        monkeypatch.setattr(early, "can_start", lambda: True)
+        monkeypatch.setattr(early, "_seen", set())
+        monkeypatch.setattr(early, "start", lambda _, *kernel: started.append(kernel))
+        return started
 
-    monkeypatch.setattr(early, "can_start", lambda: True)
-    monkeypatch.setattr(early, "_threads", AtOnce)
-    monkeypatch.setattr(early, "_started", set())
-    monkeypatch.setattr(early, "compile_kernel", lambda *kernel: started.append(kernel))
-    monkeypatch.setattr(mosaic, "lowered_kernels", lambda: dict(found))
-    lower = functools.partial(lowered_for_cuda, VELO, (24, 256), 4)
-    assert "@mosaic_gpu" in lower()
-    assert not started
-    kernels_of = [b"\0lopt_first_pass\0", b"lopt_square_sums", b"somebody's", b"lopt_update"]
-    found += [(bytes([i]), text) for i, text in enumerate(kernels_of)]
-    lower()
-    assert sorted(started) == [found[0], found[1], found[3]]
-    lower()
-    assert len(started) == 3
+    @staticmethod
+    def lower(platforms=("cuda",)):
+        """Lowers a program with one kernel's call in it, without the kernel."""
+        call = jax.jit(lambda x: early.call(lambda: None, [x], name="lopt_update")[0])
+        return call.trace(jnp.ones(())).lower(lowering_platforms=platforms)
+
+    @pytest.fixture
+    def found(self, monkeypatch):
+        """The kernels that the process has lowered."""
+        found = [(b"1", b"\0lopt_first_pass\0"), (b"2", b"somebody's"), (b"3", b"lopt_update")]
+        monkeypatch.setattr(mosaic, "lowered_kernels", lambda: dict(found))
+        monkeypatch.setattr(mosaic, "call", lambda body, arguments, **_: arguments)
+        return found
+
+    def test_is_off_unless_asked_for(self, monkeypatch, started, found):
+        monkeypatch.setattr(early, "_mark", lambda: pytest.fail("a mark was made"))
+        for setting in ("", "0"):
+            monkeypatch.setenv(early.SETTING, setting)
+            self.lower()
+        assert not started
+
+    def test_each_kernel_once(self, monkeypatch, started, found):
+        """As soon as it is lowered; not those of other libraries, nor for another machine."""
+        monkeypatch.setenv(early.SETTING, "2")
+        self.lower(("cuda", "cpu"))
+        jax.export.export(jax.jit(lambda x: early._mark().bind(x)), platforms=["cuda"])(1.0)
+        assert not started
+        self.lower()
+        assert started == [found[0], found[2]]
+        found.append((b"4", b"lopt_square_sums"))
+        self.lower()
+        assert started[2:] == found[3:]
+
+    def test_wrong_settings_name_themselves(self, monkeypatch):
+        monkeypatch.setenv(early.SETTING, "yes")
+        with pytest.raises(ValueError, match=early.SETTING):
+            early.threads()
+
+    def test_the_compilation_cache_has_no_copy(self, monkeypatch):
+        """Of what is compiled ahead; other compilations of the same thread are written."""
+        written = []
+        monkeypatch.setattr(
+            mosaic, "call_lowered", lambda key, code: jnp.full((), len(key) + 0.125)
+        )
+        monkeypatch.setattr(
+            compilation_cache, "put_executable_and_time", lambda *a: written.append(a)
+        )
+        early.compile_kernel(b"1234567", b"")
+        assert not written
+        jax.jit(lambda: jnp.full((), 7.625)).lower().compile()
+        assert len(written) == 1
+
+    def test_a_failure_is_said_once(self, monkeypatch, caplog):
+        monkeypatch.setattr(mosaic, "call_lowered", lambda key, code: 1 / 0)
+        for _ in range(2):
+            early.compile_kernel(b"1", b"")
+        (record,) = caplog.records
+        assert early.SETTING in record.getMessage()
+
+    def test_the_process_does_not_wait_for_them(self):
+        code = (
+            "import threading\n"
+            "from pallas_kernels import early\n"
+            "begun = threading.Event()\n"
+            "early.start(lambda: begun.set() or threading.Event().wait())\n"
+            "early.start(print, 'a task that waits')\n"
+            "assert begun.wait(30)\n"
+        )
+        environment = {**os.environ, early.SETTING: "1", "JAX_PLATFORMS": "cpu"}
+        run = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=environment, timeout=60
+        )
+        assert (run.returncode, run.stdout) == (0, b"")
 
 
 def test_lowered_kernels_are_found():
@@ -527,7 +597,7 @@ def test_lowered_kernels_are_found():
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
 def test_settings_of_the_caller_change_no_kernel(monkeypatch, name):
     """64 bit, and promotion at its strictest."""
-    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
     tx = optimizers.make(name, backend="pallas")
     shapes = ((40, 256), (40, 256), (7, 13), (130,), (96,), ())
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -739,6 +809,84 @@ def test_table_reads_what_it_packs():
     assert [float(x) for x in table.sequence(vector)] == list(np.float32(arrays[2][1]))
 
 
+RENAMED = """
+import logging
+import jax, jax.numpy as jnp, lopt_jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from pallas_kernels import supports
+
+del plgpu.TilingTransform
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+logging.getLogger("jax").setLevel(logging.ERROR)
+params = {"w": jnp.ones((3, 4))}
+
+def update(backend):
+    tx = lopt_jax.small_fc_lopt(backend=backend)
+    state = jax.eval_shape(tx.init, params)
+    jax.eval_shape(tx.update, params, state, params)
+
+update("auto")
+supports.device_reason = lambda: None  # as on a Hopper GPU
+update("auto")
+update("auto")
+try:
+    update("pallas")
+except NotImplementedError as error:
+    print(error)
+"""
+
+
+def test_a_jax_that_renamed_a_name_of_mosaic():
+    """XLA, and one line in the log; without a GPU the name is not even looked for."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", RENAMED]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    no_gpu, renamed = run.stderr.splitlines()
+    assert "not an NVIDIA GPU" in no_gpu
+    assert "XLA" in renamed
+    assert "TilingTransform" in renamed
+    assert "backend='pallas' cannot run here: jax" in run.stdout
+    assert "TilingTransform" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (launch_context, "_find_kernel_argument_for_gmem_ref"),
+        (launch_context, "OOBFillMode"),
+        (plgpu, "CompilerParams"),
+        (fragmented_array, "TiledLayout"),
+        (utils, "shfl_bfly"),
+    ],
+)
+def test_a_name_that_only_lowering_needs(owner, name, monkeypatch):
+    """It is missed before any kernel is chosen."""
+    fresh = lambda: supports.lowering_reason.__wrapped__()  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.delattr(owner, name)
+        assert name in fresh()
+    assert fresh() is None
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_the_probe_knows_nothing_of_its_caller(manual):
+    """It may be in a trace, in a `shard_map`, under settings that kernels are not built for."""
+    reasons = []
+
+    def body(x):
+        reasons.append(supports.lowering_reason.__wrapped__())
+        return x
+
+    mesh = jax.make_mesh((1,), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    if manual:
+        body = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.set_mesh(mesh):
+        jax.eval_shape(body, jax.device_put(np.ones(2), jax.NamedSharding(mesh, spec)))
+    assert reasons == [None]
+
+
 class TestBackend:
     """Which backend runs, and what is said of it."""
 
@@ -753,7 +901,7 @@ class TestBackend:
             self.update("cuda")
 
     def test_pallas_without_gpu(self):
-        if mosaic.unsupported_reason() is None:
+        if supports.unsupported_reason() is None:
             pytest.skip("the kernels run here")
         with pytest.raises(NotImplementedError, match=r"backend='pallas'.*not an NVIDIA GPU"):
             self.update("pallas")
@@ -768,7 +916,7 @@ class TestBackend:
                 assert context.platform() == "cpu"
                 assert context.device() == cpu
         monkeypatch.setattr(
-            mosaic, "unsupported_reason", lambda: seen.append(context.platform()) or "no reason"
+            supports, "unsupported_reason", lambda: seen.append(context.platform()) or "no reason"
         )
         tx, params = lopt_jax.small_fc_lopt(), jax.device_put({"w": jnp.ones((3, 4))}, cpu)
         state = tx.init(params)
@@ -777,7 +925,7 @@ class TestBackend:
         assert seen == ["cpu", "gpu"]
 
     def test_auto_says_why(self, caplog):
-        if mosaic.unsupported_reason() is None:
+        if supports.unsupported_reason() is None:
             pytest.skip("the kernels run here")
         lopt_jax.backends._log_once.cache_clear()
         with caplog.at_level(logging.INFO, "lopt_jax"):

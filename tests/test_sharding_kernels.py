@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import gpu  # noqa: F401 (a fixture)
 
 from lopt_jax import groups, sharding
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, supports
 
 SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
 STEPS = 2
@@ -245,7 +245,7 @@ def test_automatic_without_its_kernels(name, monkeypatch):
         return tuple(jnp.full(x.shape, some, x.dtype) for x in outputs)
 
     monkeypatch.setattr(mosaic, "call", not_run)
-    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
     sizes, specs = LAYOUTS["halves"]
     mesh = mesh_of(sizes)
     shardings = {k: NamedSharding(mesh, specs[k]) for k in SHAPES}

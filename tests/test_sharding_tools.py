@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt_jax
@@ -125,6 +125,40 @@ def test_init_follows_concrete_params():
     assert accumulators.second_moment["a"].sharding.spec == P("data", "model")
     assert accumulators.row["a"].sharding.spec == P(None, "data")
     assert accumulators.column["a"].sharding.spec == P(None, "model")
+
+
+def one_device():
+    return SingleDeviceSharding(jax.devices()[2])
+
+
+def host_memory():
+    return SingleDeviceSharding(jax.devices()[2], memory_kind="unpinned_host")
+
+
+def mesh_of_one():
+    return NamedSharding(Mesh(np.array(jax.devices()[2:3]), ("data",)), P("data"))
+
+
+@pytest.mark.parametrize("place", [one_device, host_memory, mesh_of_one])
+def test_state_lies_where_the_params_lie(place):
+    """As that of `optax.adam`, whose moments are the params' `zeros_like`."""
+    params = jax.device_put(PARAMS, place())
+    where = lambda x: (x.sharding.device_set, x.sharding.memory_kind, x.committed)  # noqa: E731
+    expected = jax.tree.map(where, optax.adam(1.0).init(params)[0].mu)
+    for tx in (small_fc(), velo(), velo(gradient_accumulation=2)):
+        state = tx.init(params)
+        if hasattr(state, "inner"):
+            assert jax.tree.map(where, state.gradient_sum) == expected
+            state = state.inner
+        assert jax.tree.map(where, state.accumulators.momentum[0]) == expected
+        assert jax.tree.map(where, state.accumulators.second_moment) == expected
+        assert where(state.accumulators.row["a"]) == expected["a"]
+        assert where(state.accumulators.column["a"]) == expected["a"]
+
+
+def test_state_of_params_without_a_place_has_none():
+    accumulators = small_fc().init(jax.tree.map(jnp.asarray, PARAMS)).accumulators
+    assert not any(x.committed for x in jax.tree.leaves(accumulators))
 
 
 # What crosses devices

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.optimizers import common
-from lopt_jax.tensors import zeros_like
+from lopt_jax.tensors import arrays_like, zeros_like
 
 
 class AccumulationState(NamedTuple):
@@ -46,12 +46,12 @@ def accumulate_gradients(
 
     @common.surrounded
     def update(
-        gradients: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
+        updates: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, AccumulationState]:
         common.require_params(params)
         loss_sum = state.loss_sum + common.require_value("velo", value)
         leaves, treedef = jax.tree.flatten(params)
-        given = treedef.flatten_up_to(gradients)
+        given = arrays_like("updates", updates, params)
         sums = [
             total if g is None else total + g
             for total, g in zip(treedef.flatten_up_to(state.gradient_sum), given, strict=True)

@@ -15,6 +15,7 @@ from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import Weights, resolve
 
 
+@common.described
 def celo(
     num_steps: int | jax.Array,
     weights: str | Weights = "celo",

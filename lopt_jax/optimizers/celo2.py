@@ -13,6 +13,7 @@ from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
+@common.described
 def celo2(
     learning_rate: common.ScalarOrSchedule = 0.001,
     weights: str | Weights = "celo2",
@@ -94,6 +95,7 @@ def celo2(
     )
 
 
+@common.described
 def celo2_base(
     learning_rate: common.ScalarOrSchedule = 0.001,
     weights: str | Weights = "celo2",

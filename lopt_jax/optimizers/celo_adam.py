@@ -33,6 +33,7 @@ class CeloAdamState(NamedTuple):
     step_size: jax.Array  # (tensors,), the scheduler's last: read by diagnostics alone
 
 
+@common.described
 def celo_adam(
     num_steps: int | jax.Array,
     weights: str | Weights = "celo_adam",

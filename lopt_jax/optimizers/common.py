@@ -1,6 +1,7 @@
 """What the optimizers share: arguments, learning rate, weight decay, required inputs."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from lopt_jax.applying import LearnedTransformation
+from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
 from lopt_jax.context import Tracing, holding, is_traced, platform_of, tracing, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, shards
@@ -18,6 +19,8 @@ from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     arrays_like,
     check_params,
+    has_values,
+    numbers_of,
     partitions_of_leaves,
     prefix_of_params,
     tensors_of,
@@ -221,7 +224,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
 
     @surrounded
     def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
-        wide = jax.tree.map(to_float32, gradients)
+        wide = jax.tree.map(lambda g: to_float32(g) if has_values(g) else None, gradients)
         with shards(shards_of_leaves):
             partitions = partitions_of_leaves(wide)
         squares = []
@@ -284,48 +287,144 @@ def transformation(
       TypeError, ValueError: params are no arrays of real numbers, updates are not like them, the
         state is no such state; the message names the leaf.
     """
+    # Partials, and not closures: libraries that open the closures of init and update to find arrays
+    # in them (optimistix does) take what they find for static arguments, which have to be hashable.
+    initial = functools.partial(_init, surrounded(init))
 
-    def compiled(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
-        def lopt_update(how: Tracing, *arguments: Any) -> tuple[Any, Any]:
-            _, updates, state, params, _ = arguments
-            arrays_like("updates", updates, params)
-            with holding(how):
-                made, new_state = function(*arguments)
-            # a state keeps its dtypes also where parameters are of a wider one
-            return made, jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
+    def step_of(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callable[..., Any]:
+        return functools.partial(
+            _step, _compiled(surrounded(function), applies), meta_parameters, state_type
+        )
 
-        jitted = jax.jit(lopt_update, static_argnums=0)
+    step = step_of(update, applies=False)
 
-        @functools.wraps(function)
-        def update_fn(
-            updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
-        ) -> tuple[Any, Any]:
-            del extra_args
-            require_params(params)
-            if not isinstance(state, state_type):
-                raise TypeError(
-                    f"state: expected a {state_type.__name__}, which init returns; found "
-                    f"{type(state).__name__}."
-                )
-            how = replace(
-                tracing(),
-                device=platform_of(updates) or tracing().device or jax.config.jax_default_device,
-                # in a program of the caller's, arrays that have values are its constants
-                constant_weights=is_traced(updates) and not is_traced(meta_parameters),
-            )
-            return jitted(how, meta_parameters, updates, state, params, value)
-
-        return update_fn
-
-    @surrounded
-    @functools.wraps(init)
     def init_fn(params: Any) -> Any:
-        return init(check_params(params))
+        """The state of an optimizer for parameters, a pytree of arrays."""
+        return initial(params)
 
-    update, apply = surrounded(update), apply and surrounded(apply)
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        """Updates like the params, to be added to them, and the new state.
+
+        Args:
+          updates: gradients, a tree like params; where a leaf has none there is None, or the float0
+            that jax gives for integers.
+          state: of init.
+          params: the parameters.
+          value: the loss, a scalar, where the optimizer reads it.
+          **extra_args: not read.
+
+        Returns:
+          The updates, None where there is no gradient, and the state.
+        """
+        del extra_args
+        return step(updates, state, params, value)
+
     if apply is None:
-        return optax.GradientTransformationExtraArgs(init_fn, compiled(update))
-    return LearnedTransformation.of(init_fn, compiled(update), compiled(apply))
+        return LearnedTransformation(init_fn, update_fn)
+    applied = step_of(apply, applies=True)
+
+    def apply_fn(
+        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del extra_args
+        return applied(updates, state, params, value)
+
+    return LearnedTransformation.of(init_fn, update_fn, apply_fn)
+
+
+def _init(init: Callable[[Any], Any], params: Any) -> Any:
+    return init(check_params(params))
+
+
+def _compiled(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callable[..., Any]:
+    """The jitted step of an optimizer, which sees gradients, or None, and numbers alone."""
+
+    def lopt_update(
+        how: Tracing,
+        meta_parameters: Any,
+        updates: Any,
+        state: Any,
+        params: Any,
+        value: Any,
+    ) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(params)
+        gradients = arrays_like("updates", updates, params)
+        with holding(how):
+            made, new_state = function(
+                meta_parameters,
+                treedef.unflatten(gradients),
+                state,
+                treedef.unflatten(numbers_of(params, gradients)),
+                value,
+            )
+        results = [
+            result if gradient is not None else leaf if applies else None
+            for result, gradient, leaf in zip(
+                treedef.flatten_up_to(made), gradients, leaves, strict=True
+            )
+        ]
+        # a state keeps its dtypes also where parameters are of a wider one
+        new_state = jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
+        return treedef.unflatten(results), new_state
+
+    return jax.jit(lopt_update, static_argnums=0)
+
+
+def _step(
+    compiled: Callable[..., tuple[Any, Any]],
+    meta_parameters: Any,
+    state_type: type,
+    updates: Any,
+    state: Any,
+    params: Any,
+    value: Any,
+) -> tuple[Any, Any]:
+    require_params(params)
+    if not isinstance(state, state_type):
+        raise TypeError(
+            f"state: expected a {state_type.__name__}, which init returns; found "
+            f"{type(state).__name__}."
+        )
+    how = replace(
+        tracing(),
+        device=platform_of(updates) or tracing().device or jax.config.jax_default_device,
+        # in a program of the caller's, arrays that have values are its constants
+        constant_weights=is_traced(updates) and not is_traced(meta_parameters),
+    )
+    return compiled(how, meta_parameters, updates, state, params, value)
+
+
+def described[**P](
+    constructor: Callable[P, optax.GradientTransformationExtraArgs],
+) -> Callable[P, optax.GradientTransformationExtraArgs]:
+    """Has the optimizers of a constructor say in their repr which weights and settings they have.
+
+    Args:
+      constructor: takes `weights`.
+
+    Returns:
+      The constructor.
+    """
+    signature = inspect.signature(constructor)
+
+    @functools.wraps(constructor)
+    def construct(*args: P.args, **kwargs: P.kwargs) -> optax.GradientTransformationExtraArgs:
+        tx = constructor(*args, **kwargs)
+        given = signature.bind(*args, **kwargs)
+        names = {*given.arguments, "weights"}
+        given.apply_defaults()
+        arguments = {name: x for name, x in given.arguments.items() if name in names}
+        return LearnedTransformation.of(
+            tx.init,
+            tx.update,
+            apply_of(tx),
+            (constructor.__name__, arguments),
+            getattr(tx, "plans", None),
+        )
+
+    return construct
 
 
 def check_precision(precision: str) -> jax.lax.Precision:

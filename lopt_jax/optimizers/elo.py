@@ -13,6 +13,7 @@ from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
+@common.described
 def elo(
     learning_rate: common.ScalarOrSchedule = 0.001,
     weights: str | Weights = "elo",

@@ -6,13 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import (
     ARCHITECTURES,
     AdamW,
-    MatrixTransformation,
     matrix_optimizer,
 )
 from lopt_jax.optimizers.plans import (
@@ -77,6 +77,7 @@ class Recipe:
     adam_betas: tuple[Number, Number] = (0.9, 0.99)
 
 
+@common.described
 def lopt(
     num_steps: int | jax.Array,
     weights: str | Weights = "lopt",
@@ -91,7 +92,7 @@ def lopt(
     stacked_axes: StackedAxes = None,
     backend: str = "auto",
     precision: str = "highest",
-) -> MatrixTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """This library's own optimizer: nothing to give but the number of steps.
 
     A learned rule proposes the direction of every matrix; Newton-Schulz iterations make it nearly

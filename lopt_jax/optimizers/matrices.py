@@ -12,6 +12,8 @@ import numpy as np
 import optax
 
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.applying import LearnedTransformation
+from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
@@ -26,7 +28,7 @@ from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
 from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
 from lopt_jax.rule import Rule, product_precision
-from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, is_box, per_leaf, tensors_of
+from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
@@ -46,15 +48,6 @@ class AdamW(NamedTuple):
     adam: AdamSettings
 
 
-class MatrixTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation that can say what it does with each leaf.
-
-    As it is handed about it is a pair of functions like any other.
-    """
-
-    plans: Callable[[Any], list[LeafPlan]] | None = None  # from the params; None in a copy
-
-
 def matrix_optimizer(
     weights: Weights,
     options: common.Options,
@@ -66,7 +59,7 @@ def matrix_optimizer(
     decay: common.ScalarOrSchedule | None = None,
     still_where_zero: bool = False,
     cautious_decay: bool = False,
-) -> MatrixTransformation:
+) -> LearnedTransformation:
     """The learned rule, normalised, for matrices; AdamW for the rest.
 
     A leaf changes by -(rate * scale * step + decay * leaf_decay * parameter), where scale and
@@ -161,9 +154,8 @@ def matrix_optimizer(
         return treedef.unflatten(updates), PerParameterState(count, accumulators)
 
     tx = common.transformation(init, update, weights.params, PerParameterState)
-    out = MatrixTransformation(tx.init, tx.update)
-    out.plans = lambda params: plans_of(plans, params, stacked_axes)
-    return out
+    of_leaves = functools.partial(plans_of, plans, stacked_axes=stacked_axes)
+    return LearnedTransformation.of(tx.init, tx.update, None, plans=of_leaves)
 
 
 def plans_of(plans: Plans, params: Any, stacked_axes: StackedAxes) -> list[LeafPlan]:
@@ -187,8 +179,7 @@ def _without_unused(accumulators: Accumulators, plans: Sequence[LeafPlan]) -> Ac
             return x
         if not is_box(x):
             return jnp.zeros((1,), x.dtype)
-        box = x.replace_boxed(jnp.zeros((1,), x.unbox().dtype))
-        return box.replace(names=(None,)) if hasattr(box, "names") else box
+        return reboxed(x, jnp.zeros((1,), content(x).dtype), (None,))
 
     def shrink_tree(tree: Any) -> Any:
         of_leaf = iter(plans)

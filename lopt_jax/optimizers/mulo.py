@@ -11,6 +11,7 @@ from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, resolve
 
 
+@common.described
 def mulo(
     width_multipliers: Any,
     weights: str | Weights = "mulo",

@@ -18,6 +18,7 @@ from lopt_jax.weights import Weights, resolve
 ARCHITECTURES = ("small_fc_lopt", "mulo")  # one rule: their weights are of one kind
 
 
+@common.described
 def small_fc_lopt(
     weights: str | Weights = "small_fc_lopt",
     *,

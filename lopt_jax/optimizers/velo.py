@@ -23,6 +23,7 @@ _BANK_GAIN = 100.0
 _BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decays for ten steps
 
 
+@common.described
 def velo(
     num_steps: int | jax.Array,
     weights: str | Weights = "velo",
@@ -127,6 +128,6 @@ def _accumulation(gradient_accumulation: int | None, num_steps: Any) -> int:
         f"VeLO was meta-trained for up to {HORIZON:,} steps; for {num_steps:,} it averages "
         f"gradients and losses over {every} steps before each update, as the original does. "
         "gradient_accumulation=1 turns this off.",
-        stacklevel=3,
+        stacklevel=4,
     )
     return every
