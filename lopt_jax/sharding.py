@@ -31,7 +31,7 @@ from lopt_jax.partition import (
     spec_of_dims,
     varying_axes,
 )
-from lopt_jax.tensors import StackedAxes, tensors_of
+from lopt_jax.tensors import StackedAxes, arrays_like, tensors_of
 
 AxisName = str | tuple[str, ...]
 
@@ -306,6 +306,7 @@ def distributed(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         common.require_params(params)
+        arrays_like("updates", updates, params)
         plan = plan_of(params)
         scatter = functools.partial(_scatter, names=names)
         gradients = _map(scatter, plan, updates, params)

@@ -265,18 +265,16 @@ def is_box(x: Any) -> bool:
 
 def init_accumulators(
     params: Any,
-    momenta: int,
+    dtypes: Accumulators,
     factored: int,
-    dtype: jax.typing.DTypeLike = jnp.float32,
     stacked_axes: StackedAxes = None,
 ) -> Accumulators:
     """Zero accumulators of a tree of parameters.
 
     Args:
       params: pytree of arrays.
-      momenta: number of momentum decays.
+      dtypes: the dtype of each accumulator; momentum has one a decay.
       factored: number of factored decays.
-      dtype: of every accumulator.
       stacked_axes: as in `tensors_of`.
 
     Returns:
@@ -294,10 +292,10 @@ def init_accumulators(
         row, column = factored_shapes(shape, factored, dims)
         kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
         arrays = (
-            zeros((row[0], *stack, *row[1:]), dtype, leaf, kept(dims.d0 if dims else None)),
-            zeros((column[0], *stack, *column[1:]), dtype, leaf, kept(dims.d1))
+            zeros((row[0], *stack, *row[1:]), dtypes.row, leaf, kept(dims.d0 if dims else None)),
+            zeros((column[0], *stack, *column[1:]), dtypes.column, leaf, kept(dims.d1))
             if dims
-            else jnp.zeros((1,), dtype),
+            else jnp.zeros((1,), dtypes.column),
         )
         if box is None:
             return arrays
@@ -319,8 +317,8 @@ def init_accumulators(
     )
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
     return Accumulators(
-        momentum=tuple(zeros_like(params, dtype) for _ in range(momenta)),
-        second_moment=zeros_like(params, dtype),
+        momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
+        second_moment=zeros_like(params, dtypes.second_moment),
         row=take(0),
         column=take(1),
     )

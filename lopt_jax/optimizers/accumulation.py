@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.optimizers import common
-from lopt_jax.tensors import zeros_like
+from lopt_jax.tensors import arrays_like, zeros_like
 
 
 class AccumulationState(NamedTuple):
-    """State of `accumulate_gradients`."""
+    """State of an optimizer with `gradient_accumulation`."""
 
     micro_step: jax.Array  # () int32, calls since the last update
     gradient_sum: Any  # tree like the params, float32
@@ -49,12 +49,14 @@ def accumulate_gradients(
         gradients: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, AccumulationState]:
         common.require_params(params)
+        common.check_state_type(state, AccumulationState)
         loss_sum = state.loss_sum + common.require_value("velo", value)
         leaves, treedef = jax.tree.flatten(params)
-        given = treedef.flatten_up_to(gradients)
+        given = arrays_like("updates", gradients, params)
+        old_sums = arrays_like("state: gradient_sum", state.gradient_sum, params)
         sums = [
-            total if g is None else total + g
-            for total, g in zip(treedef.flatten_up_to(state.gradient_sum), given, strict=True)
+            total if g is None else total + jnp.asarray(g).astype(total.dtype)
+            for total, g in zip(old_sums, given, strict=True)
         ]
 
         def apply(inner_state: Any) -> tuple[Any, Any]:

@@ -53,7 +53,8 @@ def celo_adam(
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moment in the state.
+      accumulator_dtype: dtype of momentum and second moment in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `celo`'s.
       backend: "auto", "xla" or "pallas"; Adam is fused by XLA, all three run that.
       precision: as `celo`'s; Adam has no products, so it changes nothing.
@@ -90,10 +91,15 @@ def celo_adam(
     def init(params: Any) -> CeloAdamState:
         tensors = count_tensors(params, stacked_axes)
         unused: Any = ()
-        zeros = [zeros_like(params, options.accumulator_dtype) for _ in range(2)]
+        dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=Accumulators((zeros[0],), zeros[1], row=unused, column=unused),
+            accumulators=Accumulators(
+                momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
+                second_moment=zeros_like(params, dtypes.second_moment),
+                row=unused,
+                column=unused,
+            ),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),

@@ -1,7 +1,7 @@
 """What the optimizers share: arguments, learning rate, weight decay, required inputs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
+from lopt_jax.accumulators import Accumulators
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import BACKENDS, constant_weights
 from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
-from lopt_jax.partition import current_shards, mesh_of, shards
+from lopt_jax.partition import current_shards, mesh_of, say_once, shards
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     arrays_like,
@@ -69,6 +70,36 @@ def check_dtype(dtype: Any) -> jnp.dtype:
             f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
         )
     return out
+
+
+def stored_dtype(dtype: jnp.dtype, decays: Sequence[Any], are_squares: bool) -> jnp.dtype:
+    """The dtype in which averages are kept: the accumulator dtype where it can hold them.
+
+    An average of decay d moves by (1 - d) of its distance to what comes in. Rounded to the nearest
+    of a dtype whose neighbours are further apart than that, it does not move at all. Squares of
+    gradients need float32's exponents: in float16 those of gradients below 1e-4 are zero.
+
+    Args:
+      dtype: the accumulator dtype.
+      decays: of the averages that share an array.
+      are_squares: whether they are averages of squared gradients.
+
+    Returns:
+      The dtype, or float32 where it cannot hold such averages.
+    """
+    limits = jnp.finfo(dtype)
+    if limits.bits >= 32 or not decays:
+        return dtype
+    has_exponents = limits.nexp >= jnp.finfo(jnp.float32).nexp or not are_squares
+    is_known = not any(isinstance(decay, jax.core.Tracer) for decay in decays)
+    if has_exponents and is_known and all(1 - float(d) >= float(limits.eps) for d in decays):
+        return dtype
+    say_once(
+        f"accumulator_dtype: {dtype.name} cannot hold averages of "
+        + ("squared gradients " if are_squares else "gradients ")
+        + f"of decay {', '.join(map(str, decays))}; these stay float32."
+    )
+    return jnp.dtype(jnp.float32)
 
 
 def check_backend(backend: Any) -> None:
@@ -181,6 +212,21 @@ class Options:
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
 
+    def accumulator_dtypes(self, config: Mapping[str, Any]) -> Accumulators:
+        """The dtype of each accumulator, by the decays in the config of the weights.
+
+        Where decays are learned, their initial values count.
+        """
+        momenta = config["initial_momentum_decays"]
+        factored = config.get("initial_adafactor_decays", ())
+        squares = functools.partial(stored_dtype, self.accumulator_dtype, are_squares=True)
+        return Accumulators(
+            momentum=tuple(stored_dtype(self.accumulator_dtype, (d,), False) for d in momenta),
+            second_moment=squares(config["initial_rms_decays"]),
+            row=squares(factored),
+            column=squares(factored),
+        )
+
     def rates(self, count: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
         """Learning rate and weight decay times learning rate at a step.
 
@@ -257,6 +303,61 @@ def require_value(name: str, value: Any) -> jax.Array:
     return scalar("value", value, "the loss, a scalar")
 
 
+def check_state_type(state: Any, state_type: type) -> None:
+    """Raises TypeError, saying what the state is, unless it is of the type that init returns."""
+    if isinstance(state, state_type):
+        return
+    found = type(state)
+    is_ours = found.__module__.startswith("lopt_jax")
+    described = f": {found.__doc__}" if is_ours and found.__doc__ else "."
+    raise TypeError(
+        f"state: expected a {state_type.__name__}, which init of this optimizer returns; found "
+        f"{found.__name__}{described}"
+    )
+
+
+def check_state_shapes(state: Any, expected: Any) -> None:
+    """Raises ValueError, naming the first array that differs, unless the shapes are the expected.
+
+    Args:
+      state: the state.
+      expected: tree of what has a shape, in the order of the state's arrays. Metadata boxes may
+        differ, and so may dtypes: a state keeps its own.
+    """
+    leaves = jax.tree.leaves(state)
+    wanted = jax.tree_util.tree_leaves_with_path(expected)
+    belongs = (
+        "A state belongs to the optimizer, the weights and the settings (stacked_axes, label_fn) "
+        "that made it."
+    )
+    if len(leaves) != len(wanted):
+        raise ValueError(
+            f"state: expected {len(wanted)} arrays, as init makes for these params, found "
+            f"{len(leaves)}. {belongs}"
+        )
+    for leaf, (path, like) in zip(leaves, wanted, strict=True):
+        if jnp.shape(leaf) != like.shape:
+            raise ValueError(
+                f"state: expected the shape {like.shape} at {jax.tree_util.keystr(path)}, as init "
+                f"makes for these params, found {jnp.shape(leaf)}. {belongs}"
+            )
+
+
+def _on_states_of(
+    expected_state: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]
+) -> Callable[..., tuple[Any, Any]]:
+    """The update, which refuses states of other shapes than those expected for the params."""
+
+    @functools.wraps(update)
+    def checked(
+        meta_parameters: Any, updates: Any, state: Any, params: Any, value: Any
+    ) -> tuple[Any, Any]:
+        check_state_shapes(state, expected_state(params))
+        return update(meta_parameters, updates, state, params, value)
+
+    return checked
+
+
 def transformation(
     init: Callable[[Any], Any],
     update: Callable[..., tuple[Any, Any]],
@@ -304,11 +405,7 @@ def transformation(
         ) -> tuple[Any, Any]:
             del extra_args
             require_params(params)
-            if not isinstance(state, state_type):
-                raise TypeError(
-                    f"state: expected a {state_type.__name__}, which init returns; found "
-                    f"{type(state).__name__}."
-                )
+            check_state_type(state, state_type)
             # in a program of the caller's, arrays that have values are its constants
             constant = is_traced(updates) and not is_traced(meta_parameters)
             arguments = (meta_parameters, updates, state, params, value)
@@ -321,7 +418,10 @@ def transformation(
     def init_fn(params: Any) -> Any:
         return init(check_params(params))
 
-    update, apply = surrounded(update), apply and surrounded(apply)
+    update, apply = (
+        f and surrounded(_on_states_of(functools.partial(jax.eval_shape, init), f))
+        for f in (update, apply)
+    )
     if apply is None:
         return optax.GradientTransformationExtraArgs(init_fn, compiled(update))
     return LearnedTransformation.of(init_fn, compiled(update), compiled(apply))

@@ -102,7 +102,7 @@ def controlled(
         return ControlledState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(
-                params, momenta, factored, options.accumulator_dtype, stacked_axes
+                params, options.accumulator_dtypes(config), factored, stacked_axes
             ),
             statistics=statistics if rule.accumulator_statistics else None,
             lstm=controller.init_lstm(weights.params, tensors),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +83,13 @@ def matrix_optimizer(
     def init(params: Any) -> PerParameterState:
         state = learned.init(params)
         labels = _labels(params, label_fn, stacked_axes)
-        return state._replace(accumulators=_without_unused(state.accumulators, labels))
+        accumulators = _without_unused(state.accumulators, labels)
+        beta1, beta2 = adamw.adam.betas
+        dtypes = [
+            common.stored_dtype(options.accumulator_dtype, (beta,), are_squares)
+            for beta, are_squares in ((beta1, False), (beta2, True))
+        ]
+        return state._replace(accumulators=_with_adam_dtypes(accumulators, labels, dtypes))
 
     def update(
         meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
@@ -160,6 +166,22 @@ def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulato
         momentum=(first, *map(shrink_tree, others)),
         row=shrink_tree(accumulators.row),
         column=shrink_tree(accumulators.column),
+    )
+
+
+def _with_adam_dtypes(
+    accumulators: Accumulators, labels: list[str], dtypes: Sequence[jnp.dtype]
+) -> Accumulators:
+    """AdamW's first and second moment in dtypes that hold averages of its decays."""
+
+    def cast(tree: Any, dtype: jnp.dtype) -> Any:
+        label = iter(labels)
+        return jax.tree.map(lambda x: x if next(label) == LEARNED else x.astype(dtype), tree)
+
+    first, *others = accumulators.momentum
+    return accumulators._replace(
+        momentum=(cast(first, dtypes[0]), *others),
+        second_moment=cast(accumulators.second_moment, dtypes[1]),
     )
 
 

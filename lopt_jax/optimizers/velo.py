@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller, engine
@@ -49,7 +50,8 @@ def velo(
       gradient_accumulation: gradients and losses are averaged over this many calls before each
         update. Default: 1, or beyond the 150,000 steps that VeLO was meta-trained for
         ceil(num_steps / 150,000), as the original does.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
@@ -79,7 +81,8 @@ def velo(
     )
     every = _accumulation(gradient_accumulation, num_steps)
     if every > 1:
-        num_steps = max(num_steps // every, 1)
+        largest = jnp.maximum if isinstance(num_steps, jax.Array) else max
+        num_steps = largest(num_steps // every, 1)
     weights = resolve(weights, ("velo",))
     config = weights.config
     rule = Rule(

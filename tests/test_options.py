@@ -1,0 +1,209 @@
+"""Arguments that every optimizer takes, traced; accumulator dtypes; states of another kind."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import optimizers
+import pytest
+from optimizers import OPTIMIZERS
+
+import lopt_jax
+from lopt_jax.optimizers.common import stored_dtype
+
+LOSS = 1.5
+PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "b": np.ones(4, np.float32)}
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@pytest.fixture
+def params():
+    return jax.tree.map(jnp.asarray, PARAMS)
+
+
+# -- traced arguments ---------------------------------------------------------------------------
+
+# What may be traced, with a value that is not the default; weights have a test of their own.
+TRACED = {
+    "num_steps": 12,
+    "learning_rate": 0.5,
+    "weight_decay": 0.1,
+    "weight_decay_mask": {"w": True, "b": False},
+    "width_multipliers": {"w": 2.0, "b": 1.0},
+    "adam_learning_rate_mult": 0.5,
+    "adam_weight_decay": 0.2,
+    "adam_betas": (0.8, 0.9),
+    "adam_epsilon": 1e-3,
+    "max_gradient_norm": 0.1,
+}
+# What decides which program there is.
+STATIC = {
+    "gradient_accumulation",
+    "accumulator_dtype",
+    "stacked_axes",
+    "backend",
+    "precision",
+    "label_fn",
+    "kernel_axes",
+    "weights",
+}
+
+
+@every_optimizer
+def test_every_argument_may_be_traced_or_is_static(name):
+    signature = inspect.signature(OPTIMIZERS[name].constructor)
+    assert set(signature.parameters) <= TRACED.keys() | STATIC
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in OPTIMIZERS), ("velo", {"gradient_accumulation": 2})],
+)
+def test_traced_arguments_are_those_of_python(name, options, params):
+    """One program, whose arguments are all traced, is that of Python numbers."""
+    signature = inspect.signature(OPTIMIZERS[name].constructor)
+    arguments = {k: v for k, v in TRACED.items() if k in signature.parameters}
+    gradients = optimizers.random_like(params, 1, scale=0.1)
+
+    def updates(arguments):
+        tx = optimizers.make(name, **options, **arguments)
+        step = lambda state, _: tx.update(gradients, state, params, value=LOSS)[::-1]  # noqa: E731
+        steps = options.get("gradient_accumulation", 1)
+        _, updates = jax.lax.scan(step, tx.init(params), length=steps)
+        return jax.tree.map(lambda x: x[-1], updates)
+
+    shapes = jax.eval_shape(updates, arguments)
+    assert {k: x.shape for k, x in shapes.items()} == {k: x.shape for k, x in params.items()}
+    if not options and name != "celo2":
+        return  # values of two: each program takes seconds to compile
+    traced, expected = jax.jit(updates)(arguments), jax.jit(lambda: updates(arguments))()
+    for key, want in expected.items():
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(traced[key], want, atol=2e-5 * np.abs(want).max())
+
+
+# -- gradients and states of another kind -------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (4, 3), ()])
+@pytest.mark.parametrize("num_steps", [20, 300_000])
+@pytest.mark.filterwarnings("ignore:VeLO was meta-trained")
+def test_accumulation_refuses_gradients_of_another_shape(num_steps, shape, params):
+    accumulation = 2 if num_steps == 20 else None
+    tx = optimizers.make("velo", num_steps=num_steps, gradient_accumulation=accumulation)
+    gradients = {"w": jnp.ones(shape), "b": params["b"]}
+    for transformation in (tx, lopt_jax.packed(tx), optax.chain(tx)):
+        state = jax.eval_shape(transformation.init, params)
+        with pytest.raises(ValueError, match=r"updates: expected the shape of the param \['w'\]"):
+            jax.eval_shape(
+                lambda g, s, tx=transformation: tx.update(g, s, params, value=LOSS),
+                gradients,
+                state,
+            )
+
+
+def test_accumulation_keeps_its_dtypes_under_64_bits():
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), PARAMS)
+        tx = optimizers.make("velo", gradient_accumulation=2)
+        state = jax.eval_shape(tx.init, params)
+        after = jax.eval_shape(lambda s: tx.update(params, s, params, value=LOSS)[1], state)
+        dtypes = lambda tree: [x.dtype for x in jax.tree.leaves(tree)]  # noqa: E731
+        assert dtypes(after) == dtypes(state)
+
+
+# Optimizers whose states cannot be told apart: the same averages of the same params.
+ALIKE = [{"small_fc_lopt", "elo", "mulo"}, {"celo2", "celo2_base", "elo_celo2"}]
+
+
+def kinds():
+    """Optimizers, and wrappers of them, by name."""
+    velo = optimizers.plain("velo")
+    wide = {**optimizers.MLP, "lstm_hidden_size": 8, "param_inits": 2}
+    shapes = optimizers.expected_shapes("velo", wide)
+    zeros = jax.tree.map(
+        lambda shape: np.zeros(shape, np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return {name: optimizers.plain(name) for name in OPTIMIZERS} | {
+        "accumulating velo": optimizers.make("velo", gradient_accumulation=2),
+        "packed velo": lopt_jax.packed(velo),
+        "packed accumulating velo": lopt_jax.packed(
+            optimizers.make("velo", gradient_accumulation=2)
+        ),
+        "stacked velo": optimizers.make("velo", stacked_axes=1),
+        "wide velo": lopt_jax.velo(20, lopt_jax.Weights("velo", wide, zeros)),
+        "celo2 with labels": optimizers.make("celo2", label_fn=lambda path, leaf: "adamw"),
+    }
+
+
+def test_states_of_another_kind_are_refused_in_one_sentence(params):
+    transformations = kinds()
+    states = {name: jax.eval_shape(tx.init, params) for name, tx in transformations.items()}
+    for name, tx in transformations.items():
+        for other, state in states.items():
+            if name == other or any({name, other} <= alike for alike in ALIKE):
+                continue
+            with pytest.raises((TypeError, ValueError), match=r"^state: "):
+                jax.eval_shape(lambda s, tx=tx: tx.update(params, s, params, value=LOSS), state)
+
+
+def test_the_kind_of_a_state_is_said(params):
+    plain = optimizers.plain("velo")
+    accumulating = optimizers.make("velo", gradient_accumulation=2)
+    with pytest.raises(TypeError, match=r"AccumulationState: .*gradient_accumulation"):
+        plain.update(params, accumulating.init(params), params, value=LOSS)
+    with pytest.raises(TypeError, match=r"AccumulationState, .* found ControlledState: .*VeLO"):
+        accumulating.update(params, plain.init(params), params, value=LOSS)
+    with pytest.raises(TypeError, match=r"PackedState: .*unpack_state"):
+        plain.update(params, lopt_jax.packed(plain).init(params), params, value=LOSS)
+    with pytest.raises(TypeError, match=r"PackedState, found ControlledState; pack_state"):
+        lopt_jax.packed(plain).update(params, plain.init(params), params, value=LOSS)
+
+
+# -- dtypes of accumulators ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_average_moves_in_the_dtype_that_keeps_it(dtype):
+    """From every number of a binade, the average of zeros goes down, rounded to the nearest."""
+    numbers = np.arange(1, 2, 2.0**-11).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else "f2")
+    kept = {}
+    for decay in (0.9, 0.95, 0.99, 0.999, 0.9999):
+        after = (numbers.astype(np.float32) * np.float32(decay)).astype(numbers.dtype)
+        kept[decay] = stored_dtype(jnp.dtype(dtype), (decay,), False) == dtype
+        assert not kept[decay] or np.all(after < numbers)
+        if np.all(after == numbers):
+            assert not kept[decay]
+    assert [d for d, is_kept in kept.items() if is_kept] == (
+        [0.9, 0.95, 0.99] if dtype == "bfloat16" else [0.9, 0.95, 0.99, 0.999]
+    )
+
+
+def test_squares_need_the_exponents_of_float32():
+    assert stored_dtype(jnp.dtype("float16"), (0.9,), True) == jnp.float32
+    assert stored_dtype(jnp.dtype("bfloat16"), (0.9,), True) == jnp.bfloat16
+    assert stored_dtype(jnp.dtype("float64"), (0.9999,), True) == jnp.float64
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("celo_adam", {}), ("celo2", {"adam_betas": (0.9, 0.999)})]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_averages_of_many_steps_are_right_in_short_dtypes(name, options, dtype):
+    """Ones, then zeros, as far as 0.999 forgets: the moments of Adam against numpy's."""
+    steps, scale = 600, 1e-3
+    tx = optimizers.make(name, accumulator_dtype=dtype, **options)
+    params = {"b": jnp.ones((3,))}
+
+    def step(state, gradient):
+        return tx.update({"b": jnp.full((3,), gradient)}, state, params, value=LOSS)[1], None
+
+    gradients = scale * np.repeat(np.float32([1, 0]), steps)
+    state, _ = jax.jit(lambda s: jax.lax.scan(step, s, gradients))(tx.init(params))
+    beta = 0.999
+    expected = scale**2 * (1 - beta**steps) * beta**steps
+    np.testing.assert_allclose(state.accumulators.second_moment["b"], expected, rtol=1e-3)
