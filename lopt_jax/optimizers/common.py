@@ -268,18 +268,51 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     @surrounded
     def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
         wide = jax.tree.map(to_float32, gradients)
-        with shards(shards_of_leaves):
-            partitions = partitions_of_leaves(wide)
-        squares = []
-        for g, partition in zip(jax.tree.leaves(wide), partitions, strict=True):
-            square = jnp.sum(jnp.square(g))
-            names = () if partition is None else partition.names(range(g.ndim))
-            squares.append(jax.lax.psum(square, names) if names else square)
+        squares = sums_of_leaves(jnp.square, shards_of_leaves, wide)
         norm = jnp.sqrt(sum(squares))
         return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
 
     compiled = jax.jit(lopt_clip, static_argnums=0)
     return optax.stateless(lambda gradients, params=None: compiled(current_shards(), gradients))
+
+
+def sums_of_leaves(
+    function: Callable[[jax.Array], jax.Array], shards_of_leaves: Any, tree: Any
+) -> list[jax.Array]:
+    """Sums of an elementwise function over the leaves of a tree, whole or in shards.
+
+    Args:
+      function: from an array to one of its shape.
+      shards_of_leaves: of `current_shards`, where the leaves are shards.
+      tree: pytree of arrays; paths are the parameters'.
+
+    Returns:
+      A scalar a leaf, the same on every device that holds a shard.
+    """
+    with shards(shards_of_leaves):
+        partitions = partitions_of_leaves(tree)
+    sums = []
+    for x, partition in zip(jax.tree.leaves(tree), partitions, strict=True):
+        total = jnp.sum(function(x))
+        names = () if partition is None else partition.names(range(x.ndim))
+        sums.append(jax.lax.psum(total, names) if names else total)
+    return sums
+
+
+def _count_not_finite(x: jax.Array) -> jax.Array:
+    return jnp.asarray(~jnp.isfinite(x), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def lopt_all_finite(shards_of_leaves: Any, tree: Any) -> jax.Array:
+    """As `all_finite`, compiled; the name is one of `elementwise.OWN_FUNCTIONS`."""
+    counts = sums_of_leaves(_count_not_finite, shards_of_leaves, tree)
+    return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all elements of a tree are finite, on all devices that hold shards of it: () bool."""
+    return surrounded(lopt_all_finite)(current_shards(), tree)
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -418,10 +451,9 @@ def transformation(
     def init_fn(params: Any) -> Any:
         return init(check_params(params))
 
-    update, apply = (
-        f and surrounded(_on_states_of(functools.partial(jax.eval_shape, init), f))
-        for f in (update, apply)
-    )
+    expected_state = functools.partial(jax.eval_shape, init)
+    update = surrounded(_on_states_of(expected_state, update))
+    apply = apply and surrounded(_on_states_of(expected_state, apply))
     if apply is None:
         return optax.GradientTransformationExtraArgs(init_fn, compiled(update))
     return LearnedTransformation.of(init_fn, compiled(update), compiled(apply))
