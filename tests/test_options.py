@@ -1,5 +1,6 @@
 """Arguments that every optimizer takes, traced; accumulator dtypes; states of another kind."""
 
+import functools
 import inspect
 
 import jax
@@ -9,9 +10,12 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from optimizers import OPTIMIZERS
 
 import lopt_jax
+from lopt_jax import controller
 from lopt_jax.optimizers.common import stored_dtype
 
 LOSS = 1.5
@@ -207,3 +211,88 @@ def test_averages_of_many_steps_are_right_in_short_dtypes(name, options, dtype):
     beta = 0.999
     expected = scale**2 * (1 - beta**steps) * beta**steps
     np.testing.assert_allclose(state.accumulators.second_moment["b"], expected, rtol=1e-3)
+
+
+# -- the loss -----------------------------------------------------------------------------------
+
+reads_loss = pytest.mark.parametrize("name", [n for n, c in OPTIMIZERS.items() if c.reads_loss])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_loss_that_is_not_finite_is_left_out(bad, place):
+    """The buffer is that of the other losses, to the bit."""
+    losses, decays = [3.0, 2.0, 2.5, 1.0], controller.loss_decays(20)
+    with_bad = [*losses[:place], bad, *losses[place:]]
+
+    def after(losses):
+        buffer, features = controller.init_loss_buffer(), []
+        for loss in losses:
+            buffer = controller.update_loss_buffer(buffer, jnp.float32(loss), decays)
+            features.append(controller.loss_features(buffer, decays))
+        return buffer, features
+
+    (found, features), (expected, _) = after(with_bad), after(losses)
+    assert all(map(np.array_equal, found, expected))
+    assert np.isfinite(features).all()
+
+
+@reads_loss
+def test_an_optimizer_recovers_from_a_bad_loss(name, params):
+    tx = optimizers.plain(name)
+    state = tx.init(params)
+    for loss in (np.nan, 1.0, -np.inf, np.nan, 1.0):
+        updates, state = tx.update(params, state, params, value=jnp.float32(loss))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+        assert np.abs(updates["w"]).max() > 0
+    assert int(state.loss.count) == 2
+
+
+@reads_loss
+def test_the_message_for_a_missing_loss_names_the_train_state_that_keeps_it(name, params):
+    from flax.training.train_state import TrainState
+
+    state = TrainState.create(apply_fn=None, params=params, tx=optimizers.plain(name))
+    with pytest.raises(ValueError, match=rf"{name} .*flax\.training.*TrainState keeps value="):
+        state.apply_gradients(grads=params, value=LOSS)
+
+
+@reads_loss
+def test_a_loss_of_one_device_with_gradients_of_all_is_refused(name, params):
+    """Where types say what differs between devices; `pmap` cannot know."""
+    tx = optimizers.plain(name)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    state = jax.eval_shape(tx.init, params)
+
+    def step(mean, gradients, state, params, losses):
+        loss = jax.lax.pmean(losses[0], "data") if mean else losses[0]
+        return jax.tree.map(jnp.sum, tx.update(gradients, state, params, value=loss)[0])
+
+    def trace(mean):
+        wrapped = jax.shard_map(
+            functools.partial(step, mean),
+            mesh=mesh,
+            in_specs=(P(), P(), P(), P("data")),
+            out_specs=P(),
+            check_vma=True,
+        )
+        jax.eval_shape(wrapped, params, state, params, jax.ShapeDtypeStruct((2,), jnp.float32))
+
+    trace(mean=True)
+    with pytest.raises(ValueError, match=r"value: the loss differs .*pmean"):
+        trace(mean=False)
+
+
+# -- inject_hyperparams -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_epsilon_of_adam_survives_the_dtype_of_the_params(dtype):
+    """`inject_hyperparams` rounds 1e-8 to the params' dtype, in which it may be zero."""
+    tx = optax.inject_hyperparams(OPTIMIZERS["celo2"].constructor)(
+        weights=optimizers.weights("celo2"), learning_rate=0.5
+    )
+    params = {"b": jnp.ones((3,), dtype)}
+    gradients = {"b": jnp.asarray([0.0, 1.0, -1.0], dtype)}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose(np.float32(updates["b"]), [0.0, -0.5, 0.5], rtol=1e-2)

@@ -24,6 +24,8 @@ def accumulate_gradients(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a transformation that reads the loss; unlike `optax.MultiSteps`, averages it too.
 
+    A loss that is not finite makes the mean so, and the optimizer leaves that mean out.
+
     Args:
       inner: the transformation.
       every: calls for each of its updates.

@@ -33,7 +33,8 @@ def celo(
     It must know how long training will be.
 
     Args:
-      num_steps: updates of the whole training.
+      num_steps: calls of update in the whole training; inside `optax.MultiSteps(tx, k)` that is a
+        k-th of the calls of MultiSteps.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
@@ -46,7 +47,7 @@ def celo(
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.
 
     Returns:
-      An optax transformation. Its update needs the loss:
+      An optax transformation. Its update needs the loss, as `velo`'s does:
       `update(grads, state, params, value=loss)`.
 
     Raises:

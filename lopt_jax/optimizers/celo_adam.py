@@ -48,7 +48,8 @@ def celo_adam(
     """Celo-Adam: Adam, whose learning rate a small LSTM schedules.
 
     Args:
-      num_steps: updates of the whole training.
+      num_steps: calls of update in the whole training; inside `optax.MultiSteps(tx, k)` that is a
+        k-th of the calls of MultiSteps.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
@@ -60,7 +61,7 @@ def celo_adam(
       precision: as `celo`'s; Adam has no products, so it changes nothing.
 
     Returns:
-      An optax transformation. Its update needs the loss:
+      An optax transformation. Its update needs the loss, as `velo`'s does:
       `update(grads, state, params, value=loss)`.
 
     Raises:
@@ -108,7 +109,9 @@ def celo_adam(
     def update(
         meta_parameters: Any, gradients: Any, state: CeloAdamState, params: Any, value: Any
     ) -> tuple[Any, CeloAdamState]:
-        loss, shared = observe_loss("celo_adam", state.loss, value, state.count, num_steps)
+        loss, shared = observe_loss(
+            "celo_adam", state.loss, value, state.count, num_steps, (gradients, params)
+        )
         tensors = tensors_of(params, stacked_axes)
         inputs = controller.shared_features(state.step_size.shape[0], shared)
         controls = controller.run_lstm(meta_parameters, inputs, state.lstm)

@@ -14,7 +14,7 @@ from lopt_jax.accumulators import Accumulators
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import BACKENDS, constant_weights
 from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
-from lopt_jax.partition import current_shards, mesh_of, say_once, shards
+from lopt_jax.partition import current_shards, mesh_of, say_once, shards, varying_axes
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     arrays_like,
@@ -331,9 +331,28 @@ def require_value(name: str, value: Any) -> jax.Array:
     if value is None:
         raise ValueError(
             f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
-            "(Wrappers that call update several times, such as optax.lookahead, do not hand it on.)"
+            "flax.training.train_state.TrainState keeps value= from its optimizer; "
+            "lopt_jax.flax.TrainState hands it on. Wrappers that call update several times, such "
+            "as optax.lookahead, do not."
         )
     return scalar("value", value, "the loss, a scalar")
+
+
+def check_alike_on_devices(value: jax.Array, tree: Any) -> None:
+    """Raises ValueError where the loss differs between devices on which a tree does not.
+
+    Its replicas would drift apart without a word. It is known inside a `shard_map` that checks
+    types, not under `pmap`.
+    """
+    known = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    names = varying_axes(value).difference(*map(varying_axes, known))
+    if names:
+        name = sorted(names)[0]
+        raise ValueError(
+            f"value: the loss differs between the devices of the axis {name!r}, gradients and "
+            f"params do not; give the loss's mean, jax.lax.pmean(loss, {name!r}), or use "
+            "lopt_jax.sharding.distributed, which takes it."
+        )
 
 
 def check_state_type(state: Any, state_type: type) -> None:
