@@ -90,6 +90,7 @@ def celo_adam(
     )
 
     def init(params: Any) -> CeloAdamState:
+        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
         unused: Any = ()
         dtypes = options.accumulator_dtypes(config)

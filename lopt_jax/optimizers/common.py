@@ -15,6 +15,7 @@ from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import BACKENDS, constant_weights
 from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
 from lopt_jax.partition import current_shards, mesh_of, say_once, shards, varying_axes
+from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     arrays_like,
@@ -226,6 +227,10 @@ class Options:
             row=squares(factored),
             column=squares(factored),
         )
+
+    def say_stacks(self, params: Any) -> None:
+        """Says in the log, once, where `stacked_axes` seems to be forgotten or too wide."""
+        say_stacks(params, self.stacked_axes)
 
     def rates(self, count: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
         """Learning rate and weight decay times learning rate at a step.

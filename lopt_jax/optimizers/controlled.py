@@ -101,6 +101,7 @@ def controlled(
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> ControlledState:
+        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
         statistics = init_statistics(tensors, momenta)
         return ControlledState(

@@ -68,6 +68,7 @@ def per_parameter(
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> PerParameterState:
+        options.say_stacks(params)
         accumulators = init_accumulators(
             params, options.accumulator_dtypes(weights.config), factored, stacked_axes
         )
