@@ -16,6 +16,7 @@ from optimizers import OPTIMIZERS
 
 import lopt_jax
 from lopt_jax import controller
+from lopt_jax.optimizers import velo as velo_module
 from lopt_jax.optimizers.common import stored_dtype
 
 LOSS = 1.5
@@ -296,3 +297,34 @@ def test_epsilon_of_adam_survives_the_dtype_of_the_params(dtype):
     gradients = {"b": jnp.asarray([0.0, 1.0, -1.0], dtype)}
     updates, _ = tx.update(gradients, tx.init(params), params)
     np.testing.assert_allclose(np.float32(updates["b"]), [0.0, -0.5, 0.5], rtol=1e-2)
+
+
+# -- what the docs say --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "accumulation", "updates"),
+    [(20, None, 20), (20, 2, 10), (1, 2, 1), (300_001, None, 100_000), (300_001, 1, 300_001)],
+)
+@pytest.mark.filterwarnings("ignore:VeLO was meta-trained")
+def test_what_num_steps_counts(num_steps, accumulation, updates, monkeypatch):
+    """Calls: of the rule's own updates there are as many less as it accumulates."""
+    seen = []
+    controlled = velo_module.controlled
+    monkeypatch.setattr(
+        velo_module,
+        "controlled",
+        lambda name, steps, *args, **kwargs: (
+            seen.append(steps) or controlled(name, steps, *args, **kwargs)
+        ),
+    )
+    optimizers.make("velo", num_steps=num_steps, gradient_accumulation=accumulation)
+    assert seen == [updates]
+
+
+def test_celo2_moves_matrices_without_gradient_and_adamw_does_not():
+    params = {"learned": jnp.ones((3, 4)), "adamw": jnp.ones((3, 4))}
+    tx = optimizers.make("celo2_base", learning_rate=0.01, label_fn=lambda path, leaf: path[0].key)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    np.testing.assert_allclose(np.sqrt(np.mean(updates["learned"] ** 2)), 0.01, rtol=1e-3)
+    np.testing.assert_array_equal(updates["adamw"], 0.0)

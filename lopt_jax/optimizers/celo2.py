@@ -33,7 +33,8 @@ def celo2(
 
     A small MLP proposes the direction of every matrix (the last two axes of a tensor);
     Newton-Schulz iterations make it nearly orthogonal; it is scaled to root mean square one. So the
-    learning rate is the size of the step, as with other optimizers that normalise.
+    learning rate is the size of the step, as with other optimizers that normalise. A matrix whose
+    gradient is zero moves by that size, too, as in the reference; without gradient (None) it stays.
 
     Args:
       learning_rate: multiplies the step; a number or an optax schedule.
