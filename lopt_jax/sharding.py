@@ -373,6 +373,7 @@ def apply_if_finite(
     def update(
         updates: Any, state: optax.ApplyIfFiniteState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.ApplyIfFiniteState]:
+        common.check_state_type(state, optax.ApplyIfFiniteState)
         is_finite = common.all_finite(updates)
         count = optax.safe_increment(state.notfinite_count)
         count = jnp.where(is_finite, jnp.zeros_like(count), count)

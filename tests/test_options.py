@@ -139,6 +139,7 @@ def kinds():
         "packed accumulating velo": lopt_jax.packed(
             optimizers.make("velo", gradient_accumulation=2)
         ),
+        "careful velo": lopt_jax.sharding.apply_if_finite(velo, 3),
         "stacked velo": optimizers.make("velo", stacked_axes=1),
         "wide velo": lopt_jax.velo(20, lopt_jax.Weights("velo", wide, zeros)),
         "celo2 with labels": optimizers.make("celo2", label_fn=lambda path, leaf: "adamw"),
