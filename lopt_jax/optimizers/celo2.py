@@ -36,7 +36,8 @@ def celo2(
 
     A small MLP proposes the direction of every matrix; Newton-Schulz iterations make it nearly
     orthogonal; it is scaled to root mean square one. So the learning rate is the size of the step,
-    as with other optimizers that normalise.
+    as with other optimizers that normalise. A matrix whose gradient is zero moves by that size,
+    too, as in the reference; without gradient (None) it stays.
 
     Args:
       learning_rate: multiplies the step; a number or an optax schedule.
@@ -56,7 +57,8 @@ def celo2(
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of the learned rule's momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".

@@ -37,7 +37,8 @@ def elo(
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.

@@ -95,7 +95,13 @@ def matrix_optimizer(
     def init(params: Any) -> PerParameterState:
         state = learned_step("matrix").init(params)
         of_leaves = plans_of(plans, params, stacked_axes)
-        return state._replace(accumulators=_without_unused(state.accumulators, of_leaves))
+        accumulators = _without_unused(state.accumulators, of_leaves)
+        beta1, beta2 = adamw.adam.betas
+        dtypes = [
+            common.stored_dtype(options.accumulator_dtype, (beta,), are_squares)
+            for beta, are_squares in ((beta1, False), (beta2, True))
+        ]
+        return state._replace(accumulators=_with_adam_dtypes(accumulators, of_leaves, dtypes))
 
     def update(
         meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
@@ -190,6 +196,22 @@ def _without_unused(accumulators: Accumulators, plans: Sequence[LeafPlan]) -> Ac
         momentum=(first, *map(shrink_tree, others)),
         row=shrink_tree(accumulators.row),
         column=shrink_tree(accumulators.column),
+    )
+
+
+def _with_adam_dtypes(
+    accumulators: Accumulators, plans: Sequence[LeafPlan], dtypes: Sequence[jnp.dtype]
+) -> Accumulators:
+    """AdamW's first and second moment in dtypes that hold averages of its decays."""
+
+    def cast(tree: Any, dtype: jnp.dtype) -> Any:
+        of_leaf = iter(plans)
+        return jax.tree.map(lambda x: x if next(of_leaf).rule == LEARNED else x.astype(dtype), tree)
+
+    first, *others = accumulators.momentum
+    return accumulators._replace(
+        momentum=(cast(first, dtypes[0]), *others),
+        second_moment=cast(accumulators.second_moment, dtypes[1]),
     )
 
 

@@ -38,7 +38,8 @@ def mulo(
       weight_decay: weight decay, scaled by the learning rate over the width multiplier. It is
         taken off the updated parameter, as μLO's own code does, not off the old one.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.

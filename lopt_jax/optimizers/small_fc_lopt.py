@@ -40,7 +40,8 @@ def small_fc_lopt(
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
