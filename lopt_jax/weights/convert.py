@@ -62,23 +62,28 @@ def convert_weights(
         schema_of(architecture, "architecture")
     path = local_path(path_or_url)
     if path is not None:
-        return _convert_path(path, None, architecture, config)
+        return _convert_path(path, None, architecture, config, {})
     import tempfile
 
-    from lopt_jax.weights.fetch import fetch_folder  # its network modules are slow to import
+    # its network modules are slow to import
+    from lopt_jax.weights.fetch import as_metadata, fetch_folder
 
     address = os.fspath(path_or_url)
     with tempfile.TemporaryDirectory(prefix="lopt_jax-") as folder:
-        fetch_folder(address, Path(folder))
-        return _convert_path(Path(folder), address, architecture, config)
+        record = as_metadata(fetch_folder(address, Path(folder)))
+        return _convert_path(Path(folder), address, architecture, config, record)
 
 
 def _convert_path(
-    path: Path, origin: str | None, architecture: str | None, config: Mapping[str, Any] | None
+    path: Path,
+    origin: str | None,
+    architecture: str | None,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
 ) -> Weights:
-    if is_checkpoint(path):
+    if is_checkpoint(path):  # its own metadata stay as they are
         return _reconfigured(load_checkpoint(path), architecture, config, origin or path)
-    return convert_bundle(read_local(path, origin), architecture, config)
+    return convert_bundle(read_local(path, origin), architecture, config, metadata)
 
 
 def convert_bundle(

@@ -196,17 +196,23 @@ def _fetch_registered(entry: Entry) -> Weights:
 def _fetch_place(entry: Entry, place: Place, target: Path) -> Weights:
     import tempfile
 
-    from lopt_jax.weights.fetch import fetch_files  # its network modules are slow to import
+    # its network modules are slow to import
+    from lopt_jax.weights.fetch import as_metadata, fetch_files
 
     with tempfile.TemporaryDirectory(prefix=f".{entry.name}.tmp-", dir=target.parent) as name:
         folder = Path(name)
-        fetch_files(place.files, folder, place.sha256)
+        record = fetch_files(place.files, folder, place.sha256, place.git_blob)
         origin = next(iter(place.files.values()))
         weights = convert_bundle(
             read_local(folder, origin),
             entry.architecture,
             place.config,
-            {"name": entry.name, "licence": entry.licence, "about": entry.about},
+            {
+                "name": entry.name,
+                "licence": entry.licence,
+                "about": entry.about,
+                **as_metadata(record),
+            },
         )
     save_weights(target, weights)
     return weights
