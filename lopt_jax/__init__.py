@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lopt_jax import diagnostics, mup, plot
+from lopt_jax import diagnostics, mup, plot, weights
 from lopt_jax.applying import update_params
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
@@ -28,17 +28,23 @@ from lopt_jax.weights import (
 
 if TYPE_CHECKING:
     from lopt_jax import flax as flax
+    from lopt_jax import meta as meta
     from lopt_jax import sharding as sharding
 
 __version__ = "0.1.0"
 
-_LAZY = ("flax", "sharding")  # flax alone takes as long to import as all the rest
+# Imported at their first use: flax alone takes as long to import as all the rest.
+_LAZY = ("flax", "meta", "sharding")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 __all__ = [
@@ -55,9 +61,11 @@ __all__ = [
     "elo",
     "elo_celo2",
     "export_weights",
+    "flax",
     "list_weights",
     "load_weights",
     "lopt",
+    "meta",
     "mulo",
     "mup",
     "pack_state",
@@ -65,8 +73,10 @@ __all__ = [
     "plot",
     "push_to_hub",
     "save_weights",
+    "sharding",
     "small_fc_lopt",
     "unpack_state",
     "update_params",
     "velo",
+    "weights",
 ]

@@ -12,13 +12,13 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes, tensor_shapes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def celo(
     num_steps: int | jax.Array,
-    weights: str | Weights = "celo",
+    weights: WeightsLike = "celo",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,

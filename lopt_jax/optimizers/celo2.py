@@ -10,13 +10,14 @@ from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, Plans, celo2_plans
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
+from lopt_jax.weights.advice import mention_recommended
 
 
 @common.described
 def celo2(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "celo2",
+    weights: WeightsLike = "celo2",
     *,
     label_fn: LabelFn | None = None,
     matrix_axes: MatrixAxes = None,
@@ -41,7 +42,8 @@ def celo2(
 
     Args:
       learning_rate: multiplies the step; a number or an optax schedule.
-      weights: a registered name, a path to a checkpoint, or `Weights`.
+      weights: a registered name, a path to a checkpoint, or `Weights`. What they
+        recommend is in their metadata, and is logged where rate and decay are left at the defaults.
       label_fn: from the path and the leaf to "learned" or "adamw": leaves of rank two and more
         that AdamW should update, such as embeddings. Tensors of rank below two always are AdamW's.
       matrix_axes: where the matrices of leaves of rank three and more are. None: kernels of Flax's
@@ -100,7 +102,7 @@ def celo2(
 @common.described
 def celo2_base(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "celo2",
+    weights: WeightsLike = "celo2",
     *,
     label_fn: LabelFn | None = None,
     matrix_axes: MatrixAxes = None,
@@ -142,7 +144,7 @@ def celo2_base(
 
 
 def _celo2(
-    weights: str | Weights,
+    weights: WeightsLike,
     options: common.Options,
     adam: AdamSettings,
     adam_learning_rate_mult: Any,
@@ -152,8 +154,17 @@ def _celo2(
     orthogonal: bool,
 ) -> optax.GradientTransformationExtraArgs:
     decay = options.weight_decay if adam_weight_decay is None else adam_weight_decay
+    weights = resolve(weights, ARCHITECTURES)
+    mention_recommended(
+        "celo2" if orthogonal else "celo2_base",
+        weights,
+        {
+            "learning_rate": (options.learning_rate, 0.001),
+            "weight_decay": (options.weight_decay, 0.0),
+        },
+    )
     return matrix_optimizer(
-        resolve(weights, ARCHITECTURES),
+        weights,
         options,
         AdamW(adam_learning_rate_mult, decay, adam),
         plans=plans,

@@ -20,7 +20,7 @@ from lopt_jax.tensors import (
     tensors_of,
     zeros_like,
 )
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 class CeloAdamState(NamedTuple):
@@ -36,7 +36,7 @@ class CeloAdamState(NamedTuple):
 @common.described
 def celo_adam(
     num_steps: int | jax.Array,
-    weights: str | Weights = "celo_adam",
+    weights: WeightsLike = "celo_adam",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,

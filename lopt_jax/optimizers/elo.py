@@ -10,13 +10,13 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays, per_parameter, timed_network
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def elo(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "elo",
+    weights: WeightsLike = "elo",
     *,
     max_gradient_norm: float | None = None,
     weight_decay: float | jax.Array = 0.0,

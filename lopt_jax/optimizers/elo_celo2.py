@@ -10,13 +10,13 @@ from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, celo2_plans
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def elo_celo2(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "elo_celo2",
+    weights: WeightsLike = "elo_celo2",
     *,
     label_fn: LabelFn | None = None,
     matrix_axes: MatrixAxes = None,
@@ -70,7 +70,7 @@ def elo_celo2(
         backend,
         precision,
     )
-    weights = resolve(weights, ARCHITECTURES)
+    weights = resolve(weights, ARCHITECTURES[::-1])
     config = weights.config
     adamw = AdamW(
         adam_learning_rate_mult,

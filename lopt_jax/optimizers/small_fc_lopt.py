@@ -13,14 +13,14 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import Weights, WeightsLike, resolve
 
 ARCHITECTURES = ("small_fc_lopt", "mulo")  # one rule: their weights are of one kind
 
 
 @common.described
 def small_fc_lopt(
-    weights: str | Weights = "small_fc_lopt",
+    weights: WeightsLike = "small_fc_lopt",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,

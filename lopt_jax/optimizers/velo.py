@@ -17,7 +17,8 @@ from lopt_jax.optimizers.accumulation import accumulate_gradients
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule, Statistics
 from lopt_jax.tensors import StackedAxes, tensor_shapes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
+from lopt_jax.weights.advice import mention_recommended
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
 _BANK_GAIN = 100.0
@@ -27,7 +28,7 @@ _BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decay
 @common.described
 def velo(
     num_steps: int | jax.Array,
-    weights: str | Weights = "velo",
+    weights: WeightsLike = "velo",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -89,6 +90,7 @@ def velo(
         largest = jnp.maximum if isinstance(num_steps, jax.Array) else max
         num_steps = largest(num_steps // every, 1)
     weights = resolve(weights, ("velo",))
+    mention_recommended("velo", weights, {"weight_decay": (options.weight_decay, 0.0)})
     config = weights.config
     rule = Rule(
         features=velo_features(len(config["initial_momentum_decays"])),
