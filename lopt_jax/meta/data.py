@@ -1,9 +1,14 @@
-"""Data that needs no network: scikit-learn's data sets and Python's own source."""
+"""Data that needs no network: scikit-learn's data sets and Python's own source.
+
+Every data set has a hash, of what was read before anything was computed: two machines that read the
+same have the same hash, whatever their arithmetic.
+"""
 
 import functools
+import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,22 +29,54 @@ class Dataset(NamedTuple):
       targets: (N,) int32 class indices, or (N, K) float32 for regression.
       num_classes: number of classes, 0 for regression.
       num_train: examples [0, num_train) are for training, the rest for validation.
+      sha256: of what was read.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     num_classes: int
     num_train: int
+    sha256: str = ""
+
+
+class Text(NamedTuple):
+    """Tokens (N,) int32: the first `num_train` are for training, the rest for validation."""
+
+    tokens: np.ndarray
+    num_train: int
+    sha256: str
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """The sha256 of the arrays' types, shapes and elements, in hexadecimal digits."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(f"{array.dtype.str} {array.shape} ".encode())
+        total.update(np.ascontiguousarray(array))
+    return total.hexdigest()
+
+
+def _sklearn_datasets() -> Any:
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "scikit-learn, whose data these tasks are made of, is not installed: "
+            "pip install 'lopt_jax[meta]'",
+            name="sklearn",
+        ) from error
+    return datasets
 
 
 def _split(inputs: np.ndarray, targets: np.ndarray, num_classes: int, seed: int = 0) -> Dataset:
+    sha256 = digest(inputs, targets)
     order = np.random.default_rng(seed).permutation(len(inputs))
     num_train = len(inputs) - round(_VALID_FRACTION * len(inputs))
     inputs = inputs[order].astype(np.float32)
     mean = inputs[:num_train].mean(0)
     deviation = inputs[:num_train].std(0)
     inputs = (inputs - mean) / np.where(deviation > 1e-3, deviation, 1.0)
-    return Dataset(np.clip(inputs, -5.0, 5.0), targets[order], num_classes, num_train)
+    return Dataset(np.clip(inputs, -5.0, 5.0), targets[order], num_classes, num_train, sha256)
 
 
 @functools.cache
@@ -54,13 +91,14 @@ def load_tabular(name: str) -> Dataset:
 
     Raises:
       ValueError: for an unknown name.
+      ModuleNotFoundError: without scikit-learn.
     """
-    from sklearn import datasets
-
+    datasets = _sklearn_datasets()
     if name == "diabetes":
         inputs, targets = datasets.load_diabetes(return_X_y=True)
+        sha256 = digest(inputs, targets)
         targets = ((targets - targets.mean()) / targets.std()).astype(np.float32)[:, None]
-        return _split(inputs / inputs.std(0), targets, 0)
+        return _split(inputs / inputs.std(0), targets, 0)._replace(sha256=sha256)
     loaders = {
         "digits": datasets.load_digits,
         "breast_cancer": datasets.load_breast_cancer,
@@ -84,10 +122,12 @@ def load_patches(photograph: str, side: int = 8) -> Dataset:
 
     Returns:
       inputs and targets (N, side * side), with zero mean and unit variance over all pixels.
-    """
-    from sklearn.datasets import load_sample_image
 
-    image = load_sample_image(f"{photograph}.jpg").astype(np.float32).mean(-1)
+    Raises:
+      ModuleNotFoundError: without scikit-learn.
+    """
+    pixels = _sklearn_datasets().load_sample_image(f"{photograph}.jpg")
+    image = pixels.astype(np.float32).mean(-1)
     rows, columns = image.shape[0] // side, image.shape[1] // side
     patches = image[: rows * side, : columns * side].reshape(rows, side, columns, side)
     patches = patches.transpose(0, 2, 1, 3).reshape(-1, side * side)
@@ -95,19 +135,18 @@ def load_patches(photograph: str, side: int = 8) -> Dataset:
     order = np.random.default_rng(0).permutation(len(patches))
     patches = patches[order]
     num_train = len(patches) - round(_VALID_FRACTION * len(patches))
-    return Dataset(patches, patches, 0, num_train)
+    return Dataset(patches, patches, 0, num_train, digest(pixels))
 
 
 @functools.cache
-def load_source_code(num_bytes: int = 400_000) -> tuple[np.ndarray, int]:
+def load_source_code(num_bytes: int = 400_000) -> Text:
     """Reads source files of the Python standard library as one sequence of tokens.
 
     Args:
       num_bytes: length to keep.
 
     Returns:
-      tokens (num_bytes,) int32 in [0, VOCABULARY), and how many of them are for training: the rest,
-      from the end of the sequence, is for validation.
+      tokens (num_bytes,) in [0, VOCABULARY). Every version of Python has other ones.
     """
     folder = os.path.dirname(os.__file__)
     paths = [os.path.join(folder, module) for module in _MODULES]
@@ -116,4 +155,4 @@ def load_source_code(num_bytes: int = 400_000) -> tuple[np.ndarray, int]:
         raise FileNotFoundError(f"no standard library sources found in {folder}")
     raw = np.frombuffer(text[:num_bytes], np.uint8).astype(np.int32)
     tokens = np.where((raw >= 32) & (raw < 127), raw - 31, 0).astype(np.int32)
-    return tokens, int(len(tokens) * (1 - _VALID_FRACTION))
+    return Text(tokens, int(len(tokens) * (1 - _VALID_FRACTION)), digest(tokens))

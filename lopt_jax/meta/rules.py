@@ -97,6 +97,7 @@ def make_rule(
     learning_rate: float = 1.0,
     weight_decay: float | jax.Array = 0.0,
     backend: str = "xla",
+    precision: str = "own",
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -106,6 +107,7 @@ def make_rule(
       learning_rate: the peak of the schedule, for rules that are given one.
       weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
       backend: as the optimizers'.
+      precision: of matrix products, as the optimizers'; "own" for each one's default.
 
     Returns:
       A function that builds the optimizer.
@@ -131,19 +133,15 @@ def make_rule(
     def scaled(schedule: Schedule) -> Schedule:
         return lambda step: learning_rate * schedule(step)
 
+    options: dict[str, Any] = {"weight_decay": weight_decay, "backend": backend}
+    if precision != "own":
+        options["precision"] = precision
     if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
-            num_steps, weights=weights(theta), weight_decay=weight_decay, backend=backend
+            num_steps, weights=weights(theta), **options
         )
-    own: dict[str, Any] = {}
     if architecture == "celo2":
-        # Newton-Schulz is half of its time on a GPU: tf32 is exact enough for singular values that
-        # five iterations leave between 0.7 and 1.2 (its narrow network is in float32 anyway)
-        own = {"weight_decay_mask": decays_at_rank_two, "precision": "default"}
+        options["weight_decay_mask"] = decays_at_rank_two
     return lambda theta, num_steps, schedule: constructor(
-        learning_rate=scaled(schedule),
-        weights=weights(theta),
-        weight_decay=weight_decay,
-        backend=backend,
-        **own,
+        learning_rate=scaled(schedule), weights=weights(theta), **options
     )
