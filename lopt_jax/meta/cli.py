@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lopt_jax import cli
+from lopt_jax.meta.data import FOLDER_VARIABLE
 
 
 def add_commands(subparsers: Any) -> None:
@@ -43,6 +44,7 @@ def add_commands(subparsers: Any) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="override a setting; VALUE is JSON, for instance --set num_pairs=256",
     )  # fmt: skip
+    _add_data(train)
     train.set_defaults(run=run_meta_train)
 
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
@@ -79,7 +81,21 @@ def add_commands(subparsers: Any) -> None:
         "--merge", nargs="+", default=None, metavar="JSON",
         help="summarise these record files instead of running anything",
     )  # fmt: skip
+    _add_data(evaluate)
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", default=None, metavar="FOLDER",
+        help=f"that `python -m lopt_jax.meta.prepare` wrote, for tasks of pictures; "
+        f"default: ${FOLDER_VARIABLE}",
+    )  # fmt: skip
+
+
+def _use_data(folder: str | None) -> None:
+    if folder is not None:
+        os.environ[FOLDER_VARIABLE] = folder
 
 
 def _horizons(text: str) -> list[int]:
@@ -128,6 +144,7 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
     from lopt_jax.meta.trainer import Interrupted, Trainer
     from lopt_jax.weights import load_weights
 
+    _use_data(arguments.data)
     config = _load_config(arguments)
     out = Path(arguments.out or f"outputs/meta/{config.name}")
     if not arguments.resume and (out / "weights").exists():
@@ -158,7 +175,11 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
             f"--seconds: the budget of {arguments.seconds:g} s ended the run "
             + ("before its programs were compiled, " if result.compiling else "")
             + f"after {result.steps:,} of {result.total:,} outer steps; "
-            + ("start it again with more" if result.steps == 0 else "--resume goes on")
+            + (
+                f"remove {out}, and start it again with more"
+                if result.steps == 0
+                else "--resume goes on"
+            )
         )
     elif result.total < config.outer_steps:
         print(
@@ -385,6 +406,7 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
     from lopt_jax.meta.tasks import data_hashes, held_out_tasks, training_tasks
     from lopt_jax.weights import load_weights
 
+    _use_data(arguments.data)
     if arguments.kept_only and not arguments.curves:
         raise ValueError("--kept-only: expected --curves with it, the folder that holds them")
     outputs = {"--json": arguments.json, "--plot": arguments.plot}

@@ -288,6 +288,57 @@ class Teacher:
         return self.batch(jax.random.fold_in(key, split == "train"), content, split, limit)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Small pictures as rows of pixels, standardised; all training examples, without disguise.
+
+    Args:
+      name: of `data.load_pictures`.
+      side: height and width.
+      channels: 1 for grey, 3 for colour.
+    """
+
+    name: str
+    side: int
+    channels: int = 1
+
+    def _load(self) -> data.Pictures:
+        return data.load_pictures(self.name, self.side, self.channels)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """sha256 of the pictures as they were prepared."""
+        return {self.name: self._load().sha256}
+
+    def sample(self, key: jax.Array) -> tuple[()]:
+        """Nothing is random."""
+        del key
+        return ()
+
+    def _take(self, rows: jax.Array) -> Example:
+        pictures = self._load()
+        # Bytes are constants of the program; as floats they would be four times as large.
+        pixels = jnp.asarray(pictures.images.reshape(len(pictures.images), -1))[rows]
+        inputs = (pixels.astype(jnp.float32) - pictures.mean) / pictures.deviation
+        return Example(inputs, jnp.asarray(pictures.labels)[rows])
+
+    def batch(self, key: jax.Array, content: tuple[()], split: Split, size: int) -> Example:
+        """Draws pictures with replacement."""
+        del content
+        pictures = self._load()
+        first, last = 0, pictures.num_train
+        if split == "valid":
+            first, last = last, len(pictures.images)
+        return self._take(jax.random.randint(key, (size,), first, last))
+
+    def examples(self, content: tuple[()], split: Split, limit: int) -> Example:
+        """The first pictures of a split."""
+        del content
+        pictures = self._load()
+        first = 0 if split == "train" else pictures.num_train
+        count = pictures.num_train if split == "train" else len(pictures.images) - first
+        return self._take(first + jnp.arange(min(limit, count)))
+
+
 class TextContent(NamedTuple):
     """Which stretch of the text is for training, and how its tokens are renamed."""
 
@@ -499,7 +550,26 @@ def training_tasks() -> dict[str, Task]:
         ),
         _classifier("bytes_rnn_32", SourceCode(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
     ]  # fmt: skip
+    tasks += _picture_tasks()
     return {task.name: task for task in tasks}
+
+
+def _picture_tasks() -> list[Task]:
+    """MLPs of 32 hidden relu units on small pictures, in batches of 64: what Celo2 was made on."""
+    fixed: dict[str, Any] = {"activation": 0, "log_init_spread": 0.0}
+    sources = {
+        "fashion_mlp_8": Pictures("fashion_mnist", 8),
+        "fashion_mlp_16": Pictures("fashion_mnist", 16),
+        "clipart_mlp_8": Pictures("clipart", 8),
+        "clipart_mlp_16": Pictures("clipart", 16),
+        "clipart_mlp_8_colour": Pictures("clipart", 8, 3),
+        "clipart_mlp_16_colour": Pictures("clipart", 16, 3),
+    }
+    tasks: list[Task] = [
+        _classifier(name, s, Mlp((s.side**2 * s.channels, 32, 10)), 64, **fixed)
+        for name, s in sources.items()
+    ]
+    return [*tasks, _classifier("digits_mlp_8", _digits(False), Mlp((64, 32, 10)), 64, **fixed)]
 
 
 def held_out_tasks() -> dict[str, Task]:
