@@ -141,6 +141,88 @@ _CELO_DECAY = dataclasses.replace(
     objective=Objective(final_weight=16.0),
 )
 
+# The recipes of Celo2 (arXiv 2602.19142) and ELO (arXiv 2607.06772), number by number as their
+# papers and amoudgl/celo and xiaol827/ELO have them, on pictures that are to be had: in place of
+# MNIST, CIFAR-10 and SVHN, scikit-learn's digits and openclipart in grey and in colour.
+_PICTURES = ("fashion_mlp_8", "digits_mlp_8", "clipart_mlp_8", "clipart_mlp_8_colour")
+_PAPER_NOTES = (
+    "A reproduction of a published recipe on other pictures. Meta-trained on MLPs of one hidden "
+    "layer of 32 units."
+)
+_TRAINING_LOSS = Objective(measure="training", logarithm=False, ceiling=10.0, final_weight=0.0)
+
+_CELO2_PAPER = MetaTrainConfig(
+    name="celo2_paper",
+    architecture="celo2",
+    architecture_config=(
+        ("hidden_size", 8),
+        ("hidden_layers", 2),
+        ("exp_mult", 0.0),  # no learned magnitude
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.95,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    tasks=_PICTURES,
+    gains=(),
+    learning_rate_peak=0.001,
+    schedule="constant",
+    rule_options=(("adam_learning_rate_mult", 20.0), ("adam_betas", (0.9, 0.95))),
+    num_pairs=8,
+    standard_deviation=0.01,
+    truncation_length=50,
+    min_horizon=100,
+    max_horizon=2000,
+    objective=_TRAINING_LOSS,
+    reparametrise=1000.0,  # six decades
+    reparametrise_level="global",
+    outer_steps=100_000,
+    outer_learning_rate=5e-5,
+    outer_schedule="constant",
+    outer_warmup=0,
+    outer_weight_decay=1e-4,
+    outer_second_decay=0.999,
+    gradient_clip=1e6,  # none
+    log_every=500,
+    notes=_PAPER_NOTES,
+)
+
+_ELO_CELO2_PAPER = dataclasses.replace(
+    _CELO2_PAPER,
+    name="elo_celo2_paper",
+    architecture="elo_celo2",
+    weight_decay=0.1,
+    schedule="warmup_cosine",
+    rule_options=(),  # which clips gradients to norm 1
+    horizons="uniform",
+    resume=0.8,
+    expert="muon",
+    expert_learning_rate=0.01,
+    expert_steps=(5_000, 50_000),
+    imitation_direction=(0.7, 0.21),
+    imitation_size=(0.3, 0.0),
+    outer_learning_rate=1e-4,
+    outer_schedule="cosine",
+    outer_warmup=100,
+    gradient_clip=1.0,
+)
+
+_ELO_SMALL_FC_PAPER = dataclasses.replace(
+    _ELO_CELO2_PAPER,
+    name="elo_small_fc_paper",
+    architecture="elo",
+    architecture_config=(
+        ("hidden_size", 32),
+        ("hidden_layers", 2),
+        ("exp_mult", 0.001),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.999,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    weight_decay=0.0,
+    schedule="warmup_constant",
+    expert="adamw",
+)
+
 _TINY = MetaTrainConfig(
     name="tiny",
     architecture="small_fc_lopt",
@@ -187,5 +269,8 @@ CONFIGS: dict[str, MetaTrainConfig] = {
         _CELO2,
         _CELO2_DECAY,
         _CELO_DECAY,
+        _CELO2_PAPER,
+        _ELO_CELO2_PAPER,
+        _ELO_SMALL_FC_PAPER,
     )
 }

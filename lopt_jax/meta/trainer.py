@@ -27,12 +27,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax.meta.augmentation import Reparametrised
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
-from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator
+from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
+from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
 from lopt_jax.meta.locks import lock
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule
 from lopt_jax.meta.tasks import Task, data_hashes, training_tasks
-from lopt_jax.meta.unroll import Unroll
+from lopt_jax.meta.unroll import Guidance, Unroll
 
 _PAIRS = "pairs"
 
@@ -95,15 +96,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 def outer_optimizer(config: MetaTrainConfig) -> optax.GradientTransformation:
-    """The default outer optimizer: clipping and Adam; the trainer applies the learning rate."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip), optax.scale_by_adam(b1=0.9, b2=0.99)
-    )
+    """The default outer optimizer: clipping and AdamW; the trainer applies the learning rate."""
+    chain = [
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.scale_by_adam(b1=0.9, b2=config.outer_second_decay),
+    ]
+    if config.outer_weight_decay:
+        chain.append(optax.add_decayed_weights(config.outer_weight_decay))
+    return optax.chain(*chain)
 
 
 def learning_rate(config: MetaTrainConfig, step: jax.Array, total: jax.Array) -> jax.Array:
-    """Linear warm-up, then a cosine to a tenth of the peak at `total` steps."""
+    """Linear warm-up; by default also a cosine to a tenth of the peak at `total` steps."""
     warm = jnp.minimum(1.0, (step + 1) / max(config.outer_warmup, 1))
+    if config.outer_schedule == "constant":
+        return config.outer_learning_rate * warm
     fraction = jnp.clip(step / total, 0.0, 1.0)
     return config.outer_learning_rate * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * fraction))
 
@@ -174,6 +181,7 @@ class Trainer:
       make_optimizer: overrides the rule that the config names.
       optimizer: overrides `outer_optimizer(config)`; its updates are multiplied by minus the
         learning rate.
+      expert: any optax transformation that guides the rule, instead of the config's expert.
       devices: the devices that share the pairs; by default all.
     """
 
@@ -185,8 +193,12 @@ class Trainer:
         make_optimizer: MakeOptimizer | None = None,
         optimizer: optax.GradientTransformation | None = None,
         devices: list[jax.Device] | None = None,
+        expert: optax.GradientTransformation | None = None,
     ):
         self.config = config
+        self.expert = expert
+        if expert is None and config.expert:
+            self.expert = make_expert(config.expert, config.expert_learning_rate)
         self.optimizer = optimizer or outer_optimizer(config)
         rule = make_optimizer or make_rule(
             config.architecture,
@@ -195,6 +207,7 @@ class Trainer:
             config.weight_decay,
             config.backend if jax.device_count() == 1 else "xla",
             config.precision,
+            dict(config.rule_options),
         )
         scales = dict(config.scales)
 
@@ -238,9 +251,25 @@ class Trainer:
             config.min_horizon,
             config.max_horizon,
             config.objective,
+            config.horizons,
+            config.schedule,
+            self.expert,
+            2 if config.architecture in ("celo2", "elo_celo2") else 0,  # lower ones have Adam
+            config.resume_by if config.resume else "",
         )
         make = ESTIMATORS[config.estimator]
-        return make(unroll, config.num_pairs, config.standard_deviation)
+        options: dict[str, Any] = {}
+        if config.resume:
+            options["resumption"] = Resumption(config.resume, config.resume_slots)
+        return make(unroll, config.num_pairs, config.standard_deviation, **options)
+
+    def _guidance(self, step: jax.Array) -> Guidance | None:
+        config = self.config
+        if self.expert is None:
+            return None
+        return guidance_at(
+            step, *config.expert_steps, config.imitation_direction, config.imitation_size
+        )
 
     def _key(self, step: jax.Array | int, task: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
@@ -306,7 +335,8 @@ class Trainer:
             def run(theta: Any, estimator_state: Any, step: jax.Array, total: jax.Array) -> Any:
                 mask = _phase_mask(config, theta, step, total)
                 key = self._key(step, i)
-                return self.estimators[i].estimate(theta, key, estimator_state, mask)
+                guidance = self._guidance(step)
+                return self.estimators[i].estimate(theta, key, estimator_state, mask, guidance)
 
             return jax.jit(
                 run,
