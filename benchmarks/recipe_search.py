@@ -51,9 +51,7 @@ def prototype(settings, horizon):
     """A linear direction over features, orthogonalised, with every constant traced."""
     is_adam = lambda path, x: (
         x.ndim - stacked_axes(path, x) < 2
-        or any(  # noqa: E731
-            str(getattr(k, "key", k)) in contenders._ADAM_LEAVES for k in path
-        )
+        or any(str(getattr(k, "key", k)) in contenders._ADAM_LEAVES for k in path)
     )
 
     def init(params):

@@ -7,7 +7,7 @@ import optax
 
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
-from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer, rule_precision
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, Plans, celo2_plans
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
@@ -31,7 +31,7 @@ def celo2(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Celo2: a learned rule for matrices, AdamW for the rest.
 
@@ -64,8 +64,10 @@ def celo2(
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
-      precision: of the products of Newton-Schulz and of hidden layers of 16 or more, as
-        `small_fc_lopt`'s.
+      precision: of the products of Newton-Schulz. "highest", "high" and "default" as
+        `small_fc_lopt`'s, also of hidden layers of 16 or more. "bfloat16": of bfloat16 numbers,
+        with sums in float32, as Muon's usually are. "auto": that on TPUs and on GPUs whose matrix
+        units take it, else "highest". With these two, hidden layers are as exact as float32 is.
 
     Returns:
       An optax transformation. It does not read the loss.
@@ -85,7 +87,7 @@ def celo2(
         accumulator_dtype,
         stacked_axes,
         backend,
-        precision,
+        rule_precision(precision),
     )
     return _celo2(
         weights,
@@ -96,6 +98,7 @@ def celo2(
         celo2_plans(label_fn, matrix_axes),
         max_gradient_norm,
         orthogonal=True,
+        precision=precision,
     )
 
 
@@ -116,7 +119,7 @@ def celo2_base(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Celo2 without orthogonalisation: directions of matrices are normalised alone.
 
@@ -129,7 +132,7 @@ def celo2_base(
         accumulator_dtype,
         stacked_axes,
         backend,
-        precision,
+        rule_precision(precision),
     )
     return _celo2(
         weights,
@@ -140,6 +143,7 @@ def celo2_base(
         celo2_plans(label_fn, matrix_axes),
         max_gradient_norm,
         orthogonal=False,
+        precision=precision,
     )
 
 
@@ -152,6 +156,7 @@ def _celo2(
     plans: Plans,
     max_gradient_norm: float | None,
     orthogonal: bool,
+    precision: str,
 ) -> optax.GradientTransformationExtraArgs:
     decay = options.weight_decay if adam_weight_decay is None else adam_weight_decay
     weights = resolve(weights, ARCHITECTURES)
@@ -170,4 +175,5 @@ def _celo2(
         plans=plans,
         max_gradient_norm=max_gradient_norm,
         orthogonal=orthogonal,
+        precision=precision,
     )

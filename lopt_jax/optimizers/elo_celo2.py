@@ -7,7 +7,7 @@ import optax
 
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
-from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer
+from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer, rule_precision
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, celo2_plans
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
@@ -28,7 +28,7 @@ def elo_celo2(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """ELO-CELO2: `celo2` with other weights, weight decay, and clipped gradients.
 
@@ -68,7 +68,7 @@ def elo_celo2(
         accumulator_dtype,
         stacked_axes,
         backend,
-        precision,
+        rule_precision(precision),
     )
     weights = resolve(weights, ARCHITECTURES[::-1])
     config = weights.config
@@ -86,4 +86,5 @@ def elo_celo2(
         plans=celo2_plans(label_fn, matrix_axes),
         max_gradient_norm=max_gradient_norm,
         orthogonal=True,
+        precision=precision,
     )

@@ -14,6 +14,7 @@ from lopt_jax.optimizers.matrices import (
     ARCHITECTURES,
     AdamW,
     matrix_optimizer,
+    rule_precision,
 )
 from lopt_jax.optimizers.plans import (
     ADAMW,
@@ -36,7 +37,7 @@ from lopt_jax.optimizers.roles import (
     roles_of,
 )
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 Number = float | jax.Array
 
@@ -80,7 +81,7 @@ class Recipe:
 @common.described
 def lopt(
     num_steps: int | jax.Array,
-    weights: str | Weights = "lopt",
+    weights: WeightsLike = "lopt",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 1.0,
@@ -91,7 +92,7 @@ def lopt(
     accumulator_dtype: jax.typing.DTypeLike = "float32",
     stacked_axes: StackedAxes = None,
     backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """This library's own optimizer: nothing to give but the number of steps.
 
@@ -143,7 +144,7 @@ def lopt(
         accumulator_dtype=accumulator_dtype,
         stacked_axes=stacked_axes,
         backend=backend,
-        precision=precision,
+        precision=rule_precision(precision),
     )
     common.check_learning_rate(learning_rate)
     per_step = weight_decay * constants.decay / jnp.maximum(num_steps, constants.shortest)
@@ -155,6 +156,7 @@ def lopt(
         max_gradient_norm=constants.max_gradient_norm,
         orthogonal=True,
         decay=lambda count: per_step * schedule(count, num_steps, constants),
+        precision=precision,
         still_where_zero=True,
         cautious_decay=True,
     )

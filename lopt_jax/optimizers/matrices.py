@@ -25,19 +25,20 @@ from lopt_jax.optimizers.per_parameter import (
     per_parameter,
 )
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
-from lopt_jax.partition import Partition, on_whole
+from lopt_jax.partition import Partition, is_local, on_whole
 from lopt_jax.reductions import mean
-from lopt_jax.rule import Rule, product_precision
+from lopt_jax.rows import concatenate
+from lopt_jax.rule import Rule
+from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision, newton_schulz
 from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
 
-_NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_NEWTON_SCHULZ_EPSILON = 1e-8
-_CONSTANT_DIAGONAL = 256  # rows of at most so large a matrix as a constant of the program
+NewtonSchulz = Callable[[jax.Array], jax.Array]  # of matrices in the last two axes
+
 _NORMALIZER_EPSILON = 1e-9
+_BATCH_ELEMENTS = 1 << 25  # of matrices that are orthogonalised together: bounds the temporaries
 
 
 class AdamW(NamedTuple):
@@ -56,6 +57,8 @@ def matrix_optimizer(
     plans: Plans,
     max_gradient_norm: Any,
     orthogonal: bool,
+    precision: str = "auto",
+    coefficients: Coefficients = QUINTIC,
     decay: common.ScalarOrSchedule | None = None,
     still_where_zero: bool = False,
     cautious_decay: bool = False,
@@ -72,6 +75,8 @@ def matrix_optimizer(
       plans: what is done with each leaf.
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       orthogonal: whether the learned step is orthogonalised.
+      precision: of the products that do that, as `newton_schulz`'s; `options` has the rule's.
+      coefficients: of the polynomials that do that.
       decay: the fraction of a parameter that a step takes off, whatever the learning rate, a number
         or a schedule; None: weight decay times learning rate, as `options` and `adamw` say.
       still_where_zero: whether a matrix whose gradient is zero everywhere makes no step.
@@ -89,6 +94,9 @@ def matrix_optimizer(
     common.check_number("adam_epsilon", adamw.adam.epsilon)
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
+    orthogonalize = functools.partial(
+        newton_schulz, coefficients=coefficients, precision=check_precision(precision)
+    )
     stacked_axes = options.stacked_axes
     learned_step = functools.cache(functools.partial(_learned_step, weights, options))
 
@@ -129,6 +137,8 @@ def matrix_optimizer(
         steps, accumulators = _learned_steps(
             learned_step, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
+        if orthogonal:
+            steps = _orthogonalized(steps, of_leaves, tensors, orthogonalize)
         count = optax.safe_increment(state.count)
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
@@ -140,7 +150,7 @@ def matrix_optimizer(
                 updates.append(None)
                 continue
             if plan.rule == LEARNED:
-                step = _normalized(steps[i], plan.matrix, options, orthogonal, entry.leaf_partition)
+                step = normalize_matrices(steps[i], plan.matrix, entry.leaf_partition)
                 if still_where_zero:
                     step = _still_where_zero(step, given[i], plan.matrix, entry.leaf_partition)
                 mult, decay_of_leaf = 1.0, decay_of_learned
@@ -299,22 +309,47 @@ def _normalizer_axes(
     return out
 
 
-def _normalized(
-    step: jax.Array,
-    matrix: Matrix,
-    options: common.Options,
-    orthogonal: bool,
-    partition: Partition | None,
-) -> jax.Array:
-    if orthogonal:  # no sum over shards: a product of the matrix with itself
+def _orthogonalized(
+    steps: Sequence[Any],
+    plans: Sequence[LeafPlan],
+    tensors: Sequence[Tensors],
+    orthogonalize: NewtonSchulz,
+) -> list[Any]:
+    """The steps of learned leaves with their matrices made nearly orthogonal; others as they are.
 
-        def orthogonalized(x: jax.Array) -> jax.Array:
-            return _from_matrices(
-                orthogonalize(_as_matrices(x, matrix), options.precision), matrix, x.shape
-            )
+    It takes whole matrices: what one device holds of a split matrix has other singular vectors.
+    Where no array is split, all matrices of one shape are one batch, whatever leaf they are of.
+    """
+    out = list(steps)
+    batches: dict[Any, list[list[int]]] = {}
+    for i, (step, plan, entry) in enumerate(zip(steps, plans, tensors, strict=True)):
+        if step is None or plan.rule != LEARNED:
+            continue
+        if not is_local() or entry.partition is not None:
+            alone = functools.partial(_orthogonal_leaf, orthogonalize, plan.matrix)
+            out[i] = on_whole(alone, step, entry.leaf_partition)
+            continue
+        shape = jax.eval_shape(functools.partial(_as_matrices, matrix=plan.matrix), step).shape
+        alike = batches.setdefault((shape[-2:], step.dtype), [[]])
+        if sum(steps[j].size for j in alike[-1]) + step.size > _BATCH_ELEMENTS and alike[-1]:
+            alike.append([])
+        alike[-1].append(i)
+    for members in (members for alike in batches.values() for members in alike):
+        if len(members) == 1:
+            (i,) = members
+            out[i] = _orthogonal_leaf(orthogonalize, plans[i].matrix, steps[i])
+            continue
+        matrices = [_as_matrices(steps[i], plans[i].matrix) for i in members]
+        flat = [x.reshape((-1, *x.shape[-2:])) for x in matrices]
+        made = orthogonalize(concatenate(flat))
+        ends = np.cumsum([len(x) for x in flat])[:-1]
+        for i, x, part in zip(members, matrices, jnp.split(made, ends), strict=True):
+            out[i] = _from_matrices(part.reshape(x.shape), plans[i].matrix, steps[i].shape)
+    return out
 
-        step = on_whole(orthogonalized, step, partition)
-    return normalize_matrices(step, matrix, partition)
+
+def _orthogonal_leaf(orthogonalize: NewtonSchulz, matrix: Matrix, step: jax.Array) -> jax.Array:
+    return _from_matrices(orthogonalize(_as_matrices(step, matrix)), matrix, step.shape)
 
 
 def _still_where_zero(
@@ -348,35 +383,9 @@ def _from_matrices(x: jax.Array, matrix: Matrix, shape: Sequence[int]) -> jax.Ar
     return jnp.transpose(x.reshape([shape[a] for a in order]), back)
 
 
-def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
-    """Nearly orthogonal matrices with the singular vectors of those in the last two axes.
-
-    Args:
-      step: (..., m, n).
-      precision: of the matrix products.
-
-    Returns:
-      The same shape; singular values about one, by five Newton-Schulz iterations.
-    """
-    if not step.size:
-        return step
-    norm = jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True))
-    x = step / (norm + _NEWTON_SCHULZ_EPSILON)
-    m, n = step.shape[-2:]
-    # An iteration is a x + b g x + c g g x for g = x x'. The square completed, it is three products
-    # with a number added to the diagonal in between. Where that is a constant, not made of an iota,
-    # XLA's GPU backend takes it into the products: three kernels, where the three terms are five.
-    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
-    diagonal = (np if min(m, n) <= _CONSTANT_DIAGONAL else jnp).eye(min(m, n), dtype=x.dtype)
-    inner, outer = diagonal * (b / (2 * c)), diagonal * (a - b * b / (4 * c))
-    product = functools.partial(jnp.matmul, precision=product_precision(precision, x.dtype))
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        transposed = jnp.swapaxes(x, -2, -1)
-        gram = product(x, transposed) if m <= n else product(transposed, x)
-        shifted = gram + inner
-        factor = c * product(shifted, shifted) + outer
-        x = product(factor, x) if m <= n else product(x, factor)
-    return x
+def rule_precision(precision: str) -> str:
+    """The precision of the rule's own products, where Newton-Schulz has this one."""
+    return {"auto": "highest", "bfloat16": "high"}.get(precision, precision)
 
 
 def normalize_matrices(
