@@ -49,10 +49,11 @@ def orthogonal(x):
 
 def prototype(settings, horizon):
     """A linear direction over features, orthogonalised, with every constant traced."""
-    is_adam = lambda path, x: (
-        x.ndim - stacked_axes(path, x) < 2
-        or any(str(getattr(k, "key", k)) in contenders._ADAM_LEAVES for k in path)
-    )
+
+    def is_adam(path, x):
+        names = [str(getattr(k, "key", k)) for k in path]
+        is_named = any(name in contenders.ADAM_LEAVES for name in names)
+        return is_named or x.ndim - stacked_axes(path, x) < 2
 
     def init(params):
         def leaf(path, p):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lopt_jax import diagnostics, mup, plot, weights
 from lopt_jax.applying import update_params
+from lopt_jax.describe import describe
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
@@ -57,6 +58,7 @@ __all__ = [
     "celo2_base",
     "celo_adam",
     "convert_weights",
+    "describe",
     "diagnostics",
     "elo",
     "elo_celo2",

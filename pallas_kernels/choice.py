@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lopt_jax.context import LARGEST_INDEX
+from lopt_jax.features import NormalizerAxes
 from lopt_jax.rule import Rule
 from pallas_kernels.launches import launch_kind
 from pallas_kernels.lines import PIECE, pieces
@@ -30,7 +31,14 @@ def unsupported_group_reason(
     Returns:
       The reason, part of a sentence.
     """
-    if rule.features.normalizer_axes != "tensor" and len(shape) > 3:
+    return unsupported_leaf_reason(rule.features.normalizer_axes, shape, dtypes, is_asked_for)
+
+
+def unsupported_leaf_reason(
+    normalizer_axes: NormalizerAxes, shape: Sequence[int], dtypes: Sequence[Any], is_asked_for: bool
+) -> str | None:
+    """The same, of a rule whose features are normalised over these axes."""
+    if normalizer_axes != "tensor" and len(shape) > 3:
         return "normalisers are over matrices of tensors of higher rank"
     for dtype in map(jnp.dtype, dtypes):
         if dtype.itemsize not in (2, 4):

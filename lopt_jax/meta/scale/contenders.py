@@ -23,7 +23,7 @@ from lopt_jax.weights import load_weights
 _WARM_UP = 0.05
 _WEIGHT_DECAY = 0.1
 _CONSISTENT_RMS = 0.2
-_ADAM_LEAVES = ("embedding", "positions", "position", "head")
+ADAM_LEAVES = ("embedding", "positions", "position", "head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _matrices(params: Any) -> Any:
     def numbers(path: Any, leaf: Any) -> Any:
         names = [str(getattr(entry, "key", entry)) for entry in path]
         stack = stacked_axes(path, leaf)
-        if leaf.ndim - stack < 2 or any(name in _ADAM_LEAVES for name in names):
+        if leaf.ndim - stack < 2 or any(name in ADAM_LEAVES for name in names):
             return None
         axes = range(stack, leaf.ndim)
         return optax.contrib.MuonDimensionNumbers(tuple(axes[:-1]), (leaf.ndim - 1,))
