@@ -33,6 +33,7 @@ class Case:
       arguments: those that the constructor requires.
       reads_loss: whether its update needs `value`.
       decays_after: weight decay is taken off the updated parameter.
+      has_recipe: its rate multiplies a schedule of its own, which decay follows as well.
     """
 
     constructor: Callable[..., optax.GradientTransformationExtraArgs]
@@ -41,10 +42,17 @@ class Case:
     arguments: dict[str, Any] = field(default_factory=dict)
     reads_loss: bool = False
     decays_after: bool = False
+    has_recipe: bool = False
 
     def make(self, **arguments: Any) -> optax.GradientTransformationExtraArgs:
         """Builds the optimizer."""
         return self.constructor(**{**self.arguments, **arguments})
+
+
+def kernels_are_learned(path: Any, leaf: Any) -> str | None:
+    """For `lopt`: no matrix of the tests is a head, though few layers read one another."""
+    is_kernel = path and any(word in str(path[-1]) for word in ("w", "kernel", "head"))
+    return "learned" if is_kernel and leaf.ndim > 1 else None
 
 
 OPTIMIZERS = {
@@ -68,6 +76,13 @@ OPTIMIZERS = {
     "celo2_base": Case(lopt_jax.celo2_base, "celo2", MLP, EXACT),
     "elo": Case(lopt_jax.elo, "elo", MLP),
     "elo_celo2": Case(lopt_jax.elo_celo2, "elo_celo2", MLP, EXACT),
+    "lopt": Case(
+        lopt_jax.lopt,
+        "celo2",
+        MLP,
+        {"num_steps": NUM_STEPS, "label_fn": kernels_are_learned, **EXACT},
+        has_recipe=True,
+    ),
     "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
 }
 

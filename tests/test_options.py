@@ -53,7 +53,8 @@ STATIC = {
     "backend",
     "precision",
     "label_fn",
-    "kernel_axes",
+    "matrix_axes",
+    "recipe",
     "weights",
 }
 
@@ -122,7 +123,7 @@ def test_accumulation_keeps_its_dtypes_under_64_bits():
 
 
 # Optimizers whose states cannot be told apart: the same averages of the same params.
-ALIKE = [{"small_fc_lopt", "elo", "mulo"}, {"celo2", "celo2_base", "elo_celo2"}]
+ALIKE = [{"small_fc_lopt", "elo", "mulo"}, {"celo2", "celo2_base", "elo_celo2", "lopt"}]
 
 
 def kinds():

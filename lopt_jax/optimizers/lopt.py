@@ -246,11 +246,11 @@ def _plan(role: Role, shape: Sequence[int], recipe: Recipe) -> LeafPlan:
     """What is done with a leaf of a role; `shape` is that of one tensor."""
     reason = f"{role.name}: {role.reason}"
     if role.name == MATRIX:
-        shorter = min(matrix_sizes(role.matrix, shape))
+        shorter = max(min(matrix_sizes(role.matrix, shape)), 1)  # an empty leaf has none
         return LeafPlan(LEARNED, role.matrix, recipe.matrix / shorter**0.5, reason=reason)
     if role.name == HEAD:
         inputs, _ = matrix_sizes(role.matrix, shape)
-        rate = _smaller(recipe.head / inputs, recipe.head_limit)
+        rate = _smaller(recipe.head / max(inputs, 1), recipe.head_limit)
         return LeafPlan(ADAMW, role.matrix, rate, reason=reason)
     if role.name == EMBEDDING:
         return LeafPlan(ADAMW, scale=recipe.embedding, reason=reason)

@@ -32,6 +32,7 @@ _NORMS = ("scale", "gamma", "g")
 _EMBEDDING_WORDS = ("wte", "wpe", "pos", "position", "positions", "positional", "posemb", "cls")
 _HEAD_WORDS = ("head", "logits", "classifier", "unembed", "unembedding", "readout", "lmhead")
 _BLOCK_WORDS = ("attention", "attn", "multi", "heads")
+_ADAPTER_WORDS = ("lora",)  # they stand beside kernels of blocks
 
 
 class Role(NamedTuple):
@@ -157,6 +158,7 @@ def _heads(leaves: Sequence[_Leaf], roles: Sequence[Role]) -> dict[int, str]:
         and len(leaf.shape) == 2
         and (role.name == MATRIX or role.name == VECTOR)
         and (not leaf.names or leaf.names[-1].lower() not in (*_BIASES, *_NORMS))
+        and not any(word in _ADAPTER_WORDS for name in leaf.names for word in _words(name))
     ]
     named = {i: f"named {leaves[i].names[-2]!r}" for i in kernels if _is_named_head(leaves[i])}
     if named:
@@ -187,7 +189,9 @@ def _last_layers(
     """Kernels whose outputs nothing reads, those nearest to the root of the tree.
 
     A layer of a block, such as a gate whose outputs are halved, is deeper in the tree or comes
-    several times in one shape.
+    several times in one shape. So a model that has no head, such as one whose embedding is its
+    head too, may have none here: a head belongs to the module that has the embeddings, or to one
+    that is nearer to the root.
     """
     inputs = collections.Counter(
         size for leaf, role in zip(leaves, roles, strict=True) for size in _inputs(leaf, role)
@@ -200,7 +204,12 @@ def _last_layers(
     if not unread:
         return {}
     depth = min(len(leaves[i].names) for i in unread)
-    nearest = [i for i in unread if len(leaves[i].names) == depth]
+    layers = [
+        len(leaf.names) + (leaf.names[-1].lower() not in ("embedding", "embeddings", *_KERNELS))
+        for leaf, role in zip(leaves, roles, strict=True)
+        if role.name == EMBEDDING
+    ]
+    nearest = [i for i in unread if len(leaves[i].names) == depth <= max(layers, default=depth)]
     shapes = collections.Counter(leaves[i].shape for i in nearest)
     return {
         i: f"no other layer reads its {leaves[i].shape[1]} outputs"
