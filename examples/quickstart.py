@@ -1,14 +1,18 @@
-"""A learned optimizer, as it comes, against Adam at five learning rates.
+"""`lopt`, as it comes, against AdamW and Muon at five rates each, on two small trainings.
 
-Trains a small Flax model on the handwritten digits that ship with scikit-learn. Prints a table and
-draws the curves to outputs/quickstart.png.
+A network on the handwritten digits that ship with scikit-learn, and a transformer on the bytes of
+Python's standard library. Prints a table and draws the curves to outputs/quickstart.png.
 
 python examples/quickstart.py
 """
 
 import argparse
+import sysconfig
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,146 +21,197 @@ import matplotlib as mpl
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import lopt_jax
-from lopt_jax.flax import TrainState
 
-STEPS = 2000
-STEPS_A_CALL = 100  # each compiled call makes this many steps, then the test set is evaluated
-BATCH = 128
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+POINTS = 20  # measurements of a run
+LENGTH, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
 PICTURE = Path("outputs/quickstart.png")
 
 
-class MLP(nn.Module):
+class Mlp(nn.Module):
     """Two hidden layers."""
 
     @nn.compact
     def __call__(self, x):
-        """Maps (batch, 64) pixels to (batch, 10) logits."""
+        """From (batch, 64) pixels to (batch, 10) logits."""
         for _ in range(2):
             x = nn.relu(nn.Dense(128)(x))
-        return nn.Dense(10)(x)
+        return nn.Dense(10, name="head")(x)
 
 
-def load_data():
+class Transformer(nn.Module):
+    """A small decoder of bytes."""
+
+    @nn.compact
+    def __call__(self, x):
+        """From (batch, length) bytes to (batch, length, 256) logits."""
+        positions = self.param("positions", nn.initializers.normal(0.02), (LENGTH, WIDTH))
+        mask = nn.make_causal_mask(x)
+        x = nn.Embed(256, WIDTH, name="embedding")(x) + positions
+        for _ in range(LAYERS):
+            x = x + nn.MultiHeadDotProductAttention(HEADS, use_bias=False)(
+                nn.RMSNorm()(x), mask=mask
+            )
+            x = x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(nn.RMSNorm()(x))))
+        return nn.Dense(256, use_bias=False, name="head")(nn.RMSNorm()(x))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model, its data, and how long it is trained."""
+
+    name: str
+    model: nn.Module
+    train: Any  # examples are drawn from it
+    test: tuple[jax.Array, jax.Array]  # inputs and labels
+    draw: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+    steps: int
+
+
+def digits(steps):
     images, labels = load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32)
-    return train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
-
-
-def loss_and_accuracy(state, params, images, labels):
-    logits = state.apply_fn({"params": params}, images)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-
-
-@jax.jit
-def train(state, images, labels, batches):
-    """Trains on each row of indices in turn; returns the state and each step's loss."""
-
-    def step(state, batch):
-        def loss_of(params):
-            return loss_and_accuracy(state, params, images[batch], labels[batch])[0]
-
-        loss, gradients = jax.value_and_grad(loss_of)(state.params)
-        # the one line that differs from training with optax.adam: the loss goes along
-        return state.apply_gradients(grads=gradients, value=loss), loss
-
-    return jax.lax.scan(step, state, batches)
-
-
-evaluate = jax.jit(
-    lambda state, images, labels: loss_and_accuracy(state, state.params, images, labels)
-)
-
-
-def run(name, tx, data, advance):
-    """Trains one model; returns its row of the table and its curves."""
-    train_images, test_images, train_labels, test_labels = data
-    model = MLP()
-    params = model.init(jax.random.key(0), train_images[:1])["params"]
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    state = state.replace(step=jnp.zeros((), jnp.int32))
-    batches = np.random.default_rng(0).integers(
-        len(train_images), size=(STEPS // STEPS_A_CALL, STEPS_A_CALL, BATCH)
+    x, test_x, y, test_y = train_test_split(
+        (images / 16).astype(np.float32), labels, test_size=0.2, random_state=0, stratify=labels
     )
-    start = time.perf_counter()
-    losses, test_losses = [], []
-    for part in batches:
-        state, part_losses = train(state, train_images, train_labels, part)
-        losses.append(np.asarray(part_losses))
-        test_losses.append(float(evaluate(state, test_images, test_labels)[0]))
-        advance(STEPS_A_CALL)
-    seconds = time.perf_counter() - start
-    train_loss, _ = evaluate(state, train_images, train_labels)
-    test_loss, accuracy = evaluate(state, test_images, test_labels)
-    return {
-        "name": name,
-        "train": float(train_loss),
-        "test": float(test_loss),
-        "accuracy": float(accuracy),
-        "seconds": seconds,
-        "losses": np.concatenate(losses),
-        "test_losses": np.asarray(test_losses),
-    }
+
+    def draw(key, data):
+        rows = jax.random.randint(key, (128,), 0, len(data[0]))
+        return data[0][rows], data[1][rows]
+
+    return Training(
+        "digits", Mlp(), (jnp.asarray(x), jnp.asarray(y)), (test_x, test_y), draw, steps
+    )
 
 
-def show(results):
-    best = min((r for r in results if r["name"].startswith("adam")), key=lambda r: r["test"])
-    table = Table("optimizer", title=f"Digits, {STEPS} steps of {BATCH} images, cosine schedule")
-    for column in ("train loss", "test loss", "test accuracy", "seconds"):
-        table.add_column(column, justify="right")
-    for r in results:
-        table.add_row(
-            r["name"] + (" (best Adam)" if r is best else ""),
-            f"{r['train']:.2g}",
-            f"{r['test']:.4f}",
-            f"{100 * r['accuracy']:.1f}%",
-            f"{r['seconds']:.1f}",
-            style="bold" if r is results[0] else None,
-        )
-    Console().print(table)
+def sources(steps):
+    """Every tenth file of the standard library is for testing."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    join = lambda chosen: np.frombuffer(b"\n".join(f.read_bytes() for f in chosen), np.uint8)  # noqa: E731
+
+    def draw(key, data, batch=16):
+        starts = jax.random.randint(key, (batch,), 0, len(data) - LENGTH)
+        rows = data[starts[:, None] + jnp.arange(LENGTH + 1)].astype(jnp.int32)
+        return rows[:, :-1], rows[:, 1:]
+
+    test = draw(jax.random.key(1), jnp.asarray(join(files[::10])), 128)
+    train = jnp.asarray(join([f for i, f in enumerate(files) if i % 10]))
+    return Training("bytes", Transformer(), train, test, draw, steps)
 
 
-def draw(results):
+def warm_cosine(rate, steps):
+    one = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 20, 1), steps)
+    return lambda count: rate * one(count)
+
+
+def lopt(rate, steps):
+    return lopt_jax.lopt(steps, learning_rate=rate)
+
+
+def adamw(rate, steps):
+    tx = optax.adamw(warm_cosine(rate, steps), b2=0.95, weight_decay=0.1)
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+def muon(rate, steps):
+    """Embeddings, head, norms and biases by its AdamW; kernels of attention as whole matrices."""
+
+    def numbers(path, leaf):
+        names = [key.key for key in path]
+        if leaf.ndim < 2 or not {"embedding", "positions", "head"}.isdisjoint(names):
+            return None
+        inputs = range(leaf.ndim - 1) if "out" in names else [0]
+        outputs = [axis for axis in range(leaf.ndim) if axis not in inputs]
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+
+    tx = optax.contrib.muon(
+        warm_cosine(rate, steps),
+        weight_decay=0.1,
+        adam_weight_decay=0.1,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda p: jax.tree_util.tree_map_with_path(numbers, p),
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), tx)
+
+
+OPTIMIZERS = {  # with the rates that are tried
+    "lopt": (lopt, (1.0,)),
+    "adamw": (adamw, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "muon": (muon, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+}
+
+
+def run(training, optimizer, rates):
+    """Test losses by step, a row a rate: (rates, POINTS)."""
+    every = training.steps // POINTS
+
+    def loss_of(params, x, y):
+        logits = training.model.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def one(rate, data, test):
+        tx = optimizer(rate, training.steps)
+        params = training.model.init(jax.random.key(0), test[0][:1])["params"]
+
+        def step(carry, number):
+            params, state = carry
+            batch = training.draw(jax.random.fold_in(jax.random.key(2), number), data)
+            updates, state = tx.update(jax.grad(loss_of)(params, *batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        def part(carry, first):
+            carry, _ = jax.lax.scan(step, carry, first + jnp.arange(every))
+            return carry, loss_of(carry[0], *test)
+
+        return jax.lax.scan(part, (params, tx.init(params)), every * jnp.arange(POINTS))[1]
+
+    losses = jax.jit(jax.vmap(one, (0, None, None)))(
+        jnp.asarray(rates), training.train, training.test
+    )
+    return np.asarray(losses)
+
+
+def draw_curves(trainings, results):
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for i, r in enumerate(results):
-        style = {"color": "black", "linewidth": 2} if i == 0 else {"color": f"C{i}", "alpha": 0.8}
-        smooth = r["losses"].reshape(-1, STEPS_A_CALL // 4).mean(axis=1)
-        left.plot(
-            np.arange(1, len(smooth) + 1) * STEPS_A_CALL / 4, smooth, label=r["name"], **style
-        )
-        steps = np.arange(1, len(r["test_losses"]) + 1) * STEPS_A_CALL
-        right.plot(steps, r["test_losses"], label=r["name"], **style)
-    for axes, title in ((left, "training loss"), (right, "test loss")):
-        axes.set(title=title, xlabel="step", yscale="log")
-    right.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, training in zip(panels, trainings, strict=True):
+        steps = training.steps // POINTS * np.arange(1, POINTS + 1)
+        for color, (name, (_, rates)) in zip(
+            ("black", "C0", "C1"), OPTIMIZERS.items(), strict=True
+        ):
+            losses = results[training.name, name]
+            for i, curve in enumerate(losses):
+                best = i == np.nanargmin(losses[:, -1])
+                label = name + (f", best of {len(rates)} rates" if len(rates) > 1 else "")
+                style = {"linewidth": 2, "label": label} if best else {"alpha": 0.25}
+                axes.plot(steps, curve, color=color, **style)
+        axes.set(title=f"{training.name}: test loss", xlabel="step", yscale="log")
+        axes.legend()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)
 
 
 def main():
-    data = load_data()
-    cosine = lambda rate: optax.cosine_decay_schedule(rate, STEPS)  # noqa: E731
-    optimizers = {"small_fc_lopt": lopt_jax.small_fc_lopt(learning_rate=cosine(1.0))}
-    optimizers |= {f"adam {rate:g}": optax.adam(cosine(rate)) for rate in LEARNING_RATES}
-    results = []
-    columns = (TextColumn("{task.description:14}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=STEPS * len(optimizers))
-        for name, tx in optimizers.items():
-            progress.update(task, description=name)
-            results.append(run(name, tx, data, lambda n: progress.advance(task, n)))
-    show(results)
-    draw(results)
+    trainings, results = (digits(600), sources(400)), {}
+    for training in trainings:
+        for name, (optimizer, rates) in OPTIMIZERS.items():
+            begin = time.perf_counter()
+            results[training.name, name] = run(training, optimizer, rates)
+            print(f"{training.name}: {name}, {time.perf_counter() - begin:.0f} s", flush=True)
+    titles = [f"{t.name}, {t.steps} steps" for t in trainings]
+    table = Table("optimizer", "rate", *titles, title="Test loss at the end")
+    for name, (_, rates) in OPTIMIZERS.items():
+        for i, rate in enumerate(rates):
+            ends = [results[t.name, name][:, -1] for t in trainings]
+            cells = [f"{x[i]:.4f}" + (" *" if i == np.nanargmin(x) else "") for x in ends]
+            table.add_row(name, "none given" if name == "lopt" else f"{rate:g}", *cells)
+    Console().print(table, "* the best of this optimizer's", sep="\n")
+    draw_curves(trainings, results)
     print(f"Curves: {PICTURE}")
 
 
