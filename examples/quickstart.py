@@ -9,10 +9,8 @@ python examples/quickstart.py
 import argparse
 import sysconfig
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -53,38 +51,27 @@ class Transformer(nn.Module):
         mask = nn.make_causal_mask(x)
         x = nn.Embed(256, WIDTH, name="embedding")(x) + positions
         for _ in range(LAYERS):
-            x = x + nn.MultiHeadDotProductAttention(HEADS, use_bias=False)(
-                nn.RMSNorm()(x), mask=mask
-            )
+            attention = nn.MultiHeadDotProductAttention(HEADS, use_bias=False)
+            x = x + attention(nn.RMSNorm()(x), mask=mask)
             x = x + nn.Dense(WIDTH)(nn.gelu(nn.Dense(4 * WIDTH)(nn.RMSNorm()(x))))
         return nn.Dense(256, use_bias=False, name="head")(nn.RMSNorm()(x))
 
 
-@dataclass(frozen=True)
-class Training:
-    """A model, its data, and how long it is trained."""
-
-    name: str
-    model: nn.Module
-    train: Any  # examples are drawn from it
-    test: tuple[jax.Array, jax.Array]  # inputs and labels
-    draw: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
-    steps: int
+# `train` is what `draw` takes examples from, `test` inputs and labels
+Training = namedtuple("Training", "name model train test draw steps")
 
 
 def digits(steps):
     images, labels = load_digits(return_X_y=True)
-    x, test_x, y, test_y = train_test_split(
-        (images / 16).astype(np.float32), labels, test_size=0.2, random_state=0, stratify=labels
-    )
+    images = (images / 16).astype(np.float32)
+    x, test_x, y, test_y = train_test_split(images, labels, test_size=0.2, random_state=0)
 
     def draw(key, data):
         rows = jax.random.randint(key, (128,), 0, len(data[0]))
         return data[0][rows], data[1][rows]
 
-    return Training(
-        "digits", Mlp(), (jnp.asarray(x), jnp.asarray(y)), (test_x, test_y), draw, steps
-    )
+    train = tuple(map(jnp.asarray, (x, y)))
+    return Training("digits", Mlp(), train, (test_x, test_y), draw, steps)
 
 
 def sources(steps):
@@ -92,7 +79,7 @@ def sources(steps):
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     join = lambda chosen: np.frombuffer(b"\n".join(f.read_bytes() for f in chosen), np.uint8)  # noqa: E731
 
-    def draw(key, data, batch=16):
+    def draw(key, data, batch=8):
         starts = jax.random.randint(key, (batch,), 0, len(data) - LENGTH)
         rows = data[starts[:, None] + jnp.arange(LENGTH + 1)].astype(jnp.int32)
         return rows[:, :-1], rows[:, 1:]
@@ -105,10 +92,6 @@ def sources(steps):
 def warm_cosine(rate, steps):
     one = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(steps // 20, 1), steps)
     return lambda count: rate * one(count)
-
-
-def lopt(rate, steps):
-    return lopt_jax.lopt(steps, learning_rate=rate)
 
 
 def adamw(rate, steps):
@@ -138,7 +121,7 @@ def muon(rate, steps):
 
 
 OPTIMIZERS = {  # with the rates that are tried
-    "lopt": (lopt, (1.0,)),
+    "lopt": (lambda rate, steps: lopt_jax.lopt(steps, learning_rate=rate), (1.0,)),
     "adamw": (adamw, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
     "muon": (muon, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
 }
@@ -168,10 +151,8 @@ def run(training, optimizer, rates):
 
         return jax.lax.scan(part, (params, tx.init(params)), every * jnp.arange(POINTS))[1]
 
-    losses = jax.jit(jax.vmap(one, (0, None, None)))(
-        jnp.asarray(rates), training.train, training.test
-    )
-    return np.asarray(losses)
+    of_all_rates = jax.jit(jax.vmap(one, (0, None, None)))
+    return np.asarray(of_all_rates(jnp.asarray(rates), training.train, training.test))
 
 
 def draw_curves(trainings, results):
@@ -180,15 +161,13 @@ def draw_curves(trainings, results):
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, training in zip(panels, trainings, strict=True):
-        steps = training.steps // POINTS * np.arange(1, POINTS + 1)
-        for color, (name, (_, rates)) in zip(
-            ("black", "C0", "C1"), OPTIMIZERS.items(), strict=True
-        ):
+        for color, name in zip(("black", "C0", "C1"), OPTIMIZERS, strict=True):
             losses = results[training.name, name]
             for i, curve in enumerate(losses):
                 best = i == np.nanargmin(losses[:, -1])
-                label = name + (f", best of {len(rates)} rates" if len(rates) > 1 else "")
+                label = name + (f", best of {len(losses)} rates" if len(losses) > 1 else "")
                 style = {"linewidth": 2, "label": label} if best else {"alpha": 0.25}
+                steps = np.linspace(0, training.steps, POINTS + 1)[1:]
                 axes.plot(steps, curve, color=color, **style)
         axes.set(title=f"{training.name}: test loss", xlabel="step", yscale="log")
         axes.legend()
@@ -197,7 +176,7 @@ def draw_curves(trainings, results):
 
 
 def main():
-    trainings, results = (digits(600), sources(400)), {}
+    trainings, results = (digits(400), sources(300)), {}
     for training in trainings:
         for name, (optimizer, rates) in OPTIMIZERS.items():
             begin = time.perf_counter()

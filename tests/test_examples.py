@@ -1,6 +1,7 @@
-"""The examples' arguments."""
+"""The examples' arguments, and the first ones in full."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,17 @@ def test_a_wrong_mesh_is_named(mesh, message):
     result = run("train_fsdp.py", "--mesh", mesh)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("name", ["first_nnx.py", "first_linen.py"])
+def test_first_files_train(name, monkeypatch, capsys):
+    """Of fifteen lines; at a tiny size, in this process."""
+    path = EXAMPLES / name
+    lines = path.read_text().split('"""', 2)[2].splitlines()
+    assert len([line for line in lines if line]) == 15
+    losses = []
+    for steps in (1, 12):
+        monkeypatch.setattr(sys, "argv", [name, str(steps)])
+        runpy.run_path(str(path))
+        losses.append(float(capsys.readouterr().out.split()[-1]))
+    assert losses[1] < 0.9 * losses[0]
