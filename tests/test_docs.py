@@ -65,6 +65,13 @@ def test_table_of_the_evaluation_is_that_of_its_records(capsys):
     assert (ROOT / "docs" / "meta_eval_table.md").read_text().endswith(capsys.readouterr().out)
 
 
+def test_table_of_the_scale_suite_is_that_of_its_records():
+    from lopt_jax.meta.scale import report, suite
+
+    records = suite.read_records(ROOT / suite.RECORDS)
+    assert report.table(suite.current(records)) in (ROOT / "docs" / "scale.md").read_text()
+
+
 def test_benchmark_models_are_the_flax_models():
     """The lists that `lopt bench` times hold the shapes of the modules in benchmarks/models.py."""
     import importlib.util
