@@ -4,7 +4,9 @@ STAMP := $(VENV)/.installed
 
 PYTEST := $(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
-.PHONY: demo test test-slow lint clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-slow test-oldest lint clean
 
 demo: $(STAMP)  ## train a Flax model on handwritten digits with a learned optimizer, against Adam
 	$(VENV)/bin/python examples/quickstart.py
@@ -23,6 +25,14 @@ test: $(STAMP) lint  ## lint, type-check and run the test suite
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(VENV)/bin/python -m pytest -m slow
 
+# What touches the other packages most: files of weights, the Hub, optax's and Flax's trees.
+OLD_FILES := $(addprefix tests/test_weights_,base.py convert.py hub.py store.py)
+OLD_TREES := tests/test_optax_conventions.py tests/test_flax.py -k "mulo or celo2_base"
+
+test-oldest: $(OLDEST)/.installed  ## a part of the suite with the lowest versions that pyproject.toml allows
+	$(QUICKLY) $(OLDEST)/bin/python -m pytest $(OLD_FILES)
+	$(QUICKLY) $(OLDEST)/bin/python -m pytest $(OLD_TREES)
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,5 +44,11 @@ $(STAMP): pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml tests/lowest.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python tests/lowest.py pyproject.toml > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --only-binary :all: -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(OLDEST) outputs

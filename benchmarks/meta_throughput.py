@@ -93,6 +93,7 @@ def main():
                     "learning_rate": config.learning_rate_peak,
                     "weight_decay": config.weight_decay,
                     "backend": backend,
+                    "precision": "default" if config.architecture == "celo2" else "own",
                 }
                 parts = config.architecture, dict(config.architecture_config), options
                 kinds[name, backend] = parts

@@ -2,7 +2,8 @@
 # Meta-trains the shipped weights, one process a GPU, then evaluates them on the held-out tasks.
 #   benchmarks/meta_train_all.sh OUT SECONDS EVAL_SECONDS [CONFIG ...]
 # OUT gets weights.tar.gz (weights, curves, settings and logs), records.json and speed_up.png.
-# Both limits are wall-clock seconds; trainings beyond the number of GPUs share them.
+# Both limits are wall-clock seconds; SECONDS 0: the outer steps of the configs, however long they
+# take. EVAL_SECONDS 0: no evaluation. Trainings beyond the number of GPUs share them.
 set -u
 out=$1 seconds=$2 eval_seconds=$3
 shift 3
@@ -14,8 +15,11 @@ mkdir -p "$out"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
 
 train() {
-  CUDA_VISIBLE_DEVICES=$(($1 % gpus)) timeout $((seconds + 60)) $python -m lopt_jax.meta.cli \
-    meta-train "$2" --out "$work/$2" --seconds "$seconds" ${EXTRA:-} >"$work/$2.log" 2>&1
+  local budget=""
+  [ "$seconds" -gt 0 ] && budget="--seconds $seconds"
+  CUDA_VISIBLE_DEVICES=$(($1 % gpus)) timeout $((seconds > 0 ? seconds + 60 : 0)) \
+    $python -m lopt_jax.meta.cli meta-train "$2" --out "$work/$2" $budget ${EXTRA:-} \
+    >"$work/$2.log" 2>&1
 }
 i=0
 for config in $configs; do

@@ -3,13 +3,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lopt_jax import diagnostics, mup, plot
+from lopt_jax import diagnostics, mup, plot, weights
 from lopt_jax.applying import update_params
+from lopt_jax.describe import describe
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
 from lopt_jax.optimizers.elo import elo
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
@@ -27,11 +29,13 @@ from lopt_jax.weights import (
 
 if TYPE_CHECKING:
     from lopt_jax import flax as flax
+    from lopt_jax import meta as meta
     from lopt_jax import sharding as sharding
 
 __version__ = "0.1.0"
 
-_LAZY = ("flax", "sharding")  # flax alone takes as long to import as all the rest
+# Imported at their first use: flax alone takes as long to import as all the rest.
+_LAZY = ("flax", "meta", "sharding")
 
 
 def __getattr__(name: str) -> Any:
@@ -40,7 +44,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 __all__ = [
+    "Recipe",
     "Weights",
     "WeightsError",
     "__version__",
@@ -49,12 +58,16 @@ __all__ = [
     "celo2_base",
     "celo_adam",
     "convert_weights",
+    "describe",
     "diagnostics",
     "elo",
     "elo_celo2",
     "export_weights",
+    "flax",
     "list_weights",
     "load_weights",
+    "lopt",
+    "meta",
     "mulo",
     "mup",
     "pack_state",
@@ -62,8 +75,10 @@ __all__ = [
     "plot",
     "push_to_hub",
     "save_weights",
+    "sharding",
     "small_fc_lopt",
     "unpack_state",
     "update_params",
     "velo",
+    "weights",
 ]

@@ -52,17 +52,18 @@ def factored_dims(shape: Sequence[int]) -> FactoredDims | None:
       shape: the tensor's shape.
 
     Returns:
-      The positions of the second largest and the largest dimension, in the order that
-      `numpy.argsort` gives them (so ties are decided as the reference decides them), or None for
-      tensors of rank below two.
+      The positions of the second largest and the largest dimension, or None for tensors of rank
+      below two. Of equal dimensions the later one counts as the larger.
 
     Reference:
       google/learned_optimization, `learned_optimizers/common.py`, `factored_dims`.
     """
     if len(shape) < 2:
         return None
-    order = np.argsort(shape)
-    return FactoredDims(d1=int(order[-2]), d0=int(order[-1]))
+    # Python's sort is stable. The reference's `numpy.argsort` is so only on processors for which
+    # numpy has no vectorised sort, and row and column would swap between two hosts.
+    *_, d1, d0 = sorted(range(len(shape)), key=lambda axis: shape[axis])
+    return FactoredDims(d1, d0)
 
 
 def factored_shapes(

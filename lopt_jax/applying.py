@@ -28,6 +28,8 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
     apply: Callable[..., tuple[Any, Any]] | None = None
     # the constructor's name and the arguments that tell it from others
     origin: tuple[str, Mapping[str, Any]] | None = None
+    # from the params to a `lopt_jax.optimizers.plans.LeafPlan` for each leaf; None: no plans
+    plans: Callable[[Any], list[Any]] | None = None
 
     @classmethod
     def of(
@@ -36,10 +38,11 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
         update: Callable[..., Any],
         apply: Callable[..., Any] | None,
         origin: tuple[str, Mapping[str, Any]] | None = None,
+        plans: Callable[[Any], list[Any]] | None = None,
     ) -> "LearnedTransformation":
-        """From its functions, and what its repr says."""
+        """From its functions, what its repr says, and what it does with each leaf."""
         out = cls(init, update)
-        out.apply, out.origin = apply, origin
+        out.apply, out.origin, out.plans = apply, origin, plans
         return out
 
     def __repr__(self) -> str:

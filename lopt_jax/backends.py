@@ -1,14 +1,15 @@
 """Which backend updates which groups: the fused kernels where they can and where it is worth it."""
 
-import contextvars
 import functools
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 
-from lopt_jax.context import holding
+from lopt_jax.context import steering, tracing
+from lopt_jax.features import NormalizerAxes
 from lopt_jax.groups import Group, GroupInputs
 from lopt_jax.partition import Partition, is_local, say_once
 from lopt_jax.rule import Rule
@@ -16,8 +17,6 @@ from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
 
-_batch: contextvars.ContextVar[int] = contextvars.ContextVar("batch", default=1)
-_constant_weights = contextvars.ContextVar("constant_weights", default=False)
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 
 
@@ -26,22 +25,12 @@ def batch(size: int) -> AbstractContextManager[None]:
 
     Whether the kernels are worth it, "auto" decides by the tensors of all trainings.
     """
-    return holding(_batch, size)
+    return steering(batch=size)
 
 
 def batch_size() -> int:
     """Trainings of one, as `batch` says."""
-    return _batch.get()
-
-
-def constant_weights(are_constant: bool) -> AbstractContextManager[None]:
-    """Says, while it is traced, whether the weights are constants of the program."""
-    return holding(_constant_weights, are_constant)
-
-
-def weights_are_constant() -> bool:
-    """What `constant_weights` was told."""
-    return _constant_weights.get()
+    return tracing().batch
 
 
 @functools.cache
@@ -109,6 +98,29 @@ def choose_backend(
         why is None and kernels_split(group, group.partition, x)
         for why, group, x in zip(choices, groups, inputs, strict=True)
     ]
+
+
+def leaf_backend(
+    backend: str, shape: Sequence[int], dtype: Any, normalizer_axes: NormalizerAxes
+) -> tuple[str, str]:
+    """Which backend would update a leaf by itself: for people, who ask before they train.
+
+    Args:
+      backend: "auto", "xla" or "pallas".
+      shape: (tensors, *shape of each).
+      dtype: of the leaf.
+      normalizer_axes: of the rule's features.
+
+    Returns:
+      "kernels" or "xla", and what of this leaf is a reason for XLA where the kernels run, or "".
+    """
+    if backend == "xla" or supports.unsupported_reason() is not None:
+        return "xla", ""
+    from pallas_kernels import choice
+
+    is_asked_for = backend == "pallas"
+    reason = choice.unsupported_leaf_reason(normalizer_axes, shape, [dtype], is_asked_for)
+    return ("kernels", "") if reason is None else ("xla", reason)
 
 
 def _reasons(choices: Sequence[str | None]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lopt_jax.context import LARGEST_INDEX
+
 
 def map_blocks(
     function: Callable[..., jax.Array],
@@ -46,6 +48,18 @@ def map_blocks(
         return function(*treedef.unflatten(chosen))
 
     if size % blocks:  # an axis of blocks would be a copy of all arrays: contiguous ranges then
+        if size > LARGEST_INDEX:  # a range would begin where an int32 cannot say
+            results = []
+            for first, last in ((0, size // 2), (size // 2, size)):
+                of_half = [
+                    jax.lax.slice_in_dim(x, first, last, axis=i) if c else x
+                    for x, i, c in zip(leaves, at, is_cut, strict=True)
+                ]
+                shape_of_half = (*shape[:axis], last - first, *shape[axis + 1 :])
+                results.append(
+                    map_blocks(function, treedef.unflatten(of_half), shape_of_half, block_elements)
+                )
+            return jnp.concatenate(results, axis)
 
         def body_of_range(block: Any, out: jax.Array) -> jax.Array:
             result = evaluate(

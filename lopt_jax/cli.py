@@ -52,11 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lopt", description="Learned optimizers for JAX.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     convert = commands.add_parser("convert", help="convert weights into a checkpoint of lopt_jax")
     convert.add_argument(
-        "source", metavar="SRC", help="a path, or an address: https://, gs://, hf://owner/repo"
+        "source",
+        metavar="SRC",
+        help="a path, a registered name, or an address: https://, gs://, hf://owner/repo",
     )
     convert.add_argument("target", metavar="DST", help="the folder to write")
     convert.add_argument("--architecture", help="the optimizer; inferred where left out")
@@ -75,6 +78,20 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
 
     _add_late(commands, given)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the versions that a report of a fault needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
+        import importlib.metadata
+
+        import lopt_jax
+
+        others = ("jax", "optax", "flax", "orbax-checkpoint", "numpy")
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in others]
+        print(f"lopt_jax {lopt_jax.__version__} ({', '.join(versions)})")
+        parser.exit()
 
 
 def _add_late(commands: Any, given: Sequence[str]) -> None:
@@ -118,9 +135,10 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from lopt_jax.weights import convert_weights, export_weights, save_weights
+    from lopt_jax.weights import export_weights, save_weights
+    from lopt_jax.weights.registry import find_weights
 
-    weights = convert_weights(options.source, options.architecture, options.config)
+    weights = find_weights(options.source, options.architecture, options.config)
     if options.to == "pylo":
         export_weights(weights, options.target)
     else:
@@ -150,20 +168,58 @@ def _list(options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     import jax
 
-    from lopt_jax.weights import load_weights
-    from lopt_jax.weights.base import printable, thaw
+    from lopt_jax.weights import WeightsError
+    from lopt_jax.weights.registry import find_weights, published
 
-    weights = load_weights(options.name)
+    entry = published(options.name)
+    try:
+        weights = find_weights(options.name)
+    except WeightsError as error:
+        if entry is None:
+            raise
+        _show_entry(entry)
+        print(f"arrays: not on this machine, and not fetched: {_reason(error)}")
+        return
     print(f"architecture: {weights.architecture}")
-    for title, mapping in (("config", weights.config), ("metadata", weights.metadata)):
-        print(f"{title}:")
-        for key, value in mapping.items():
-            text = value if isinstance(value, str) else json.dumps(thaw(value))
-            print(printable(f"  {key}: {text}"))
+    _show_mapping("config", weights.config)
+    _show_mapping("metadata", weights.metadata)
     print(f"arrays ({_size(weights)} numbers):")
     for path, leaf in jax.tree_util.tree_flatten_with_path(weights.params)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         print(f"  {name}: {leaf.dtype} {leaf.shape}")
+
+
+def _show_mapping(title: str, mapping: Any) -> None:
+    from lopt_jax.weights.base import printable, thaw
+
+    print(f"{title}:")
+    for key, value in mapping.items():
+        text = value if isinstance(value, str) else json.dumps(thaw(value))
+        print(printable(f"  {key}: {text}"))
+
+
+def _show_entry(entry: Any) -> None:
+    """Prints what the catalogue knows without the arrays."""
+    from lopt_jax.weights.registry import shipped
+
+    print(f"architecture: {entry.architecture}")
+    _show_mapping("metadata", {"about": entry.about, "licence": entry.licence})
+    for place in entry.places:
+        print("place:")
+        for name, address in place.files.items():
+            digests = (("sha256", place.sha256), ("git blob", place.git_blob))
+            pins = [f"{kind} {pinned[name]}" for kind, pinned in digests if name in pinned]
+            print(f"  {name}: {address}" + "".join(f" ({pin})" for pin in pins))
+        if place.config:
+            print(f"  config: {json.dumps(dict(place.config))}")
+    if here := shipped(entry.architecture):
+        print(f"weights of {entry.architecture} that need no network: {', '.join(here)}")
+
+
+def _reason(error: Exception) -> str:
+    """The first failure that a message lists, or the whole message where it lists none."""
+    first, *listed = str(error).splitlines()
+    return listed[0].strip() if listed else first
 
 
 if __name__ == "__main__":

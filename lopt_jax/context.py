@@ -1,23 +1,59 @@
 """What holds while something is traced."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 
-_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+LARGEST_INDEX = int(np.iinfo(np.int32).max)  # of what is counted while a program runs
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What steers a trace beside the types of its arrays: part of the key of what is compiled.
+
+    Attributes:
+      device: the device that runs it, or its platform; None: jax's default device.
+      batch: trainings that `jax.vmap` makes of one, see `lopt_jax.backends.batch`.
+      constant_weights: whether the weights are constants of the program.
+      joined_state: whether the new state's arrays are joined again, see `lopt_jax.packing`.
+      shards: of what the leaves of the params are shards, see `lopt_jax.partition.shards`.
+      is_shard: whether it is the code of a shard, which no partitioner will split.
+    """
+
+    device: jax.Device | str | None = None
+    batch: int = 1
+    constant_weights: bool = False
+    joined_state: bool = False
+    shards: Any = None
+    is_shard: bool = False
+
+
+_tracing: ContextVar[Tracing] = ContextVar("tracing", default=Tracing())  # noqa: B039 (frozen)
+
+
+def tracing() -> Tracing:
+    """What holds now."""
+    return _tracing.get()
 
 
 @contextlib.contextmanager
-def holding[Value](variable: ContextVar[Value], value: Value) -> Iterator[None]:
-    """The variable has this value inside, and its old one after."""
-    token = variable.set(value)
+def holding(how: Tracing) -> Iterator[None]:
+    """This holds inside, and what held before after."""
+    token = _tracing.set(how)
     try:
         yield
     finally:
-        variable.reset(token)
+        _tracing.reset(token)
+
+
+def steering(**changes: Any) -> contextlib.AbstractContextManager[None]:
+    """What holds now holds inside, but for these attributes of `Tracing`."""
+    return holding(replace(tracing(), **changes))
 
 
 @contextlib.contextmanager
@@ -27,9 +63,31 @@ def usual_promotion() -> Iterator[None]:
         yield
 
 
-def running_on(platform: str | None) -> contextlib.AbstractContextManager[None]:
-    """Says, while it is traced, which platform runs it; None: what `device` finds."""
-    return holding(_platform, platform)
+def remembered() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """How something is traced now, for what is traced later.
+
+    XLA asks for the code of a shard while it compiles: the caller's settings may be others by then,
+    and so may the thread.
+
+    Returns:
+      A function that returns a context: inside, it is traced as it would be now, but for attributes
+      of `Tracing` that it is given.
+    """
+    how = replace(tracing(), device=_named())
+    config = jax.config
+    is_wide, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+
+    @contextlib.contextmanager
+    def as_now(**changes: Any) -> Iterator[None]:
+        with (
+            usual_promotion(),
+            jax.enable_x64(is_wide),
+            jax.default_matmul_precision(precision),
+            holding(replace(how, **changes)),
+        ):
+            yield
+
+    return as_now
 
 
 def platform_of(tree: Any) -> str | None:
@@ -58,4 +116,4 @@ def platform() -> str:
 
 def _named() -> jax.Device | str | None:
     """The device, or only its platform, where one of them was named."""
-    return _platform.get() or jax.config.jax_default_device
+    return tracing().device or jax.config.jax_default_device

@@ -62,24 +62,29 @@ def loss_decays(num_steps: jax.Array | float) -> jax.Array:
 def update_loss_buffer(buffer: LossBuffer, loss: jax.Array, decays: jax.Array) -> LossBuffer:
     """Takes in a loss, clipped to twice the largest of the averages.
 
+    A loss that is not finite is left out: it would stay in the averages for ever. For finite ones
+    the formula is the original's.
+
     Args:
       buffer: the buffer.
       loss: ().
       decays: (10,), of `loss_decays`.
 
     Returns:
-      The new buffer.
+      The new buffer; the old one where the loss is not finite.
     """
+    is_finite = jnp.isfinite(loss)
     correction = 1 - decays ** (buffer.count + 1)
     largest = jnp.max(buffer.means / correction)
     largest = jnp.where(buffer.count == 0, loss, largest)
     loss = jnp.minimum(jnp.abs(largest) * 2, loss)
     means = buffer.means * decays + loss * (1 - decays)
-    return LossBuffer(
+    new = LossBuffer(
         means=means,
         running_min=jnp.minimum(buffer.running_min, means / correction),
         count=buffer.count + 1,
     )
+    return jax.tree.map(lambda x, old: jnp.where(is_finite, x, old), new, buffer)
 
 
 def loss_features(buffer: LossBuffer, decays: jax.Array) -> jax.Array:
@@ -90,9 +95,9 @@ def loss_features(buffer: LossBuffer, decays: jax.Array) -> jax.Array:
       decays: (10,).
 
     Returns:
-      (9,), in [-1, 1]; zero for the first two steps.
+      (9,), in [-1, 1]; zero for the first two losses.
     """
-    means = buffer.means / (1 - decays**buffer.count)
+    means = buffer.means / (1 - decays ** jnp.maximum(buffer.count, 1))
     slower, faster, lowest = means[1:], means[:-1], buffer.running_min[:-1]
     position = (faster - lowest) / jnp.maximum(1e-8, slower - lowest)
     feature = jnp.clip(position - 1.0, -1, 1)

@@ -4,21 +4,21 @@ What sets the networks may look at all tensors between the two. Leaves become te
 groups, and groups calls of a backend, which run on the shards of tensors where these are split.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax import rule as rules
 from lopt_jax import xla
 from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
 from lopt_jax.backends import choose_backend, kernels_split
-from lopt_jax.context import platform
+from lopt_jax.context import tracing
 from lopt_jax.groups import (
+    TURNS,
     Call,
     Factors,
     Group,
@@ -70,9 +70,11 @@ def _shards_of(
             alike.setdefault(partitions[k], []).append(k)
         first += len(unit)
         for partition, members in alike.items():
-            # of each it is said if they cannot
-            able = [kernels_split(groups[k], partition, inputs[k]) for k in members]
-            out.append(_Shards(i, members, partition, call.on_kernels and all(able)))
+            # of each it is said if the kernels cannot
+            able = [
+                call.on_kernels and kernels_split(groups[k], partition, inputs[k]) for k in members
+            ]
+            out.append(_Shards(i, members, partition, all(able)))
     return out
 
 
@@ -156,6 +158,11 @@ def _crosses(groups: Sequence[Group]) -> bool:
     return len(groups) > 1 and not is_local() and groups[0].partition is None
 
 
+def _settings(rule: Rule, call: Call, groups: Sequence[Group], *more: Any) -> tuple:
+    """What is static of a pass, for `spread`; devices have other names in other processes."""
+    return rule, call, tuple(groups), replace(tracing(), device=None), *more
+
+
 def _first_pass(
     rule: Rule, call: Call, groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[Moments]:
@@ -177,9 +184,8 @@ def _first_pass(
             made = iter(step.first_pass(rule, _step_units(on_kernels, groups, inputs)))
         pieces: list[list[tuple[_Shards, list[int], Moments]]] = [[] for _ in call.units]
         for x in shards:
-            function = functools.partial(rules.first_pass, rule, partition=x.partition)
             pairs = [(inputs[k].gradient, inputs[k].parameter) for k in x.members]
-            of_shards = next(made) if x.on_kernels else xla.moments_of(function, pairs)
+            of_shards = next(made) if x.on_kernels else xla.moments_of(rule, x.partition, pairs)
             pieces[x.unit].append((x, x.members, of_shards))
         if crosses:
             return _whole_moments(pieces, groups)
@@ -194,6 +200,7 @@ def _first_pass(
         [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
+        settings=_settings(rule, call, groups),
     )
     if not crosses:
         return moments
@@ -288,18 +295,20 @@ def _second_pass(
             if x.on_kernels:
                 continue
             run = (
-                xla.passes(rule, mlp_per_tensor, platform())
+                xla.passes(rule, mlp_per_tensor)
                 if x.partition is None
                 else xla.on_xla(rule, mlp_per_tensor, x.partition)
             )
-            of = factors.rows(tensors(x.members), mlp_per_tensor)
-            of_members = [inputs[k] for k in x.members]
-            results, statistics = xla.updates_in_turn(
-                run, of_members, moments_of(x, x.members), decays, of, mlp_per_tensor
-            )
-            for k, update in zip(x.members, results, strict=True):
-                updates[k] = update
-            kept.append((tensors(x.members), statistics))
+            in_turn = call.in_turn and len(x.members) >= TURNS
+            for members in [x.members] if in_turn else [[k] for k in x.members]:
+                of = factors.rows(tensors(members), mlp_per_tensor)
+                of_members = [inputs[k] for k in members]
+                results, statistics = xla.updates_in_turn(
+                    run, of_members, moments_of(x, members), decays, of, mlp_per_tensor
+                )
+                for k, update in zip(members, results, strict=True):
+                    updates[k] = update
+                kept.append((tensors(members), statistics))
         if any(statistics is None for _, statistics in kept):
             return updates, None
         return updates, in_order(kept)
@@ -325,6 +334,7 @@ def _second_pass(
         [group.partition for group in groups],
         guides=_guides(inputs),
         names=[group.name for group in groups],
+        settings=_settings(rule, call, groups, mlp_per_tensor),
     )
 
 

@@ -10,6 +10,7 @@ Formulas: google/learned_optimization, `learned_optimizers/adafac_mlp_lopt.py` (
 `research/general_lopt/hyper_v2.py` (VeLO); amoudgl/celo, `optimizers/celo2_optax.py` (Celo2).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import safe_rsqrt
 
 Varies = Literal["element", "row", "column"]
+NormalizerAxes = Literal["tensor", "matrix"] | tuple[int, ...]
 
 TIME_SCALES = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
@@ -63,13 +65,14 @@ class FeatureSet:
       factored: features of tensors whose second moment is factored.
       unfactored: the same, for tensors of rank below two: all vary with the element.
       normalizer_epsilon: added to each feature's mean square before the reciprocal root.
-      normalizer_axes: "tensor" normalises over the whole tensor, "matrix" over its last two axes.
+      normalizer_axes: "tensor" normalises over the whole tensor, "matrix" over its last two axes,
+        axes, counted from the end, over these.
     """
 
     factored: tuple[Feature, ...]
     unfactored: tuple[Feature, ...]
     normalizer_epsilon: float = 1e-5
-    normalizer_axes: Literal["tensor", "matrix"] = "tensor"
+    normalizer_axes: NormalizerAxes = "tensor"
 
     def __len__(self) -> int:
         """Number of features."""
@@ -168,6 +171,7 @@ def _momentum(decays: int) -> tuple[Feature, ...]:
     return _each("momentum", decays, "element", lambda x, i: x.momentum[i])
 
 
+@functools.cache  # equal optimizers have one set: formulas are compared by identity
 def small_fc_features(decays: int = 3) -> FeatureSet:
     """The 28 tensor features of small_fc_lopt (for three decays).
 
@@ -196,12 +200,13 @@ def small_fc_features(decays: int = 3) -> FeatureSet:
     )
 
 
+@functools.cache
 def velo_features(
     decays: int = 3,
     *,
     rsqrt_epsilon: float = 1e-6,
     normalizer_epsilon: float = 1e-5,
-    normalizer_axes: Literal["tensor", "matrix"] = "tensor",
+    normalizer_axes: NormalizerAxes = "tensor",
 ) -> FeatureSet:
     """The 30 features of VeLO, Celo and Celo2 (for three decays).
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
-from lopt_jax.context import platform
+from lopt_jax.context import LARGEST_INDEX, platform
 from lopt_jax.partition import (
     BATCH,
     REPLICATED_ELEMENTS,
@@ -162,6 +162,7 @@ class Call(NamedTuple):
 
     units: list[list[int]]  # those of a unit have tensors that are equal in shape and dtypes
     on_kernels: bool  # whether it is the fused kernels that update them
+    in_turn: bool = False  # on XLA: whether those of a unit take turns in a loop
 
     @property
     def members(self) -> list[int]:
@@ -220,13 +221,16 @@ def make_groups(
     ]
 
 
-def _joined(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of tensors of a shape that are joined: along their first axis.
+def _joined(shape: tuple[int, ...], tensors: int = 1) -> tuple[int, ...]:
+    """The shape of so many tensors of a shape that are joined: along their first axis.
 
     Leaves have it as they are; a reshape of each would be one more operation that XLA looks at
-    again and again. Where a partitioner may have split that axis, the tensors' own axis is kept.
+    again and again. Where a partitioner may have split that axis, or where places along it would be
+    more than an int32 holds, the tensors' own axis is kept.
     """
-    return (-1, *shape[1:]) if shape and is_local() else (-1, *shape)
+    if shape and is_local() and tensors * shape[0] <= LARGEST_INDEX:
+        return (-1, *shape[1:])
+    return (-1, *shape)
 
 
 def gather(
@@ -309,7 +313,7 @@ def scatter(
         *((x, leaves, of_state, False) for x, leaves in elementwise),
         *((x, leaves, of_state, True) for x, leaves in factored),
     ]
-    new = [x.reshape(_joined(x.shape[1:])) for x, *_ in targets]
+    new = [x.reshape(_joined(x.shape[1:], x.shape[0])) for x, *_ in targets]
     if len(group.leaves) > 1:
         # else parts of their computation are repeated for every leaf, after its old value is gone:
         # XLA copies that value first
@@ -396,28 +400,36 @@ def make_calls(
 ) -> list[Call]:
     """Which groups are updated together.
 
-    One call of the kernels takes all that it can. Where a partitioner may split tensors in
-    different ways, that is groups of one tensor, and vectors that it may not split: other stacks
-    may be split along their axis of tensors. On XLA it is large tensors that take turns.
+    One call of the kernels takes all that it can, and so does one of XLA where a partitioner may
+    split tensors: each call is an operation of the partitioner, whose code XLA asks for, traces and
+    lowers apart. It may split tensors in different ways, so these are groups of one tensor, and
+    vectors that it may not split: other stacks may be split along their axis of tensors. On XLA it
+    is large tensors that take turns.
     """
     joins = is_local() or any(group.partition is not None for group in groups)
-    xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
-    turns = _turns([i for i in xla if joins], groups, inputs)
-    alone = [[i] for i in sorted(set(xla) - {i for members in turns for i in members})]
-    calls = [Call([members], False) for members in turns + alone]
-    units: dict[Any, list[int]] = {}
+    turns: list[list[int]] = []
+    if joins:
+        xla = [i for i, chosen in enumerate(on_kernels) if not chosen]
+        turns = _turns(xla, groups, inputs)
+    in_turn = {i for members in turns for i in members}
+    calls = [Call([members], False, in_turn=True) for members in turns]
+    units: dict[bool, dict[Any, list[int]]] = {True: {}, False: {}}
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
-        if not chosen:
-            continue
-        if not (joins or len(group.tensors) == 1 or group.lengths is not None):
-            calls.append(Call([[i]], True))
-            continue
-        dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-        key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
-        units.setdefault(key, []).append(i)
-    if units:
+        is_one = len(group.tensors) == 1 or group.lengths is not None
+        if (joins and chosen) or (not joins and is_one):
+            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+            key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
+            units[chosen].setdefault(key, []).append(i)
+        elif i not in in_turn:
+            calls.append(Call([[i]], chosen))
+    if units[False]:
+        of_xla = list(units[False].values())
+        calls.append(
+            Call(of_xla, False, _takes_turns([i for unit in of_xla for i in unit], groups))
+        )
+    if units[True]:
         # what has vectors first: then what is by tensor lies as the kernels take it
-        in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
+        in_order = sorted(units[True].values(), key=lambda unit: groups[unit[0]].dims is None)
         calls.insert(0, Call(in_order, True))
     return calls
 
@@ -427,12 +439,17 @@ def is_large(group: Group) -> bool:
     return math.prod(group.shape) > STACKED_LEAF_ELEMENTS
 
 
+def _takes_turns(candidates: Sequence[int], groups: Sequence[Group]) -> bool:
+    """Whether there are so many large groups that equal ones should take turns."""
+    return platform() != "cpu" and sum(is_large(groups[i]) for i in candidates) > LARGE_GROUPS
+
+
 def _turns(
     candidates: Sequence[int], groups: Sequence[Group], inputs: Sequence[GroupInputs]
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
     large = [i for i in candidates if is_large(groups[i])]
-    if platform() == "cpu" or len(large) <= LARGE_GROUPS:
+    if not _takes_turns(candidates, groups):
         return []
     alike: dict[Any, list[int]] = {}
     for i in large:

@@ -20,7 +20,7 @@ PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
 
 
 class PackedState(NamedTuple):
-    """State of `packed`."""
+    """State of `packed`, of which `unpack_state` makes one of the optimizer itself."""
 
     apart: tuple  # arrays of the state that stay as they are
     together: tuple  # one array a shape and dtype of the others: (arrays, *shape)
@@ -102,7 +102,10 @@ def unpack_state(tx: optax.GradientTransformation, state: PackedState, params: A
       ValueError: it is not one of tx for such params.
     """
     if not isinstance(state, PackedState):
-        raise TypeError(f"state: expected a PackedState, found {type(state).__name__}.")
+        raise TypeError(
+            f"state: expected a PackedState, found {type(state).__name__}; pack_state makes one of "
+            "the optimizer's own state."
+        )
     expected = jax.eval_shape(tx.init, params)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     if shapes(state) != shapes(jax.eval_shape(pack_state, expected)):

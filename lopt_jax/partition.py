@@ -15,19 +15,25 @@ function in each of JAX's ways of sharding:
 
 import contextlib
 import functools
+import hashlib
 import logging
 import math
-import threading
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.export
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lopt_jax.context import platform, remembered, steering, tracing
 
 logger = logging.getLogger("lopt_jax")
 
@@ -71,12 +77,13 @@ class Partition:
         for dim in dims:
             if not self.axes[dim]:
                 continue
-            size = x.shape[dim]
+            size, device = x.shape[dim], jax.lax.axis_index(self.axes[dim])
             if size * jax.lax.axis_size(self.axes[dim]) == self.shape[dim]:
                 continue
-            first = jax.lax.axis_index(self.axes[dim]) * size
-            position = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, dim)
-            x = jnp.where(position < self.shape[dim], x, 0)
+            # counted in the shard: a position in the whole may be more than an int32 holds
+            full, rest = divmod(self.shape[dim], size)
+            length = jnp.where(device < full, size, jnp.where(device == full, rest, 0))
+            x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, dim) < length, x, 0)
         return x
 
     def is_split(self) -> bool:
@@ -100,10 +107,9 @@ class Partition:
         """The part of the whole tensor that this device holds."""
         for dim, names in enumerate(self.axes):
             if names:
-                size = -(-self.shape[dim] // jax.lax.axis_size(names))
-                whole = self._pad(whole, dim)
-                start = jax.lax.axis_index(names) * size
-                whole = jax.lax.dynamic_slice_in_dim(whole, start, size, dim)
+                parts = _parts(self._pad(whole, dim), dim, jax.lax.axis_size(names))
+                device = jax.lax.axis_index(names)
+                whole = jax.lax.dynamic_index_in_dim(parts, device, dim, keepdims=False)
         return whole
 
     def gather(self, shard: jax.Array) -> jax.Array:
@@ -130,14 +136,14 @@ class Partition:
             shard = jnp.where(jax.lax.axis_index(others) == 0, shard, 0)
         if not own:
             return shard
-        devices = [jax.lax.axis_size(of_dim) if of_dim else 1 for of_dim in self.axes]
-        padded = [n * size for n, size in zip(devices, shard.shape, strict=True)]
-        starts = [
-            jax.lax.axis_index(of_dim) * size if of_dim else 0
-            for of_dim, size in zip(self.axes, shard.shape, strict=True)
-        ]
-        out = jax.lax.dynamic_update_slice(jnp.zeros(padded, shard.dtype), shard, starts)
-        return out[tuple(map(slice, self.shape))]
+        for dim, of_dim in enumerate(self.axes):
+            if of_dim:
+                devices, device = jax.lax.axis_size(of_dim), jax.lax.axis_index(of_dim)
+                before, size, after = shard.shape[:dim], shard.shape[dim], shard.shape[dim + 1 :]
+                parts = jnp.zeros((*before, devices, size, *after), shard.dtype)
+                parts = jax.lax.dynamic_update_index_in_dim(parts, shard, device, dim)
+                shard = parts.reshape((*before, devices * size, *after))
+        return shard[tuple(map(slice, self.shape))]
 
     def scatter_mean(self, whole: jax.Array, names: tuple[str, ...]) -> jax.Array:
         """This device's part of the mean over devices of tensors that each holds whole.
@@ -162,6 +168,15 @@ class Partition:
         if not missing:
             return whole
         return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+
+
+def _parts(whole: jax.Array, dim: int, devices: int) -> jax.Array:
+    """The tensor with a dimension as two: devices and what each holds.
+
+    A part's number fits into an int32, which its place in a dimension of more elements does not.
+    """
+    before, size, after = whole.shape[:dim], whole.shape[dim], whole.shape[dim + 1 :]
+    return whole.reshape((*before, devices, size // devices, *after))
 
 
 def split_names(entry: Any) -> tuple[str, ...]:
@@ -191,35 +206,22 @@ BATCH = -1
 Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their paths, hashable
 
 
-class _Context(threading.local):
-    def __init__(self) -> None:
-        self.partitions: Shards | None = None
-        self.is_local = False
-
-
-_context = _Context()
-
-
-@contextlib.contextmanager
-def shards(partitions: Mapping[str, Partition] | Shards | None) -> Iterator[None]:
+def shards(
+    partitions: Mapping[str, Partition] | Shards | None,
+) -> contextlib.AbstractContextManager[None]:
     """Says of what the leaves of the params are shards, while a transformation is traced.
 
     Args:
       partitions: by the leaf's path, as `jax.tree_util.keystr` writes it; None: they are whole.
     """
-    before = _context.partitions
     if isinstance(partitions, Mapping):
         partitions = tuple(sorted(partitions.items(), key=lambda item: item[0]))
-    _context.partitions = partitions
-    try:
-        yield
-    finally:
-        _context.partitions = before
+    return steering(shards=partitions)
 
 
 def current_shards() -> Shards | None:
     """What `shards` was told: hashable, to be an argument of a compiled function."""
-    return _context.partitions
+    return tracing().shards
 
 
 def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
@@ -228,9 +230,10 @@ def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
     Raises:
       ValueError: inside `shards`, which says nothing of a leaf.
     """
-    if _context.partitions is None:
+    partitions = current_shards()
+    if partitions is None:
         return [None] * len(paths)
-    known = dict(_context.partitions)
+    known = dict(partitions)
     missing = [path for path in paths if path not in known]
     if missing:
         raise ValueError(
@@ -262,6 +265,7 @@ def spread(
     partitions: "Partitions",
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
+    settings: Any = None,
 ) -> Any:
     """Runs a function of tensors on the shards of them.
 
@@ -275,6 +279,8 @@ def spread(
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
       names: of the parts, for messages.
+      settings: what of the function is static: its representation differs where the code of a
+        shard may, also between processes.
 
     Returns:
       The function's result.
@@ -294,12 +300,11 @@ def spread(
     else:
         return function([None] * len(guides), *operands)
 
+    as_now = remembered()
+
     def run_local(partitions: Partitions, *xs: jax.Array) -> Any:
-        before, _context.is_local = _context.is_local, True
-        try:
+        with as_now(is_shard=True):
             return function(partitions, *treedef.unflatten(xs))
-        finally:
-            _context.is_local = before
 
     def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.tree.leaves(run_local(partitions, *xs)))
@@ -308,7 +313,7 @@ def spread(
     result = jax.eval_shape(whole, *map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names))
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names, settings))
 
 
 def is_local() -> bool:
@@ -318,7 +323,7 @@ def is_local() -> bool:
     """
     mesh = jax.sharding.get_abstract_mesh()
     is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return is_manual or _context.is_local or jax.device_count() == 1
+    return is_manual or tracing().is_shard or jax.device_count() == 1
 
 
 def is_explicit(x: jax.Array) -> bool:
@@ -402,8 +407,9 @@ def _in_shard_map(
     shapes: Sequence[Sequence[int]],
     candidates: Sequence[Sequence[Axes]],
     names: Sequence[str],
+    settings: Any,
 ) -> Sequence[jax.Array]:
-    del names
+    del names, settings
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
     partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
@@ -433,19 +439,23 @@ def _partitioned(
     shapes: Sequence[Sequence[int]],
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
+    settings: Any,
 ) -> Sequence[jax.Array]:
     whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
     # custom_partitioning takes no constants: they become operands that every device has.
     program = jax.make_jaxpr(whole)(*map(_bare, leaves))
-    constants = len(program.consts)
-    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in program.consts), *dims]
+    # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
+    # operands: so programs that differ in the code of a shard alone are different ones.
+    added = [*_fingerprint(program, settings), *program.consts]
+    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in added), *dims]
 
     def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, list(xs[:constants]))
-        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[constants:]))
+        constants = list(xs[len(added) - len(program.consts) : len(added)])
+        closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[len(added) :]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments[constants:]]
+        shardings = [x.sharding for x in arguments[len(added) :]]
         axes = [
             _split_by([shardings[i] for i in part], dims[part[0]], dict(mesh.shape), name)
             for part, name in zip(guides, names, strict=True)
@@ -457,18 +467,28 @@ def _partitioned(
         ]
         return (
             mesh,
-            lambda *xs: local(how, *xs[constants:]),
+            lambda *xs: local(how, *xs[len(added) :]),
             tuple(named(d) for d in out_dims),
             tuple(named(d) for d in in_dims),
         )
 
+    def sharding_rule(*_: Any) -> str:  # asked for where the program is one of several devices
+        if _is_exported():
+            raise NotImplementedError(
+                "jax.export: the update of arrays that automatic sharding may split is not "
+                "exportable, since XLA asks Python for the code of a shard while it compiles. Call "
+                "it inside jax.sharding.explicit_axes, or lay the arrays on a mesh of explicit "
+                "axes, jax.make_mesh's default (docs/sharding.md)."
+            )
+        return _sharding_rule(in_dims, out_dims)
+
     operation = custom_partitioning(with_constants)
-    operation.def_partition(partition=partition, sharding_rule=_sharding_rule(in_dims, out_dims))
+    operation.def_partition(partition=partition, sharding_rule=sharding_rule)
 
     # custom_partitioning knows neither batching nor differentiation: there the function is plain.
     @custom_vmap
     def batchable(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        return operation(*program.consts, *xs)
+        return operation(*added, *xs)
 
     @batchable.def_vmap
     def _(axis_size: int, in_batched: Any, *xs: jax.Array) -> Any:
@@ -483,6 +503,43 @@ def _partitioned(
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
     return differentiable(*leaves)
+
+
+def _is_exported() -> bool:
+    """Whether `jax.export` lowers the program: nothing but the stack tells.
+
+    Its own error, a step later, speaks of host callbacks.
+    """
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    return any(frame.f_globals.get("__name__") == jax.export.export.__module__ for frame in frames)
+
+
+def _fingerprint(program: jax.extend.core.ClosedJaxpr, settings: Any) -> list[np.uint32]:
+    """Numbers that differ where programs do, and are the same in every process.
+
+    Args:
+      program: what the operation computes of whole tensors.
+      settings: see `spread`.
+    """
+    from lopt_jax import __version__
+
+    text = f"{__version__} {platform()} {settings!r} {program.jaxpr}"
+    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+    for x in _constants_inside(program.jaxpr):
+        if not isinstance(x, jax.core.Tracer):
+            digest.update(np.asarray(x).tobytes())
+    # scalars: they are part of the program's text, arrays may become its arguments
+    return list(np.frombuffer(digest.digest()[:16], np.uint32))
+
+
+def _constants_inside(jaxpr: Any) -> Iterator[Any]:
+    """The constants of the programs inside a program, whose values its text does not tell."""
+    for equation in jaxpr.eqns:
+        is_program = lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")  # noqa: E731
+        for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_program):
+            if is_program(part):
+                yield from getattr(part, "consts", ())
+                yield from _constants_inside(getattr(part, "jaxpr", part))
 
 
 def _split_by(guides: Sequence[Any], dims: Dims, sizes: Mapping[str, int], name: str) -> Axes:

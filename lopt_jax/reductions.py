@@ -29,9 +29,9 @@ def means(
     shape = arrays[0].shape
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
     if partition is None:
-        count = math.prod(shape[axis] for axis in axes)
+        count = _number(shape, axes)
         return tuple(x.reshape(kept) / count for x in _sums(tuple(axes), *arrays))
-    count = math.prod(partition.shape[axis] for axis in axes)
+    count = _number(partition.shape, axes)
     sums = _sums(tuple(axes), *(partition.clear_padding(x, axes) for x in arrays))
     if partition.names(axes):
         sums = tuple(partition.total(jnp.stack(sums), axes))
@@ -60,7 +60,12 @@ def mean(
     if partition is None:
         return jnp.mean(x, axes, keepdims=keepdims)
     total = jnp.sum(partition.clear_padding(x, axes), axes, keepdims=keepdims)
-    return partition.total(total, axes) / math.prod(partition.shape[axis] for axis in axes)
+    return partition.total(total, axes) / _number(partition.shape, axes)
+
+
+def _number(shape: Sequence[int], axes: Sequence[int]) -> float:
+    """How many elements are reduced to one: a float, since it may be more than an int32 holds."""
+    return float(math.prod(shape[axis] for axis in axes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

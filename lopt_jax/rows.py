@@ -1,6 +1,5 @@
 """Rows and other parts of arrays: joined, and many of them taken by few kernels."""
 
-import contextvars
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -10,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.context import holding
+from lopt_jax.context import steering, tracing
 from lopt_jax.partition import is_explicit
 
 PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
-
-_state_is_joined = contextvars.ContextVar("state_is_joined", default=False)
 
 
 def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -63,7 +60,7 @@ def joined_state() -> AbstractContextManager[None]:
 
     It sees then which joins undo what took the parts.
     """
-    return holding(_state_is_joined, True)
+    return steering(joined_state=True)
 
 
 def part_taker(zero: jax.Array | None, of_state: bool = False) -> PartTaker:
@@ -80,7 +77,7 @@ def part_taker(zero: jax.Array | None, of_state: bool = False) -> PartTaker:
     Returns:
       The function.
     """
-    if zero is None or (of_state and _state_is_joined.get()):
+    if zero is None or (of_state and tracing().joined_state):
         return lambda x, starts, sizes: x[
             tuple(slice(i, i + n) for i, n in zip(starts, sizes, strict=True))
         ]

@@ -429,8 +429,10 @@ def factored_vectors(
 
 def normalizer_axes(rule: Rule, rank: int) -> tuple[int, ...]:
     """The axes over which features are normalised, for a tensor of this rank."""
-    first = 0 if rule.features.normalizer_axes == "tensor" else max(rank - 2, 0)
-    return tuple(range(first, rank))
+    axes = rule.features.normalizer_axes
+    if isinstance(axes, tuple):
+        return tuple(sorted(axis % rank for axis in axes))
+    return tuple(range(0 if axes == "tensor" else max(rank - 2, 0), rank))
 
 
 def normalize(

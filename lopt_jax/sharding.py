@@ -8,7 +8,7 @@ same program on whole parameters and a part of the batch.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lopt_jax import partition
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.applying import with_extra_args
+from lopt_jax.elementwise import Kind, NotElementwiseError, kinds_of_outputs
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
 from lopt_jax.partition import (
@@ -31,7 +32,7 @@ from lopt_jax.partition import (
     spec_of_dims,
     varying_axes,
 )
-from lopt_jax.tensors import StackedAxes, tensors_of
+from lopt_jax.tensors import StackedAxes, arrays_like, tensors_of
 
 AxisName = str | tuple[str, ...]
 
@@ -279,7 +280,8 @@ def distributed(
       tx: an optimizer of ours, alone or in `optax.chain` with transformations that treat every
         element alike (scaling, weight decay, momenta, schedules, masks, `optax.MultiSteps`).
         One that looks at whole tensors sees only shards and is refused, but for those of this
-        library; in place of `optax.clip_by_global_norm` use `clip_by_global_norm` of this module.
+        library: in place of `optax.clip_by_global_norm` and `optax.apply_if_finite` use the
+        functions of these names in this module.
       axis_name: the axis, or axes, over which devices hold different parts of the batch.
       stacked_axes: those given to the optimizer; these axes are never split.
 
@@ -288,7 +290,8 @@ def distributed(
       where given, is averaged over the devices.
 
     Raises:
-      NotImplementedError: at the first update, where a transformation in tx reduces over elements.
+      NotImplementedError: at the first update, where a transformation in tx computes something of
+        a leaf that is not elementwise; the message names it.
     """
     tx = with_extra_args(tx)
     names = _names(axis_name)
@@ -306,6 +309,7 @@ def distributed(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         common.require_params(params)
+        arrays_like("updates", updates, params)
         plan = plan_of(params)
         scatter = functools.partial(_scatter, names=names)
         gradients = _map(scatter, plan, updates, params)
@@ -335,6 +339,58 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
         return jax.tree.map(lambda x, like: x.astype(like.dtype), clipped, updates), state
 
     return optax.GradientTransformation(clip.init, update)
+
+
+def apply_if_finite(
+    inner: optax.GradientTransformation, max_consecutive_errors: int
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.apply_if_finite`, right also inside `distributed`: all devices decide alike.
+
+    Put it inside: `distributed(apply_if_finite(tx, 3), axis_name)`. A gradient that is not finite
+    on one device makes the mean so, and the others are told. Around `distributed` either function
+    would decide by the gradients of one device; where devices decide differently, they wait for
+    each other for ever.
+
+    Args:
+      inner: an optimizer, or any optax transformation.
+      max_consecutive_errors: after so many updates in a row that were left out, the next is made
+        whatever its gradients are.
+
+    Returns:
+      A transformation with optax's state, `optax.ApplyIfFiniteState`. Where a gradient is not
+      finite its updates are zero, and the state of inner stays as it is.
+    """
+    inner = with_extra_args(inner)
+
+    def init(params: Any) -> optax.ApplyIfFiniteState:
+        return optax.ApplyIfFiniteState(
+            notfinite_count=jnp.zeros((), jnp.int32),
+            last_finite=jnp.array(True),
+            total_notfinite=jnp.zeros((), jnp.int32),
+            inner_state=inner.init(params),
+        )
+
+    def update(
+        updates: Any, state: optax.ApplyIfFiniteState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.ApplyIfFiniteState]:
+        common.check_state_type(state, optax.ApplyIfFiniteState)
+        is_finite = common.all_finite(updates)
+        count = optax.safe_increment(state.notfinite_count)
+        count = jnp.where(is_finite, jnp.zeros_like(count), count)
+        new, inner_state = jax.lax.cond(
+            is_finite | (count > max_consecutive_errors),
+            lambda: inner.update(updates, state.inner_state, params, **extra_args),
+            lambda: (optax.tree.zeros_like(updates), state.inner_state),
+        )
+        total = optax.safe_increment(state.total_notfinite)
+        return new, optax.ApplyIfFiniteState(
+            notfinite_count=count,
+            last_finite=is_finite,
+            total_notfinite=jnp.where(is_finite, state.total_notfinite, total),
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _paths(tree: Any) -> list[str]:
@@ -385,36 +441,11 @@ def _scatter(partition: Partition, gradient: jax.Array, names: tuple[str, ...]) 
 
 # Transformations that would be wrong on shards
 
-_REDUCTIONS = frozenset(
-    {
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_and",
-        "reduce_or",
-        "reduce",
-        "argmax",
-        "argmin",
-        "dot_general",
-        "sort",
-        "cumsum",
-        "cumprod",
-        "cummax",
-        "cummin",
-        "top_k",
-        "svd",
-        "qr",
-        "eigh",
-        "cholesky",
-    }
-)
-
 
 def _checked(
     update: Callable, gradients: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """Runs a transformation on shards, unless it reduces over their elements."""
+    """Runs a transformation on shards, unless it treats the elements of a leaf differently."""
     arguments = (gradients, state, params)
     flat, treedef = jax.tree.flatten(arguments)
 
@@ -422,49 +453,15 @@ def _checked(
         return update(*treedef.unflatten(leaves), **extra_args)
 
     closed, shape = jax.make_jaxpr(run, return_shape=True)(*flat)
-    _find_reductions(closed.jaxpr, [jnp.ndim(x) > 0 for x in flat])
+    kinds = [Kind.SHARD if jnp.ndim(x) else Kind.UNIFORM for x in flat]
+    try:
+        kinds_of_outputs(closed, kinds)
+    except NotElementwiseError as error:
+        raise NotImplementedError(
+            f"distributed: a transformation beside the optimizer computes {error.primitive} of a "
+            "leaf. Inside distributed it would see the shard of one device in place of the tensor. "
+            "Use lopt_jax.sharding.clip_by_global_norm for optax.clip_by_global_norm, and "
+            "lopt_jax.sharding.apply_if_finite for optax.apply_if_finite; apply others to averaged "
+            "gradients, without distributed."
+        ) from None
     return jax.tree.structure(shape).unflatten(jax.extend.core.jaxpr_as_fun(closed)(*flat))
-
-
-def _find_reductions(jaxpr: Any, depends: Sequence[bool]) -> list[bool]:
-    """Raises where values of leaves are reduced outside this library's own functions.
-
-    Args:
-      jaxpr: the program.
-      depends: for every input, whether it holds values of a leaf's shard.
-
-    Returns:
-      The same for every output.
-    """
-    tainted = {v for v, d in zip(jaxpr.invars, depends, strict=True) if d}
-    is_tainted = lambda v: not isinstance(v, jax.extend.core.Literal) and v in tainted  # noqa: E731
-    for eqn in jaxpr.eqns:
-        flags = [is_tainted(v) for v in eqn.invars]
-        if not any(flags):
-            continue
-        outputs = [True] * len(eqn.outvars)
-        inner = [
-            x.jaxpr if isinstance(x, jax.extend.core.ClosedJaxpr) else x
-            for value in eqn.params.values()
-            for x in (value if isinstance(value, tuple | list) else (value,))
-            if isinstance(x, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr)
-        ]
-        if str(eqn.params.get("name", "")).startswith("lopt_"):
-            outputs = [v.aval.ndim > 0 for v in eqn.outvars]
-        elif inner:
-            for sub in inner:
-                same = len(sub.invars) == len(flags)
-                result = _find_reductions(sub, flags if same else [True] * len(sub.invars))
-                outputs = result if same and len(result) == len(outputs) else outputs
-        elif eqn.primitive.name in _REDUCTIONS and any(
-            f and v.aval.ndim for f, v in zip(flags, eqn.invars, strict=True)
-        ):
-            raise NotImplementedError(
-                f"distributed: a transformation beside the optimizer computes {eqn.primitive.name} "
-                f"of a leaf. Inside "
-                "distributed it would see the shard of one device in place of the tensor. Use "
-                "lopt_jax.sharding.clip_by_global_norm for optax.clip_by_global_norm; apply others "
-                "to averaged gradients, without distributed."
-            )
-        tainted |= {v for v, o in zip(eqn.outvars, outputs, strict=True) if o}
-    return [is_tainted(v) for v in jaxpr.outvars]

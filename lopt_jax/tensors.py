@@ -299,18 +299,16 @@ def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
 
 def init_accumulators(
     params: Any,
-    momenta: int,
+    dtypes: Accumulators,
     factored: int,
-    dtype: jax.typing.DTypeLike = jnp.float32,
     stacked_axes: StackedAxes = None,
 ) -> Accumulators:
     """Zero accumulators of a tree of parameters.
 
     Args:
       params: pytree of arrays.
-      momenta: number of momentum decays.
+      dtypes: the dtype of each accumulator; momentum has one a decay.
       factored: number of factored decays.
-      dtype: of every accumulator.
       stacked_axes: as in `tensors_of`.
 
     Returns:
@@ -329,10 +327,10 @@ def init_accumulators(
         row_dims = kept(dims.d0 if dims else None)
         column_dims = kept(dims.d1) if dims else (None,)
         arrays = (
-            zeros((row[0], *stack, *row[1:]), dtype, leaf, row_dims),
-            zeros((column[0], *stack, *column[1:]), dtype, leaf, column_dims)
+            zeros((row[0], *stack, *row[1:]), dtypes.row, leaf, row_dims),
+            zeros((column[0], *stack, *column[1:]), dtypes.column, leaf, column_dims)
             if dims
-            else jnp.zeros((1,), dtype),
+            else jnp.zeros((1,), dtypes.column),
         )
         if box is None:
             return arrays
@@ -345,8 +343,8 @@ def init_accumulators(
     )
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
     return Accumulators(
-        momentum=tuple(zeros_like(params, dtype) for _ in range(momenta)),
-        second_moment=zeros_like(params, dtype),
+        momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
+        second_moment=zeros_like(params, dtypes.second_moment),
         row=take(0),
         column=take(1),
     )

@@ -17,8 +17,8 @@ import numpy as np
 
 from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
-from lopt_jax.backends import batch_size, weights_are_constant
-from lopt_jax.context import platform
+from lopt_jax.backends import batch_size
+from lopt_jax.context import Tracing, platform, tracing
 from lopt_jax.groups import Call, Factors, Group, GroupInputs
 from lopt_jax.partition import Partition, is_local
 from lopt_jax.rows import join_trees, part_taker, unknown_zero
@@ -58,7 +58,7 @@ def network_form(rule: Rule, group: Group, groups: Sequence[Group]) -> Rule:
     device = platform()
     if device == "cpu":
         # other weights are read anew for every element, also those that a partitioner hands on
-        known = weights_are_constant() and is_local()
+        known = tracing().constant_weights and is_local()
         is_worth = lambda group: known and group.size >= WRITTEN_OUT_ELEMENTS  # noqa: E731
         few = sum(map(is_worth, groups)) <= WRITTEN_OUT_GROUPS
         return replace(rule, write_out=few and is_worth(group))
@@ -80,26 +80,43 @@ def on_xla(
     return lopt_passes
 
 
+def passes(rule: Rule, mlp_per_tensor: bool) -> Callable[..., TensorUpdate]:
+    """The same over whole tensors, traced once for all groups of a shape, of equal optimizers."""
+    return _passes(rule, mlp_per_tensor, tracing(), platform())
+
+
+# Keys hold no arrays and no transformation: neither weights nor programs of an optimizer that is
+# gone are kept.
 @functools.lru_cache(maxsize=64)
-def passes(rule: Rule, mlp_per_tensor: bool, on: str) -> Callable[..., TensorUpdate]:
-    """The same over whole tensors, traced once for all groups of that shape on a platform."""
+def _passes(rule: Rule, mlp_per_tensor: bool, how: Tracing, on: str) -> Callable[..., TensorUpdate]:
+    del how, on  # what the trace reads
     return jax.jit(on_xla(rule, mlp_per_tensor, None))
 
 
 def moments_of(
-    function: Callable[..., Moments], pairs: Sequence[tuple[jax.Array, jax.Array]]
+    rule: Rule, partition: Partition | None, pairs: Sequence[tuple[jax.Array, jax.Array]]
 ) -> Moments:
     """Pass A over groups of equal arrays. It is too short for turns.
 
     Args:
-      function: of `rule.first_pass`.
+      rule: the rule.
+      partition: where the arrays are shards of tensors, how these are spread.
       pairs: gradients and parameters of each group, with a leading axis of tensors.
 
     Returns:
       Moments, with a leading axis of the tensors of all groups.
     """
-    traced_once = jax.jit(functools.partial(over_tensors, function))
-    return join_trees([traced_once(*pair) for pair in pairs])
+    run = _first_pass(rule, partition, tracing(), platform())
+    return join_trees([run(*pair) for pair in pairs])
+
+
+@functools.lru_cache(maxsize=64)
+def _first_pass(
+    rule: Rule, partition: Partition | None, how: Tracing, on: str
+) -> Callable[..., Moments]:
+    del how, on
+    function = functools.partial(rules.first_pass, rule, partition=partition)
+    return jax.jit(functools.partial(over_tensors, function))
 
 
 def updates_in_turn(

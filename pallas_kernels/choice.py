@@ -6,8 +6,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lopt_jax.context import LARGEST_INDEX
+from lopt_jax.features import NormalizerAxes
 from lopt_jax.rule import Rule
 from pallas_kernels.launches import launch_kind
+from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.view import view_of
 
 SMALL = "tensors are small"
@@ -28,11 +31,20 @@ def unsupported_group_reason(
     Returns:
       The reason, part of a sentence.
     """
-    if rule.features.normalizer_axes != "tensor" and len(shape) > 3:
+    return unsupported_leaf_reason(rule.features.normalizer_axes, shape, dtypes, is_asked_for)
+
+
+def unsupported_leaf_reason(
+    normalizer_axes: NormalizerAxes, shape: Sequence[int], dtypes: Sequence[Any], is_asked_for: bool
+) -> str | None:
+    """The same, of a rule whose features are normalised over these axes."""
+    if normalizer_axes != "tensor" and len(shape) > 3:
         return "normalisers are over matrices of tensors of higher rank"
     for dtype in map(jnp.dtype, dtypes):
         if dtype.itemsize not in (2, 4):
             return f"arrays are {dtype.name}"
+    if largest_index(tuple(shape)) > LARGEST_INDEX:
+        return "an axis, or the row and column vectors, are longer than 32 bits count"
     if is_asked_for:
         return None
     if math.prod(shape) < WORTHWHILE_ELEMENTS:
@@ -40,6 +52,20 @@ def unsupported_group_reason(
     if view_of(tuple(shape[1:])).is_copied:
         return "sizes are not aligned to 16 bytes"
     return None
+
+
+def largest_index(shape: tuple[int, ...]) -> int:
+    """What the kernels count to: along an axis as they see it, or along all lines of vectors.
+
+    Args:
+      shape: (tensors, *shape of each).
+
+    Returns:
+      The largest number.
+    """
+    view = view_of(shape[1:])
+    lines = shape[0] * view.batch * view.middle * (pieces(view.down) + pieces(view.across)) * PIECE
+    return max(view.down, view.across, lines if view.is_factored else 0)
 
 
 def with_company(choices: Sequence[str | None], parts: Sequence[Any]) -> list[str | None]:

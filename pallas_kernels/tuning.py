@@ -5,13 +5,14 @@ from dataclasses import dataclass
 
 import jax
 
+from lopt_jax import context
 from lopt_jax import rule as rules
 from lopt_jax.rule import Rule
 from pallas_kernels import matrix_units, mosaic
 from pallas_kernels.plan import Plan
 from pallas_kernels.view import View, view_of
 
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132  # of an H200 and an H100 SXM: where the device does not say
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,34 @@ def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | No
     )
 
 
-@functools.lru_cache(maxsize=1024)
+def multiprocessors() -> int:
+    """How many the device has that runs what is traced (an H100 PCIe has 114, an H20 78)."""
+    device = context.device()
+    count = getattr(device, "core_count", None) if device.platform == "gpu" else None
+    return count or MULTIPROCESSORS
+
+
 def plan_for(
     views: tuple[View, ...], tensors: int, tuning: Tuning, backwards: bool = False
+) -> Plan:
+    """A plan for the device that runs what is traced; arguments as of `plan_on`."""
+    return plan_on(multiprocessors(), views, tensors, tuning, backwards)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_on(
+    multiprocessors: int,
+    views: tuple[View, ...],
+    tensors: int,
+    tuning: Tuning,
+    backwards: bool,
 ) -> Plan:
     """A plan whose programs fill the GPU once, or for large tensors a few times.
 
     Never a bit more than that: a wave of few programs takes as long as a full one.
 
     Args:
+      multiprocessors: of the GPU.
       views: how the pass sees the tensors of each part.
       tensors: number of tensors in a part.
       tuning: how the pass is cut.
@@ -111,7 +131,7 @@ def plan_for(
     """
     view = views[0]
     matrices = tensors * view.batch * view.middle
-    at_once = tuning.programs * MULTIPROCESSORS
+    at_once = tuning.programs * multiprocessors
     tile = view.rows * view.width
     elements = matrices * tile * sum(v.strips * v.tiles_down for v in views)
     waves = -(-elements // (at_once * tuning.program_elements))

@@ -197,8 +197,9 @@ def vector_means(
     out = []
     for unit in units:
         view, (down_axis, across_axis) = unit.view(FIRST), unit.vector_axes
-        down = view.restore_down(next(totalled) / unit.whole.shape[across_axis])
-        across = view.restore_across(next(totalled) / unit.whole.shape[down_axis])
+        # floats: an axis may be longer than an int32 holds
+        down = view.restore_down(next(totalled) / float(unit.whole.shape[across_axis]))
+        across = view.restore_across(next(totalled) / float(unit.whole.shape[down_axis]))
         out.append((down, across) if view.down_is_row else (across, down))
     return out
 

@@ -99,7 +99,7 @@ def _celo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _celo2(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return getattr(lopt_jax, name)(0.01, weights(name), **options)
+    return getattr(lopt_jax, name)(0.01, weights(name), **{"precision": "highest", **options})
 
 
 def _pylo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -107,7 +107,7 @@ def _pylo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     settings = config(name)
     constructor = getattr(lopt_jax, settings["optimizer"])
     if settings["optimizer"] != "elo":
-        options["adam_learning_rate_mult"] = 20.0
+        options = {"precision": "highest", "adam_learning_rate_mult": 20.0, **options}
     given, decay = weights(name, settings["optimizer"]), settings["weight_decay"]
     return constructor(settings["lr"], given, weight_decay=decay, **options)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+import lopt_jax
 from lopt_jax import benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,27 @@ def test_example_of_the_readme():
     exec(compile(example, "README.md", "exec"), names)
     start = names["loss_fn"]({"w": jnp.ones((8, 4)), "b": jnp.zeros((4,))}, jnp.ones((2, 8)))
     assert names["loss"] < 0.9 * start
+
+
+def test_examples_of_the_weights_page(tmp_path, monkeypatch):
+    """What needs no network runs, and the rest says in its first line what it lacks."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
+    here, elsewhere = code_blocks((ROOT / "docs" / "weights.md").read_text())
+    names = {}
+    exec(compile(here, "weights.md", "exec"), names)
+    assert names["w"].architecture == "velo"
+    lacking = {
+        'load_weights("velo")': "the weights 'velo' are not in the cache",
+        "hf://owner/repo": "hf://owner/repo: .*LOPT_JAX_OFFLINE is set",
+        "convert_weights": "global_step5000.pickle: .*No such file",
+        "push_to_hub": "hf://owner/repo: .*LOPT_JAX_OFFLINE is set",
+    }
+    for statement, (part, reason) in zip(elsewhere.splitlines(), lacking.items(), strict=True):
+        assert part in statement
+        with pytest.raises(lopt_jax.WeightsError, match=f"^{reason}"):
+            exec(statement, names)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_records_of_gradient_descent_on_a_bowl(tmp_path, capsys):
         evaluate.run_curves({"bowl": Quadratic(3)}, [sgd], (30,))
 
 
-def test_kept_curves_are_not_run_again(tmp_path):
+def test_kept_curves_are_not_run_again(tmp_path, monkeypatch):
     tasks, rates = {"bowl": Quadratic(3)}, (0.5, 1.0)
     sgd = Contender("adamw", lambda rate, steps: optax.sgd(rate), rates)
     first = evaluate.run_curves(tasks, [sgd], (40,), seeds=2, folder=tmp_path)
@@ -118,9 +118,37 @@ def test_kept_curves_are_not_run_again(tmp_path):
     assert set(both) == {("bowl", "adamw", 40), ("bowl", "adamw", 80)}
     part = evaluate.run_curves(tasks, [sgd], (80, 120), seeds=2, folder=tmp_path, kept_only=True)
     assert set(part) == {("bowl", "adamw", 80)}
+    monkeypatch.setattr(Quadratic, "data_hashes", lambda self: {"b": "new"}, raising=False)
+    with pytest.raises(AssertionError, match="run again"):
+        evaluate.run_curves(tasks, [Contender("adamw", fail, rates)], (40,), 2, folder=tmp_path)
+    assert evaluate.run_curves(tasks, [sgd], (80,), 2, folder=tmp_path, kept_only=True)
+    monkeypatch.undo()
     for changed in (Contender("adamw", fail, (0.5,)), Contender("adamw", fail, rates, None, "new")):
         with pytest.raises(AssertionError, match="run again"):
             evaluate.run_curves(tasks, [changed], (40,), seeds=2, folder=tmp_path)
+
+
+def test_an_evaluation_says_what_it_will_do_and_how_far_it_is(monkeypatch):
+    still = np.zeros((2, 3, evaluate.POINTS))
+    monkeypatch.setattr(
+        evaluate, "_compile",
+        lambda *unused: lambda horizon: evaluate.Curves(still, still, still[..., 0]),
+    )  # fmt: skip
+    contenders = [Contender(name, optax.sgd, (0.5, 1.0)) for name in ("a", "b")]
+    lines = []
+    evaluate.run_curves({"bowl": Quadratic(3)}, contenders, (40, 80), 3, lines.append)
+    # 2 optimizers, 2 rates and 3 seeds at 40 and 80 steps.
+    assert lines[0].startswith("to run: 24 trainings of 1,440 steps in all, by 2 programs; very ")
+    assert re.match("1 of 2, about .* left", lines[2])
+    assert len(lines) == 4
+    assert [evaluate.describe_duration(s) for s in (40, 700, 12_600)] == ["40 s", "12 min", "3.5 h"]
+
+
+def test_fewer_rates_are_spread_evenly():
+    contender = Contender("a", optax.sgd, tuple(range(12)))
+    assert evaluate.with_fewer_rates(contender, 3).learning_rates == (0, 6, 11)
+    assert evaluate.with_fewer_rates(contender, 1).learning_rates == (6,)
+    assert evaluate.with_fewer_rates(contender, 12) is contender
 
 
 def test_processes_share_a_folder(tmp_path):

@@ -1,5 +1,7 @@
 """Tasks' losses against plain numpy, and augmentation against its definition."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from lopt_jax.meta import data
 from lopt_jax.meta.augmentation import Reparametrised, Stacked
 from lopt_jax.meta.networks import ConvNet, Rnn, Transformer
-from lopt_jax.meta.tasks import held_out_tasks, training_tasks
+from lopt_jax.meta.tasks import Quadratic, data_hashes, held_out_tasks, training_tasks
 
 TRAINING, HELD_OUT = training_tasks(), held_out_tasks()
 
@@ -111,8 +113,89 @@ def test_transformer_is_causal_over_tokens():
     assert np.abs(np.asarray(first[:, 4:] - second[:, 4:])).max() > 1e-3
 
 
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder of prepared data: tiny files of both kinds."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(24) % 10
+    np.savez(
+        tmp_path / "fashion_mnist.npz",
+        train_images=rng.integers(0, 256, (20, 28, 28), np.uint8), train_labels=labels[:20],
+        test_images=rng.integers(0, 256, (4, 28, 28), np.uint8), test_labels=labels[20:],
+    )  # fmt: skip
+    # Class 3 is the largest, and 7 has one picture alone.
+    np.savez(
+        tmp_path / "clipart.npz",
+        images=rng.integers(0, 256, (26, 32, 32, 3), np.uint8),
+        labels=np.array([3] * 5 + [7] + 2 * [0, 1, 2, 4, 5, 6, 8, 9, 10, 11], np.uint8),
+    )
+    monkeypatch.setenv("LOPT_JAX_DATA", str(tmp_path))
+    return tmp_path
+
+
+def test_pictures_are_made_smaller_and_standardised(pictures):
+    with np.load(pictures / "fashion_mnist.npz") as file:
+        raw = {name: file[name] for name in file}
+    found = data.load_pictures("fashion_mnist", 8)
+    canvas = np.pad(raw["train_images"][3].astype(np.float64), 2)
+    assert found.images[3, 2, 5, 0] == np.rint(canvas[8:12, 20:24].mean())
+    assert found.images[3, 0, 0, 0] == np.rint(canvas[:4, :4].mean())
+    np.testing.assert_array_equal(found.labels, [*raw["train_labels"], *raw["test_labels"]])
+    assert found.num_train == 20
+    task = TRAINING["fashion_mlp_8"]
+    train = task.examples(task.sample(jax.random.key(0)), "train", 512)
+    assert train.inputs.shape == (20, 64)
+    assert np.abs(np.mean(train.inputs)) < 1e-5
+    assert np.std(train.inputs) == pytest.approx(1.0, abs=1e-5)
+    valid = task.source.examples((), "valid", 512)
+    np.testing.assert_array_equal(valid.targets, raw["test_labels"])
+    drawn = task.source.batch(jax.random.key(1), (), "valid", 64).targets
+    assert set(np.asarray(drawn)) <= set(raw["test_labels"])
+
+
+def test_clip_arts_are_those_of_the_ten_largest_classes(pictures):
+    colour = data.load_pictures("clipart", 16, 3)
+    assert colour.images.shape == (23, 16, 16, 3)
+    # 3 is the most frequent; 11 and 7 are left out.
+    np.testing.assert_array_equal(np.bincount(colour.labels), [5] + 9 * [2])
+    assert colour.num_train == 18
+    with np.load(pictures / "clipart.npz") as file:
+        small = file["images"].astype(np.float64).reshape(26, 16, 2, 16, 2, 3).mean((2, 4))
+    kept = {tuple(np.rint(image).ravel()) for image in small}
+    assert {tuple(image.ravel()) for image in colour.images} <= kept
+    assert data.load_pictures("clipart", 8).images.shape == (23, 8, 8, 1)
+
+
+def test_errors_of_pictures_say_what_to_do(pictures, monkeypatch):
+    with pytest.raises(ValueError, match="side: expected a divisor of 32, found 9"):
+        data.load_pictures("clipart", 9)
+    with pytest.raises(ValueError, match="channels: fashion_mnist has no"):
+        data.load_pictures("fashion_mnist", 8, 3)
+    with pytest.raises(ValueError, match="name: expected fashion_mnist or clipart, found 'x'"):
+        data.load_pictures("x", 8)
+    (pictures / "clipart.npz").write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(ValueError, match=r"clipart.npz: expected arrays images, labels .*again"):
+        data.load_pictures("clipart", 8)
+    (pictures / "clipart.npz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"found no .*meta.prepare FOLDER clipart"):
+        data_hashes([TRAINING["clipart_mlp_8"]])
+    monkeypatch.delenv("LOPT_JAX_DATA")
+    with pytest.raises(FileNotFoundError, match=r"expected LOPT_JAX_DATA .* found none"):
+        data.load_pictures("clipart", 8)
+
+
+def test_hashes_name_all_data_of_tasks(pictures):
+    tasks = [TRAINING[name] for name in ("clipart_mlp_8", "clipart_mlp_16", "tables_mlp_16")]
+    found = data_hashes([Reparametrised(tasks[0], 2.0), Stacked(tuple(tasks[1:])), Quadratic()])
+    assert set(found) == {"clipart", "digits", "wine"}
+    with np.load(pictures / "clipart.npz") as file:
+        assert found["clipart"] == data.digest(file["images"], file["labels"])
+    total = hashlib.sha256(b"|u1 (2,) \x01\x02")
+    assert data.digest(np.array([1, 2], np.uint8)) == total.hexdigest()
+
+
 @pytest.mark.parametrize("name", [*TRAINING, *HELD_OUT])
-def test_every_task_has_finite_losses_and_gradients(name):
+def test_every_task_has_finite_losses_and_gradients(name, pictures):
     task = {**TRAINING, **HELD_OUT}[name]
     content = task.sample(jax.random.key(3))
     params = task.init(jax.random.key(4), content)

@@ -1,26 +1,33 @@
 """The outer loop: it learns, it resumes bitwise, also after kill -9, also over several devices."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 
 import lopt_jax
-from lopt_jax.meta import cli
+from lopt_jax.meta import cli, data, trainer
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.trainer import Report, Result, Trainer
+from lopt_jax.meta.locks import lock
+from lopt_jax.meta.tasks import Quadratic
+from lopt_jax.meta.trainer import Interrupted, Report, Result, Trainer
 
 TINY = MetaTrainConfig(
     name="test",
@@ -188,15 +195,26 @@ def test_phases_train_one_part_after_the_other():
     assert np.all(np.asarray(whole["log_decay_gaps"]) != np.asarray(start["log_decay_gaps"]))
 
 
-def test_wall_clock_budget_plans_the_steps():
-    config = dataclasses.replace(TINY, tasks=("quadratic",), outer_steps=10**6)
+@pytest.fixture
+def clock(monkeypatch):
+    """The trainer's clock goes on by ten seconds whenever it is read."""
+    ticks = itertools.count(step=10.0)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+
+
+def test_wall_clock_budget_plans_the_steps(clock):
+    config = dataclasses.replace(TINY, outer_steps=10**6, checkpoint_seconds=10**9)
     totals = []
     result = Trainer(config).train(
-        max_seconds=14.0, on_report=lambda report, total, left: totals.append(total)
+        max_seconds=2000.0, on_report=lambda report, total, left: totals.append(total)
     )
+    # It reads the clock once a step and twice a report, so that three steps take 50 s. After six
+    # some 1,800 s are left, less a margin of 20 s and of 3%.
     assert totals[0] == 10**6
-    assert totals[-1] < 10**6
-    assert result.steps <= totals[-1]
+    assert set(totals[1:]) == {result.total}
+    assert result.steps == result.total
+    assert result.ended == "finished"
+    assert 6 + 3 / 50 * 1700 * 0.97 < result.total < 6 + 3 / 50 * 1800 * 0.97
 
 
 def test_config_survives_json():
@@ -270,6 +288,8 @@ def test_wrong_settings_are_errors_of_their_type():
 class _Diverged:
     """In place of a Trainer: a run whose last losses are not finite."""
 
+    data: ClassVar = {"wine": "01ab"}
+
     def __init__(self, config, initial):
         arguments = config.architecture, jax.random.key(0), dict(config.architecture_config)
         self.theta = initial_parameters(*arguments, dict(config.gains))
@@ -286,6 +306,8 @@ def test_weights_are_saved_whatever_the_last_loss_was(tmp_path, monkeypatch):
     record = lopt_jax.load_weights(str(tmp_path / "run/weights")).metadata["meta_training"]
     assert record["final_loss"] is None
     assert record["steps"] == 20
+    assert record["data"] == {"wine": "01ab"}
+    assert record["python"] == platform.python_version()
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -294,6 +316,125 @@ def test_weights_are_saved_whatever_the_last_loss_was(tmp_path, monkeypatch):
     assert row["loss"] is row["gradient_norm"] is None
     assert row["task_scores"] == [None]
     assert row["step"] == 20
+
+
+def test_configs_are_what_made_the_shipped_weights():
+    for name in ("small_fc_lopt", "small_fc_lopt_h4", "celo_small", "velo_small", "celo2_small"):
+        path = Path(__file__).parents[1] / "checkpoints" / name / "weights.json"
+        record = json.loads(path.read_text())["metadata"]["meta_training"]
+        assert record["final_loss"] < -1.6
+        fields = {field.name for field in dataclasses.fields(MetaTrainConfig)}
+        # Settings of later days are as if there were none.
+        made_with = from_json(json.dumps({k: v for k, v in record.items() if k in fields}))
+        config = CONFIGS[name]
+        assert config.outer_steps == record["steps"]  # what its budget had room for
+        budget = dataclasses.replace(config, outer_steps=4000, checkpoint_seconds=10_000)
+        assert budget == made_with
+
+
+class _WithData(Quadratic):
+    """A bowl that says what its data are."""
+
+    sha256 = "0123456789abcdef"
+
+    def data_hashes(self):
+        return {"bowls": self.sha256}
+
+
+def test_resume_on_other_data_is_refused(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, outer_steps=3)
+    tasks = {"quadratic": _WithData()}
+    Trainer(config, tasks=tasks).train(tmp_path, max_steps=2)
+    monkeypatch.setattr(_WithData, "sha256", "fedcba")
+    with pytest.raises(ValueError, match=r"resume: .*bowls had sha256 0123456789ab under Python 3"):
+        Trainer(config, tasks=tasks).train(tmp_path, resume=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(Trainer, "_compile", None)  # and nothing was compiled for that
+    with pytest.raises(TypeError, match="NoneType"):
+        Trainer(config, tasks=tasks).train(tmp_path, resume=True)
+
+
+def test_resume_of_nothing_is_an_error(tmp_path, capsys):
+    arguments = ["meta-train", "tiny", "--out", str(tmp_path / "none"), "--resume"]
+    assert cli.main(arguments) == 2
+    assert "resume: expected checkpoints in" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ValueError, match="resume: expected a folder"):
+        Trainer(TINY).train(resume=True)
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    run = tmp_path / "run"
+    claim = lock(run / ".lock")
+    assert cli.main(["meta-train", "tiny", "--out", str(run)]) == 2
+    assert f"folder: {run} is in use by another run" in capsys.readouterr().err
+    claim.close()
+    (run / "weights").mkdir()
+    assert cli.main(["meta-train", "tiny", "--out", str(run)]) == 2
+    assert f"--out: {run} already holds weights" in capsys.readouterr().err
+
+
+class _Slow:
+    """In place of a lowered program: its compilation takes longer than any budget."""
+
+    def compile(self):
+        threading.Event().wait(60)
+
+
+def test_the_budget_bounds_compilation_and_weights_are_written(tmp_path, monkeypatch, capsys):
+    real = trainer._compile_all
+    monkeypatch.setattr(
+        trainer, "_compile_all", lambda lowers, deadline: real([_Slow] * len(lowers), deadline)
+    )
+    exits = []
+    monkeypatch.setattr(cli.os, "_exit", exits.append)
+    out = tmp_path / "run"
+    assert cli.main(["meta-train", "tiny", "--out", str(out), "--seconds", "0.2"]) == 0
+    text = capsys.readouterr().out
+    assert "budget of 0.2 s ended the run before its programs were compiled, after 0 of 200" in text
+    assert exits == [0]
+    weights = lopt_jax.load_weights(str(out / "weights"))
+    config = CONFIGS["tiny"]
+    start = initial_parameters(
+        config.architecture, jax.random.fold_in(jax.random.key(0), 2**31),
+        dict(config.architecture_config), dict(config.gains),
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, weights.params, start)
+
+
+def test_the_budget_ends_a_run_between_reports(clock):
+    config = dataclasses.replace(TINY, log_every=1000, outer_steps=10**6)
+    result = Trainer(config).train(max_seconds=1000)
+    assert result.ended == "budget"
+    assert (result.finished, result.total) == (False, 10**6)
+    assert 2 < result.steps == result.history[-1].step < 100
+
+
+def test_an_interrupted_run_writes_its_weights(tmp_path, monkeypatch):
+    def interrupted(self, *unused, **also_unused):
+        result = _Diverged(self.config, None).train()
+        raise Interrupted("after step 20, saved", result)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    assert cli.main(["meta-train", "tiny", "--out", str(tmp_path)]) == 130
+    assert lopt_jax.load_weights(str(tmp_path / "weights")).architecture == "small_fc_lopt"
+
+
+@pytest.mark.parametrize(
+    "command", ["meta-train tiny --out run", "meta-eval --tasks digits_mlp_128"]
+)
+def test_without_scikit_learn_a_message_before_any_work(command, tmp_path, monkeypatch, capsys):
+    for load in (data.load_tabular, data.load_patches):
+        load.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    monkeypatch.setattr("lopt_jax.meta.evaluate.run_curves", None)
+    assert cli.main(command.split()) == 2
+    printed = capsys.readouterr()
+    assert "pip install 'lopt_jax[meta]'" in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from optax._src.base import NO_PARAMS_MSG
 from optimizers import OPTIMIZERS
 
 import lopt_jax
+import pallas_kernels
 from lopt_jax.tensors import tensors_of
 from lopt_jax.weights.schema import expected_shapes
 
@@ -440,8 +441,24 @@ def test_half_precision_parameters(name, dtype, params):
 
 
 def test_modules_are_attributes_of_the_package():
-    code = "import lopt_jax; print(lopt_jax.flax.TrainState, lopt_jax.sharding.distributed)"
+    code = """if True:
+        import sys, lopt_jax
+        heavy = {"flax", "lopt_jax.flax", "lopt_jax.meta", "sklearn"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        print(lopt_jax.flax.TrainState, lopt_jax.meta, lopt_jax.sharding.distributed)
+        assert dir(lopt_jax) == sorted(lopt_jax.__all__)
+        assert not {"Any", "TYPE_CHECKING", "importlib", "engine", "rule"} & set(dir(lopt_jax))
+        assert {"diagnostics", "flax", "meta", "mup", "plot", "sharding", "weights"} <= set(
+            dir(lopt_jax)
+        )
+        assert all(getattr(lopt_jax, name) is not None for name in dir(lopt_jax))
+    """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", [lopt_jax, pallas_kernels])
+def test_packages_say_that_they_are_typed(package):
+    assert (Path(package.__file__).parent / "py.typed").is_file()
 
 
 @every_optimizer
@@ -569,7 +586,7 @@ def test_gradients_of_another_shape_are_refused(name, shape, params):
 def test_state_of_other_parameters_is_refused(name, params):
     tx = optimizers.plain(name)
     other = {"b": params["b"], "w": params["w"].T}
-    with pytest.raises(ValueError, match=r"state: .* the shape of the param \['w'\]"):
+    with pytest.raises(ValueError, match=r"state: expected the shape \(4, 3\) at .*\['w'\]"):
         tx.update(gradients_of(other), tx.init(params), other, value=LOSS)
     renamed = {"b": params["b"], "z": params["w"]}
     with pytest.raises(ValueError, match=r"state: .* expected a tree like the params"):
@@ -692,9 +709,12 @@ def test_weights_of_another_architecture_are_refused(name):
 def test_accumulator_dtype(name, params):
     tx = optimizers.make(name, accumulator_dtype=jnp.bfloat16)
     state = tx.init(params)
+    dtypes = lambda state: jax.tree.map(lambda x: x.dtype, state)  # noqa: E731
+    at_first = dtypes(state)
+    assert {x.dtype for x in jax.tree.leaves(state.accumulators.momentum[0])} == {jnp.bfloat16}
     for _ in range(2):
         updates, state = tx.update(gradients_of(params), state, params, value=LOSS)
-        assert {x.dtype for x in jax.tree.leaves(state.accumulators)} == {jnp.dtype(jnp.bfloat16)}
+        assert dtypes(state) == at_first
         assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
 
 

@@ -42,10 +42,10 @@ def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
         large = dataclasses.replace(of, small_elements=0, **form)
         return second_pass(large, *arguments, **options)
 
-    xla.passes.cache_clear()  # traced, maybe, with the rule as it is
+    xla._passes.cache_clear()  # traced, maybe, with the rule as it is
     monkeypatch.setattr(rule, "second_pass", as_if_large)
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
-    xla.passes.cache_clear()
+    xla._passes.cache_clear()
     assert calls
 
 
@@ -61,7 +61,7 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(5, 12), "b": jnp.linspace(0.1, 1.0, 12)}
 
     def update():
-        xla.passes.cache_clear()
+        xla._passes.cache_clear()
         tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
         # compiled here: arrays with values would tell where they lie
         return jax.jit(lambda: tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params))()
@@ -77,7 +77,7 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     monkeypatch.setattr(xla, "FUSED_SMALL_GROUPS", 1)
     update()
     assert len(calls) == of_cpu
-    xla.passes.cache_clear()
+    xla._passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 
@@ -110,7 +110,7 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
     params = optimizers.random_like({k: jnp.zeros(shape) for k, shape in shapes.items()}, 0)
 
     def update(stacked):
-        xla.passes.cache_clear()
+        xla._passes.cache_clear()
         tx = lopt_jax.small_fc_lopt(
             reference.weights("small_fc_lopt_h32"),
             weight_decay=0.1,
@@ -132,7 +132,7 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
     inputs.clear()
     got = update(None), update("stack")
     assert inputs == 2 * [(29, 128)]  # 116 elements, and zeros up to a multiple of 16
-    xla.passes.cache_clear()
+    xla._passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 

@@ -530,3 +530,37 @@ ENTRY %main (p: f32[8]) -> f32[4] {
         ("reduce-scatter", 32),
         ("all-gather", 32),
     ]
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_leave_a_bad_step_out_together(check_vma, small_limits):
+    """One device's gradient is not finite, of a leaf that is split and of one that is whole."""
+    tx = sharding.apply_if_finite(optax.trace(0.9), max_consecutive_errors=2)
+    params = {"split": np.ones((8, 8), np.float32), "whole": np.ones((3,), np.float32)}
+    good = {k: np.ones((8, *x.shape), np.float32) for k, x in params.items()}
+    run = functools.partial(run_distributed, tx, params, check_vma=check_vma)
+    for key in params:
+        bad = {k: x.copy() for k, x in good.items()}
+        bad[key][3].flat[0] = np.inf
+        updates, state = run(bad)
+        for update in jax.tree.leaves((updates, state.inner_state)):
+            np.testing.assert_array_equal(update, np.zeros_like(update))
+        assert (int(state.total_notfinite), bool(state.last_finite)) == (1, False)
+    updates, state = run(good)
+    np.testing.assert_array_equal(updates["split"], params["split"])
+    assert (int(state.total_notfinite), bool(state.last_finite)) == (0, True)
+
+
+def test_distributed_refuses_the_function_of_optax_that_would_deadlock():
+    tx = optax.apply_if_finite(optax.sgd(1.0), 3)
+    with pytest.raises(NotImplementedError, match=r"reduce_and.*sharding\.apply_if_finite"):
+        run_distributed(tx, {"a": np.ones((3, 4), np.float32)}, {"a": np.ones((8, 3, 4))})
+
+
+def test_distributed_compares_shapes(small_limits):
+    for shape in ((8, 1, 8), (8, 8)):
+        with pytest.raises(ValueError, match=r"updates: expected the shape of the param \['w'\]"):
+            run_distributed(small_fc(), {"w": np.ones((8, 8))}, {"w": np.ones(shape)})

@@ -1,14 +1,18 @@
 """Weights as a pytree: usable inside every JAX transformation, compared by value."""
 
 import copy
+import logging
 import pickle
+import xml.etree.ElementTree as ET
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lopt_jax.weights import Weights, WeightsError, resolve
+import lopt_jax
+from lopt_jax import partition
+from lopt_jax.weights import Weights, WeightsError, load_weights, resolve
 from lopt_jax.weights.base import StaticMapping, brief, weights_error
 from lopt_jax.weights.schema import SCHEMAS, expected_shapes, inferred_sizes, validate
 
@@ -126,6 +130,42 @@ def test_resolve_names_the_wrong_architecture():
         resolve(3, ("velo",))
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    """The warnings of lopt_jax; none counts as said before."""
+    monkeypatch.setattr(partition, "_said", set())
+    caplog.set_level(logging.WARNING, logger="lopt_jax")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_weights_of_another_family_are_mentioned(said):
+    celo2 = load_weights("celo2_small")
+    other = Weights("elo_celo2", celo2.config, celo2.params)
+    lopt_jax.celo2(0.01, other)
+    lopt_jax.elo_celo2(0.01, other)
+    lopt_jax.mulo({"w": 2.0}, "small_fc_lopt")
+    lopt_jax.small_fc_lopt("small_fc_lopt")
+    one, two = said()
+    assert one.startswith("celo2: the weights were meta-trained for elo_celo2,")
+    assert two.startswith("mulo: the weights 'small_fc_lopt' were meta-trained for small_fc_lopt,")
+
+
+def test_recommended_settings_are_mentioned_where_defaults_are_left(said):
+    lopt_jax.celo2(0.003, "celo2_small")
+    lopt_jax.celo2(weights="celo2_small", weight_decay=0.5)
+    lopt_jax.celo2(lambda count: 0.001, "celo2_small")
+    assert said() == []
+    for _ in range(2):
+        lopt_jax.celo2(weights="celo2_small")
+    lopt_jax.velo(100, "velo_small")
+    celo2, velo = said()
+    assert celo2.startswith("celo2: left at learning_rate=0.001, weight_decay=0.0; its weights")
+    assert "learning_rate=0.01, " in celo2
+    assert "weight_decay=3.0, " in celo2
+    assert "lopt_jax.lopt(num_steps)" in celo2
+    assert "velo: left at weight_decay=0.0; " in velo
+
+
 def broken(change):
     weights = make(hidden_size=4)
     params = jax.tree.map(np.copy, weights.params)
@@ -189,6 +229,25 @@ def test_deep_metadata_are_refused():
 
 def make_with(value):
     return Weights("velo", {}, {}, {"x": value})
+
+
+def test_weights_show_themselves():
+    params = {"mlp": {"w0": np.zeros((2, 3)), "b0": np.zeros(3)}}
+    recommended = {"learning_rate": 0.01, "schedule": "<cosine>"}
+    metadata = {"licence": "MIT\x1b", "recommended": recommended, "meta_training": {"steps": 9}}
+    weights = Weights("celo2", {"hidden_size": 3}, params, metadata)
+    assert repr(weights).splitlines() == [
+        "<lopt_jax.Weights of celo2: 2 arrays, 9 numbers",
+        r"  licence: MIT\x1b",
+        "  recommended: learning_rate=0.01, schedule='<cosine>'",
+        "  config: hidden_size=3>",
+    ]
+    page = weights._repr_html_()
+    assert "schedule=&#x27;&lt;cosine&gt;&#x27;</td>" in page
+    assert "\x1b" not in page
+    ET.fromstring(page)  # every element is closed
+    traced = jax.eval_shape(lambda w: print(w) or w.params, weights)  # without values too
+    assert traced["mlp"]["w0"].shape == (2, 3)
 
 
 def test_messages_are_one_line_that_steers_no_terminal():

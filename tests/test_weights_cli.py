@@ -2,10 +2,21 @@
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+import lopt_jax
 from lopt_jax.cli import main
-from lopt_jax.weights import Weights, convert_weights, load_weights, save_weights
+from lopt_jax.weights import (
+    Weights,
+    WeightsError,
+    convert_weights,
+    load_weights,
+    save_weights,
+)
+from lopt_jax.weights.catalogue import REGISTRY
+from lopt_jax.weights.registry import embedded_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -22,6 +33,59 @@ def test_convert_to_pylo(tmp_path):
     source = str(FIXTURES / "small_fc_lopt_h4")
     assert main(["convert", source, str(tmp_path / "pylo"), "--to", "pylo"]) == 0
     assert convert_weights(tmp_path / "pylo").architecture == "small_fc_lopt"
+
+
+@pytest.mark.parametrize("by", ["name", "folder"])
+def test_convert_takes_what_show_takes(by, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = "celo2_small" if by == "name" else str(embedded_folder() / "celo2_small")
+    for command in (["show", source], ["convert", source, "pylo", "--to", "pylo"]):
+        assert main(command) == 0
+    back = convert_weights("pylo")
+    expected = load_weights("celo2_small")
+    assert back.metadata["recommended"] == expected.metadata["recommended"]
+    np.testing.assert_array_equal(back.params["mlp"]["w0"], expected.params["mlp"]["w0"])
+    relabelled = [source, "ours", "--architecture", "elo_celo2", "--config", '{"exp_mult": 0.5}']
+    assert main(["convert", *relabelled]) == 0
+    ours = load_weights("ours")
+    assert (ours.architecture, ours.config["exp_mult"]) == ("elo_celo2", 0.5)
+    capsys.readouterr()
+    assert main(["convert", source, "no", "--architecture", "velo"]) == 2
+    assert "expected weights of velo, found weights of celo2" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert f"lopt_jax {lopt_jax.__version__} (jax {jax.__version__}, " in capsys.readouterr().out
+
+
+def test_show_without_a_network(tmp_path, capsys, monkeypatch):
+    """What the catalogue knows is known offline."""
+    monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
+    for name in ("velo", "rnn_mlp_lopt"):
+        assert main(["show", name]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        entry = REGISTRY[name]
+        assert lines[0] == f"architecture: {entry.architecture}"
+        assert f"  licence: {entry.licence}" in lines
+        shown = "\n".join(lines)
+        for place in entry.places:
+            assert all(address in shown for address in place.files.values())
+            assert all(pin in shown for pin in place.git_blob.values())
+        assert lines[-1].startswith("arrays: not on this machine")
+        assert ("LOPT_JAX_OFFLINE is set" in lines[-1]) == (name == "velo")
+    assert main(["show", "no_such_name"]) == 2
+
+
+def test_errors_for_missing_weights_name_those_that_ship(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
+    for constructor, shipped in ((lopt_jax.velo, "velo_small"), (lopt_jax.celo2, "celo2_small")):
+        with pytest.raises(WeightsError, match=f"need no network: {shipped}"):
+            constructor(100)
 
 
 def test_list(tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
 from lopt_jax.weights import (
+    Weights,
     WeightsError,
     convert_weights,
     export_weights,
@@ -226,6 +227,23 @@ def test_meta_mlp_needs_a_choice():
         convert_weights(FIXTURES / "elo")
 
 
+def test_arrays_that_serve_several_optimizers_need_a_choice(tmp_path):
+    for fixture in ("celo2_adamw", "elo_celo2"):
+        file = FIXTURES / fixture / "model.safetensors"
+        with pytest.raises(WeightsError, match=r"architecture= one of celo2, elo_celo2.*--arch"):
+            convert_weights(file)
+        assert convert_weights(file, "elo_celo2").architecture == "elo_celo2"
+    theta = msgpack_restore((FIXTURES / "small_fc_lopt_h4" / "theta.state").read_bytes())
+    (tmp_path / "global_step5000.pickle").write_bytes(pickle.dumps(theta))
+    with pytest.raises(WeightsError, match="architecture= one of small_fc_lopt, mulo"):
+        convert_weights(tmp_path)
+    (tmp_path / "config.gin").write_text("MuAdafacMLPLOpt.step_mult = 0.01")
+    assert convert_weights(tmp_path).architecture == "mulo"  # what is beside the file tells
+    exported = convert_weights(FIXTURES / "elo_celo2", "elo_celo2")
+    export_weights(exported, tmp_path / "ours")
+    assert convert_weights(tmp_path / "ours").architecture == "elo_celo2"
+
+
 @pytest.mark.parametrize("architecture", ["elo", "mulo", "small_fc_lopt"])
 def test_meta_mlp(architecture):
     weights = convert_weights(FIXTURES / "mulo", architecture)
@@ -260,7 +278,7 @@ def test_meta_mlp_takes_decays():
 
 
 def test_celo2_mlp():
-    weights = convert_weights(FIXTURES / "celo2_adamw")
+    weights = convert_weights(FIXTURES / "celo2_adamw", "celo2")
     tensors = load_file(FIXTURES / "celo2_adamw" / "model.safetensors")
     assert weights.architecture == "celo2"
     assert weights.params["mlp"]["w0"].shape == (30, 8)
@@ -299,7 +317,7 @@ def test_export_has_the_names_and_shapes_of_pylo(tmp_path):
     assert_same_tensors(tmp_path / "elo", FIXTURES / "elo")
     config = json.loads((tmp_path / "elo" / "config.json").read_text())
     assert (config["input_size"], config["hidden_size"], config["hidden_layers"]) == (39, 32, 1)
-    export_weights(convert_weights(FIXTURES / "celo2_adamw"), tmp_path / "celo2")
+    export_weights(convert_weights(FIXTURES / "celo2_adamw", "celo2"), tmp_path / "celo2")
     assert_same_tensors(tmp_path / "celo2", FIXTURES / "celo2_adamw")
     export_weights(convert_weights(FIXTURES / "velo"), tmp_path / "velo")
     rnn = load_file(tmp_path / "velo" / "VeLO_RNN" / "model.safetensors")
@@ -322,6 +340,36 @@ def assert_same_tensors(ours, theirs):
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(ours[name], tensor)
+
+
+@pytest.mark.parametrize("name", ["elo_celo2", "mulo", "velo"])
+def test_export_keeps_licence_card_and_recommended_settings(name, tmp_path):
+    converted = convert_weights(FIXTURES / name, name)
+    recommended = {"learning_rate": 0.01, "schedule": "cosine"}
+    metadata = {**converted.metadata, "licence": "MIT", "recommended": recommended}
+    weights = Weights(name, converted.config, converted.params, metadata)
+    export_weights(weights, tmp_path / "pylo")
+    back = convert_weights(tmp_path / "pylo")
+    assert back.metadata["licence"] == "MIT"
+    assert back.metadata["recommended"] == recommended
+    assert back.metadata["source"].startswith(str(tmp_path))
+    assert back.metadata["exported_from"]["sha256"] == converted.metadata["sha256"]
+    (card, *others) = [path.read_text() for path in (tmp_path / "pylo").rglob("README.md")]
+    assert len(others) == (name == "velo")
+    assert "license: mit" in card.splitlines()
+    assert '- recommended: {"learning_rate": 0.01, "schedule": "cosine"}' in card.splitlines()
+
+
+def test_metadata_beside_a_file_are_bounded(tmp_path):
+    export_weights(convert_weights(FIXTURES / "elo", "elo"), tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    deep = nested = {}
+    for _ in range(100):
+        nested["a"] = nested = {}
+    document["lopt_jax"]["metadata"] = deep
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(WeightsError, match="nested at most 64 deep"):
+        convert_weights(tmp_path)
 
 
 def test_export_refuses_what_pylo_has_not(tmp_path):
@@ -361,7 +409,7 @@ def test_haiku_pickle(protocol, kind, tmp_path):
     theta = msgpack_restore((FIXTURES / "small_fc_lopt_h32" / "theta.state").read_bytes())
     file = tmp_path / "global_step5000.pickle"
     file.write_bytes(pickle.dumps(jax.tree.map(make, theta), protocol=protocol))
-    weights = convert_weights(file, config={"step_mult": 0.01})
+    weights = convert_weights(file, "small_fc_lopt", config={"step_mult": 0.01})
     assert weights.architecture == "small_fc_lopt"
     assert_bitwise(weights.params, canonical(theta))
     assert convert_weights(file, "mulo").architecture == "mulo"

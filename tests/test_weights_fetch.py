@@ -1,5 +1,6 @@
 """Fetching, against a server on localhost that serves the fixtures and misbehaves on request."""
 
+import datetime
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import reference
 import weights_server
 
 from lopt_jax.weights import (
@@ -24,7 +26,7 @@ from lopt_jax.weights import (
 )
 from lopt_jax.weights import registry as registry_module
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
-from lopt_jax.weights.fetch import HubAddress, http_address
+from lopt_jax.weights.fetch import HubAddress, download, http_address
 from lopt_jax.weights.registry import cache_folder
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -41,10 +43,12 @@ def server(tmp_path, monkeypatch):
     with weights_server.running() as server:
         monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("LOPT_JAX_GCS_ENDPOINT", server.address)
+        monkeypatch.setenv("LOPT_JAX_GITHUB_ENDPOINT", server.address)
         monkeypatch.setenv("HF_ENDPOINT", server.address)
         monkeypatch.setenv("HF_TOKEN", "secret")
         monkeypatch.setenv("no_proxy", "*")
-        monkeypatch.delenv("LOPT_JAX_OFFLINE", raising=False)
+        for name in ("LOPT_JAX_OFFLINE", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
         folder = FIXTURES / "original_checkpoint"
         server.files[f"{VELO}/params"] = (folder / "params").read_bytes()
         server.files[f"{VELO}/config.gin"] = (folder / "config.gin").read_bytes()
@@ -88,11 +92,53 @@ def test_good_case_is_fetched_once(server, cache):
     assert {info.name: info for info in list_weights()}["velo"].offline
 
 
+def test_what_was_fetched_is_recorded(server):
+    commit, generation = "1f" * 20, "1669852800000001"
+    server.headers[f"{VELO}/params"] = {"x-goog-generation": generation}
+    server.files["/stored"] = server.files[f"{VELO}/params"]
+    server.faults["/owner/repo/resolve/main/params"] = f"{server.address}/stored"
+    server.headers["/owner/repo/resolve/main/params"] = {"X-Repo-Commit": commit}
+    digest = hashlib.sha256(server.files["/stored"]).hexdigest()
+    day = datetime.datetime.now(datetime.UTC).date()
+    load_weights("velo")
+    named = load_weights("velo").metadata["fetched"]  # from the cache
+    by_address = convert_weights("hf://owner/repo/params").metadata["fetched"]
+    assert set(named) == {"params", "config.gin"}
+    for record, path, revision in (
+        (named, f"{VELO}/params", generation),
+        (by_address, "/owner/repo/resolve/main/params", commit),
+    ):
+        assert record["params"]["url"] == server.address + path
+        assert record["params"]["revision"] == revision
+        assert record["params"]["sha256"] == digest
+        assert 0 <= (datetime.date.fromisoformat(record["params"]["date"]) - day).days <= 1
+
+
+def test_files_of_a_repository_are_of_one_commit(server):
+    commit = "2e" * 20
+    server.repositories["owner/repo"] = {"params": b"", "config.gin": b""}
+    server.commits["owner/repo"] = commit
+    for name in ("params", "config.gin"):
+        server.files[f"/owner/repo/resolve/{commit}/{name}"] = server.files[f"{VELO}/{name}"]
+    weights = load_weights("hf://owner/repo")
+    assert_same(weights, expected())
+    assert {f["revision"] for f in weights.metadata["fetched"].values()} == {commit}
+
+
+def test_offline_of_the_hub_alone(server, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for address in ("hf://owner/repo", "hf://owner/repo/theta.state"):
+        with pytest.raises(WeightsError, match="HF_HUB_OFFLINE is set"):
+            load_weights(address)
+    assert not server.log
+    assert_same(load_weights("velo"), expected())  # a bucket's
+
+
 def test_next_place_after_404(server, cache):
     server.faults[f"{VELO}/params"] = 404
     server.files[HUB_VELO] = (FIXTURES / "velo" / "theta.state").read_bytes()
-    # The pinned config of the real file has other sizes than the fixture: the place is refused.
-    with pytest.raises(WeightsError, match=r"404[^$]*lstm_hidden_size = 512"):
+    # The real file is known by its name in git, and this is another one: the place is refused.
+    with pytest.raises(WeightsError, match=r"404[^$]*git blob 2233e53a"):
         load_weights("velo")
     assert visible(cache) == []
 
@@ -138,8 +184,6 @@ def test_faults_leave_no_trace(server, cache, fault, message):
 
 
 def test_endless_body_is_cut(server, tmp_path, monkeypatch):
-    from lopt_jax.weights.fetch import download
-
     server.files["/big"] = b""
     server.faults["/big"] = weights_server.endless
     with pytest.raises(WeightsError, match="at most 3000000 bytes"):
@@ -165,6 +209,28 @@ def test_checksum(server, cache, monkeypatch):
     assert_same(load_weights("velo"), expected())
 
 
+def test_name_in_git_is_checked(server, tmp_path):
+    server.files["/hello"] = b"hello\n"
+    address, target = f"{server.address}/hello", tmp_path / "hello"
+    with pytest.raises(WeightsError, match=r"expected git blob 0{40}, found ce013625"):
+        download(address, target, git_blob="0" * 40)
+    assert not target.exists()
+    # as `echo hello | git hash-object --stdin` prints it
+    download(address, target, git_blob="ce013625030ba8dba906f756967f9e9ca394464a")
+    assert target.read_bytes() == b"hello\n"
+
+
+@pytest.mark.parametrize("name", ["celo", "celo_adam"])
+def test_digests_are_those_of_the_released_files(name):
+    file = reference.RELEASED / name / "theta.state"
+    if not file.exists():
+        pytest.skip("the released weights are not here")
+    first, second = REGISTRY[name].places
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert first.sha256 == second.sha256 == {"theta.state": digest}
+    assert re.match(r"github://amoudgl/celo@[0-9a-f]{40}/", first.files["theta.state"])
+
+
 def test_offline_message_and_by_hand(server, cache, monkeypatch):
     monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
     with pytest.raises(WeightsError, match="LOPT_JAX_OFFLINE") as caught:
@@ -181,6 +247,7 @@ def test_offline_message_and_by_hand(server, cache, monkeypatch):
 
 def test_no_server_at_all(server, cache, monkeypatch):
     monkeypatch.setenv("LOPT_JAX_GCS_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("LOPT_JAX_GITHUB_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(WeightsError, match="URLError"):
         load_weights("velo")
@@ -197,7 +264,7 @@ def test_list_names_both_files_of_a_pair(server):
     sources = {info.name: info.source for info in list_weights()}
     (pair,) = sources["velo_pylo"]
     assert pair.count("hf://") == 2
-    assert [source.count("://") for source in sources["velo"]] == [1, 1]
+    assert [source.count("://") for source in sources["velo"]] == [1, 1, 1]
     assert sources["mulo"] == ("hf://btherien/mulo/model.safetensors",)
 
 
@@ -297,13 +364,15 @@ def wait_for(condition):
 
 
 def test_addresses(monkeypatch):
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    monkeypatch.delenv("LOPT_JAX_GCS_ENDPOINT", raising=False)
+    for name in ("HF_ENDPOINT", "LOPT_JAX_GCS_ENDPOINT", "LOPT_JAX_GITHUB_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
     assert http_address("gs://bucket/a b/c") == "https://storage.googleapis.com/bucket/a%20b/c"
+    raw = "https://raw.githubusercontent.com"
+    assert http_address("github://owner/repo@v1/a/b") == f"{raw}/owner/repo/v1/a/b"
     hub = "https://huggingface.co/owner/repo/resolve"
     assert http_address("hf://owner/repo/dir/file") == f"{hub}/main/dir/file"
     assert http_address("hf://owner/repo@v1/file") == f"{hub}/v1/file"
-    assert HubAddress.parse("hf://owner/repo") == HubAddress("owner/repo", "main", "")
+    assert HubAddress.parse("hf://owner/repo") == HubAddress("hf", "owner/repo", "main", "")
 
 
 @pytest.mark.parametrize("value", ["", None])

@@ -253,6 +253,28 @@ def test_arrays_of_no_chunk_are_not_zero(saved):
         load_weights(saved)
 
 
+def test_orbax_that_says_nothing_of_ocdbt(weights, saved):
+    """Releases 0.11.17 to 0.11.30 leave the word out: the manifest tells."""
+    edit(saved, files={})
+    tree = saved / "params" / "_METADATA"
+    document = json.loads(tree.read_text())
+    document.pop("use_ocdbt", None)
+    tree.write_text(json.dumps(document))
+    assert load_weights(saved) == weights
+    (saved / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(WeightsError, match="zarr 2 in OCDBT"):
+        load_weights(saved)
+
+
+def test_what_cannot_be_read_back_is_not_saved(weights, saved, monkeypatch):
+    other = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True))
+    monkeypatch.setattr(store_module, "_checkpointer", lambda: other)  # as another release may be
+    with pytest.raises(WeightsError, match=r"read back.*zarr 2.*orbax-checkpoint \d.*install"):
+        save_weights(saved, jax.tree.map(lambda leaf: leaf + 1, weights))
+    assert load_weights(saved) == weights
+    assert [path.name for path in saved.parent.iterdir()] == ["w"]
+
+
 @pytest.mark.parametrize("changes", [{"use_zarr3": True}, {"use_ocdbt": False}])
 def test_other_layouts_of_orbax_are_named(saved, changes):
     edit(saved, files={})

@@ -20,6 +20,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.log = []
         self.tokens = []
         self.repositories = {}
+        self.commits = {}  # repository -> commit, as the Hub lists it
+        self.headers = {}  # path -> headers of the answer
 
     @property
     def address(self):
@@ -58,27 +60,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
         fault = self.server.faults.get(path)
         if isinstance(fault, int):
             return self.answer(fault)
+        headers = self.server.headers.get(path, {})
         if isinstance(fault, str):
-            return self.answer(302, headers={"Location": fault})
+            return self.answer(302, headers={"Location": fault, **headers})
         body = self.server.files.get(path)
         if path.startswith("/api/models/"):
             return self.model(path.removeprefix("/api/models/"))
         if body is None:
             return self.answer(404)
         if fault is None:
-            return self.answer(200, body)
+            return self.answer(200, body, headers)
         return fault(self, body)
 
     do_HEAD = do_GET
 
     # The Hub.
 
-    def model(self, repository):
+    def model(self, path):
+        repository = path.partition("/revision/")[0]
         files = self.server.repositories.get(repository)
         if files is None:
             return self.answer(404)
         siblings = [{"rfilename": name} for name in sorted(files)]
-        return self.answer_json({"id": repository, "siblings": siblings})
+        listing = {"id": repository, "siblings": siblings}
+        if repository in self.server.commits:
+            listing["sha"] = self.server.commits[repository]
+        return self.answer_json(listing)
 
     def do_POST(self):
         self.server.log.append(f"POST {self.path}")

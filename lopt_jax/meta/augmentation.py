@@ -5,13 +5,14 @@ Reference: https://arxiv.org/abs/2501.12670 (Celo), section on task augmentation
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lopt_jax.meta.networks import Params
-from lopt_jax.meta.tasks import Batch, Content, Split, Task
+from lopt_jax.meta.tasks import Batch, Content, Split, Task, data_hashes
 
 
 class ReparametrisedContent(NamedTuple):
@@ -43,6 +44,10 @@ class Reparametrised:
     def name(self) -> str:
         """The inner task's name."""
         return self.task.name
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """Of the inner task's data."""
+        return data_hashes([self.task])
 
     def sample(self, key: jax.Array) -> ReparametrisedContent:
         """Draws the inner content and the scales."""
@@ -99,6 +104,10 @@ class Stacked:
     def name(self) -> str:
         """The names joined by '+'."""
         return "+".join(task.name for task in self.tasks)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """Of the tasks' data."""
+        return data_hashes(self.tasks)
 
     def sample(self, key: jax.Array) -> Content:
         """A tuple of the tasks' contents."""

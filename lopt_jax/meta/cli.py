@@ -8,11 +8,12 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lopt_jax import cli
+from lopt_jax.meta.data import FOLDER_VARIABLE
 
 
 def add_commands(subparsers: Any) -> None:
@@ -43,6 +44,7 @@ def add_commands(subparsers: Any) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="override a setting; VALUE is JSON, for instance --set num_pairs=256",
     )  # fmt: skip
+    _add_data(train)
     train.set_defaults(run=run_meta_train)
 
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
@@ -50,7 +52,15 @@ def add_commands(subparsers: Any) -> None:
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
     evaluate.add_argument("--horizons", type=_horizons, default="200,1000,5000")
     evaluate.add_argument("--seeds", type=cli.positive_integer, default=5)
-    evaluate.add_argument("--baselines", default="all", help="comma-separated, or 'all'")
+    evaluate.add_argument(
+        "--optimizers", "--baselines", dest="baselines", default="all", metavar="NAMES",
+        help="the usual optimizers to compare with, comma-separated; adamw always is among them; "
+        "default: all",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--rates", type=cli.positive_integer, default=None,
+        help="tune over this many learning rates of each, evenly spaced, instead of twelve",
+    )  # fmt: skip
     evaluate.add_argument("--json", default=None, help="write the records here")
     evaluate.add_argument(
         "--curves", default=None,
@@ -71,7 +81,21 @@ def add_commands(subparsers: Any) -> None:
         "--merge", nargs="+", default=None, metavar="JSON",
         help="summarise these record files instead of running anything",
     )  # fmt: skip
+    _add_data(evaluate)
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", default=None, metavar="FOLDER",
+        help=f"that `python -m lopt_jax.meta.prepare` wrote, for tasks of pictures; "
+        f"default: ${FOLDER_VARIABLE}",
+    )  # fmt: skip
+
+
+def _use_data(folder: str | None) -> None:
+    if folder is not None:
+        os.environ[FOLDER_VARIABLE] = folder
 
 
 def _horizons(text: str) -> list[int]:
@@ -117,14 +141,14 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: for wrong arguments, naming them.
     """
-    import jax
+    from lopt_jax.meta.trainer import Interrupted, Trainer
+    from lopt_jax.weights import load_weights
 
-    from lopt_jax.meta.config import to_json
-    from lopt_jax.meta.trainer import Trainer
-    from lopt_jax.weights import Weights, load_weights, save_weights
-
+    _use_data(arguments.data)
     config = _load_config(arguments)
     out = Path(arguments.out or f"outputs/meta/{config.name}")
+    if not arguments.resume and (out / "weights").exists():
+        raise ValueError(f"--out: {out} already holds weights; choose another folder")
     initial = None
     if arguments.weights is not None:
         start = load_weights(arguments.weights)
@@ -136,25 +160,72 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         initial = start.params
         # The weights only work with the config they came with.
         config = dataclasses.replace(config, architecture_config=tuple(dict(start.config).items()))
-    device = jax.devices()[0]
-    print(f"{config.name}: {len(config.tasks)} tasks, {config.num_pairs} pairs each, "
-          f"on {len(jax.devices())} {device.device_kind}; compiling", flush=True)  # fmt: skip
     trainer = Trainer(config, initial)
-    with _progress(config.outer_steps) as on_report:
-        result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
+    print(f"{config.name}: {config.outer_steps:,} outer steps of {len(config.tasks)} tasks, "
+          f"{config.num_pairs} pairs each, on {_hardware()}; compiling", flush=True)  # fmt: skip
+    try:
+        with _progress(config.outer_steps) as on_report:
+            result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
+    except Interrupted as interruption:
+        _write_run(out, config, trainer.data, interruption.result, arguments.weights)
+        raise
+    _write_run(out, config, trainer.data, result, arguments.weights)
+    if result.ended == "budget":
+        print(
+            f"--seconds: the budget of {arguments.seconds:g} s ended the run "
+            + ("before its programs were compiled, " if result.compiling else "")
+            + f"after {result.steps:,} of {result.total:,} outer steps; "
+            + (
+                f"remove {out}, and start it again with more"
+                if result.steps == 0
+                else "--resume goes on"
+            )
+        )
+    elif result.total < config.outer_steps:
+        print(
+            f"--seconds: {result.total:,} outer steps were planned to fit into "
+            f"{arguments.seconds:g} s, of the config's {config.outer_steps:,}"
+            if arguments.seconds
+            else f"{result.total:,} outer steps were planned when the run began"
+        )
+    if result.compiling:
+        # Compilation that nothing can stop would go on, and may crash, while Python ends.
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _hardware() -> str:
+    import jax
+
+    return f"{len(jax.devices())} {jax.devices()[0].device_kind}"
+
+
+def _write_run(
+    out: Path, config: Any, data: Mapping[str, str], result: Any, started_from: str | None
+) -> None:
+    """Writes a run's weights with their record, its settings, history and curves."""
+    import jax
+
+    from lopt_jax.meta.config import to_json
+    from lopt_jax.weights import Weights, save_weights
 
     record = {
         **json.loads(to_json(config)),
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
         "finished": result.finished,
-        "hardware": f"{len(jax.devices())} {device.device_kind}",
+        "planned_steps": result.total,
+        "hardware": _hardware(),
         "jax": jax.__version__,
+        "python": platform.python_version(),
         "platform": platform.platform(),
-        "final_loss": _finite(result.history[-1].loss),
+        "data": dict(data),
+        "final_loss": _finite(result.history[-1].loss) if result.history else None,
         "not_good_for": config.notes,
-        "started_from": arguments.weights or "an Adam-like start",
+        "started_from": started_from or "an Adam-like start",
     }
+    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(to_json(config))
     (out / "history.json").write_text(
         json.dumps(_finite([report._asdict() for report in result.history]), indent=0)
@@ -175,8 +246,8 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         )
         save_weights(out / "weights", weights)
         print(f"weights: {out / 'weights'}")
-    _plot_history(result.history, config, out / "curves.png")
-    return 0
+    if result.history:
+        _plot_history(result.history, config, out / "curves.png")
 
 
 def _finite(value: Any) -> Any:
@@ -302,7 +373,12 @@ def label_weights(items: Sequence[str], reserved: Sequence[str]) -> dict[str, st
 def _prepare_output(option: str, path: Path) -> None:
     """Makes the folder of a file that is written when all the work is done."""
     if option == "--plot":
-        from matplotlib.backend_bases import FigureCanvasBase
+        try:
+            from matplotlib.backend_bases import FigureCanvasBase
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{option}: matplotlib is not installed: pip install 'lopt_jax[plot]'"
+            ) from error
 
         known = FigureCanvasBase.get_supported_filetypes()
         if path.suffix and path.suffix[1:].lower() not in known:
@@ -327,9 +403,10 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
       ValueError: for wrong arguments, naming them.
     """
     from lopt_jax.meta import evaluate
-    from lopt_jax.meta.tasks import held_out_tasks, training_tasks
+    from lopt_jax.meta.tasks import data_hashes, held_out_tasks, training_tasks
     from lopt_jax.weights import load_weights
 
+    _use_data(arguments.data)
     if arguments.kept_only and not arguments.curves:
         raise ValueError("--kept-only: expected --curves with it, the folder that holds them")
     outputs = {"--json": arguments.json, "--plot": arguments.plot}
@@ -352,6 +429,10 @@ def run_meta_eval(arguments: argparse.Namespace) -> int:
         for label, path in label_weights(arguments.weights, list(every)).items():
             contenders.append(evaluate.learned(label, load_weights(path)))
         contenders += [every[name] for name in wanted if name != "adamw"]
+        if arguments.rates is not None:
+            contenders = [evaluate.with_fewer_rates(c, arguments.rates) for c in contenders]
+        if not arguments.kept_only:
+            data_hashes(known[name] for name in names)  # what cannot be read is said here
         curves = evaluate.run_curves(
             {name: known[name] for name in names}, contenders, arguments.horizons, arguments.seeds,
             lambda text: print(text, flush=True),

@@ -21,6 +21,11 @@ _LEAST = {
     "outer_steps": 1,
     "outer_learning_rate": 0,
     "outer_warmup": 0,
+    "outer_weight_decay": 0,
+    "outer_second_decay": 0,
+    "resume": 0,
+    "resume_slots": 1,
+    "expert_learning_rate": 0,
     "seed": 0,
     "log_every": 1,
     "checkpoint_seconds": 0,
@@ -37,8 +42,11 @@ class MetaTrainConfig:
       architecture: of `lopt_jax.Weights`.
       architecture_config: (name, value) pairs of `lopt_jax.Weights.config`, all sizes among them.
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
-      gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`.
-      learning_rate_peak: peak of the cosine schedule that rules with a learning rate are given.
+      gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`. None: all
+        layers are random.
+      learning_rate_peak: peak of the schedule that rules with a learning rate are given.
+      schedule: of the inner learning rate, a name of `rules.SCHEDULES`.
+      rule_options: (name, value) pairs: further arguments of the optimizer's constructor.
       weight_decay: that the rule is given: decoupled, times the learning rate.
       estimator: a name of `estimators.ESTIMATORS`.
       num_pairs: antithetic pairs a task and outer step.
@@ -47,11 +55,25 @@ class MetaTrainConfig:
       measure_every: inner steps between measurements of the held-out loss.
       min_horizon: the shortest inner training, in steps.
       max_horizon: the longest inner training, in steps.
-      objective: how held-out losses become the meta-loss.
+      horizons: whether lives are log-uniform or uniform between these.
+      resume: the probability that a life goes on from a stored state, see `estimators.Resumption`.
+      resume_slots: stored states a pair.
+      resume_by: the losses whose rise says that a training fails.
+      expert: a name of `experts.EXPERTS` that guides the rule, or none.
+      expert_learning_rate: its rate at the first inner step.
+      expert_steps: (until, gone): outer steps up to which it has the whole weight, and from which
+        it has none.
+      imitation_direction: the part of the meta-loss that is 1 - the cosine between the two steps,
+        at the first and from the second of expert_steps.
+      imitation_size: the same, of the difference between their norms.
+      objective: how losses become the meta-loss.
       reparametrise: scales of the reparametrisation are in [1 / reparametrise, reparametrise];
         1.0 turns it off.
       outer_steps: steps of the outer optimizer.
-      outer_learning_rate: its peak; it falls to a tenth along a cosine.
+      outer_learning_rate: its peak.
+      outer_schedule: "cosine", which falls to a tenth, or "constant".
+      outer_weight_decay: decoupled, times the learning rate.
+      outer_second_decay: Adam's b2.
       outer_warmup: its warm-up steps.
       gradient_clip: global norm that the meta-gradient is clipped to.
       phases: ((fraction of the outer steps, top-level keys of the meta-parameters that are
@@ -60,6 +82,9 @@ class MetaTrainConfig:
         factor, so that a perturbation of them is that much smaller or larger.
       backend: of the updates: "xla", or "auto": on one Hopper GPU the fused kernels take the large
         tensors of all inner trainings at once, for evolution strategies alone; else it is XLA too.
+      precision: of the updates' matrix products, as the optimizers', "own" for their default. On
+        GPUs "default" is tf32, exact enough for celo2's Newton-Schulz, whose singular values end
+        between 0.7 and 1.2 anyway, and faster.
       seed: of everything random.
       log_every: outer steps between reports; a wall-clock limit is checked as often.
       checkpoint_seconds: time between checkpoints.
@@ -76,6 +101,8 @@ class MetaTrainConfig:
     tasks: tuple[str, ...]
     gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
     learning_rate_peak: float = 1.0
+    schedule: Literal["cosine", "constant", "warmup_cosine", "warmup_constant"] = "cosine"
+    rule_options: tuple[tuple[str, Any], ...] = ()
     weight_decay: float = 0.0
     estimator: EstimatorName = "truncated_pes"
     num_pairs: int = 128
@@ -84,16 +111,29 @@ class MetaTrainConfig:
     measure_every: int = 10
     min_horizon: int = 100
     max_horizon: int = 2000
+    horizons: Literal["log_uniform", "uniform"] = "log_uniform"
+    resume: float = 0.0
+    resume_slots: int = 2
+    resume_by: Literal["training", "held_out"] = "training"
+    expert: Literal["", "adamw", "muon", "sgdm"] = ""
+    expert_learning_rate: float = 0.01
+    expert_steps: tuple[int, int] = (5_000, 50_000)
+    imitation_direction: tuple[float, float] = (0.7, 0.21)
+    imitation_size: tuple[float, float] = (0.3, 0.0)
     objective: Objective = dataclasses.field(default_factory=Objective)
     reparametrise: float = 1.0
     reparametrise_level: Literal["global", "tensor", "mixed"] = "mixed"
     outer_steps: int = 4000
     outer_learning_rate: float = 1e-3
+    outer_schedule: Literal["cosine", "constant"] = "cosine"
+    outer_weight_decay: float = 0.0
+    outer_second_decay: float = 0.99
     outer_warmup: int = 50
     gradient_clip: float = 1.0
     phases: tuple[tuple[float, tuple[str, ...]], ...] = ((1.0, ()),)
     scales: tuple[tuple[str, float], ...] = ()
     backend: Literal["xla", "auto"] = "xla"
+    precision: Literal["own", "highest", "high", "default"] = "own"
     seed: int = 0
     log_every: int = 20
     checkpoint_seconds: float = 180.0
@@ -102,6 +142,21 @@ class MetaTrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_bounds(self, _LEAST, _ABOVE_ZERO)
+        if self.resume and self.estimator not in ("truncated_pes", "truncated_es"):
+            raise ValueError(f"resume: {self.estimator} has no stored states; expected 0")
+        for name in ("resume", "outer_second_decay"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}: expected at most 1, found {getattr(self, name)}")
+        for parts in zip(self.imitation_direction, self.imitation_size, strict=True):
+            if min(parts) < 0 or sum(parts) > 1:
+                raise ValueError(
+                    "imitation_direction: expected parts that, with those of imitation_size, are "
+                    f"at least 0 and sum to at most 1, found {parts}"
+                )
+        if not 0 <= self.expert_steps[0] <= self.expert_steps[1]:
+            raise ValueError(
+                f"expert_steps: expected numbers that rise from 0, found {self.expert_steps}"
+            )
         if self.seed >= 2**32:  # JAX would take its last 32 bits
             raise ValueError(f"seed: expected less than 2**32, found {self.seed}")
         if not self.tasks:

@@ -7,6 +7,7 @@ unroll. All estimate the gradient of the mean, over a life, of the meta-loss.
 Reference: https://arxiv.org/abs/2112.13835 (persistent evolution strategies), algorithms 1 and 2.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from lopt_jax import backends
 from lopt_jax.meta.rules import MetaParameters
-from lopt_jax.meta.unroll import Unroll, UnrollMetrics, UnrollState
+from lopt_jax.meta.unroll import Guidance, Unroll, UnrollMetrics, UnrollState
 
 EstimatorName = Literal["full_es", "truncated_pes", "truncated_es", "truncated_backprop"]
 
@@ -30,23 +31,54 @@ class Estimate(NamedTuple):
     rejected: jax.Array  # () float32: fraction of pairs left out because a loss was not finite
 
 
+class Resumption(NamedTuple):
+    """How lives begin: afresh, or from a stored state of a training that was failing.
+
+    Where a truncation's losses raised the pair's `unroll.Struggle`, and where a life ends, the
+    state that the truncation began with is stored in place of the oldest one. A stored state keeps
+    the perturbations that led to it, so that the gradient stays that of the whole, longer life.
+
+    Fields:
+      probability: that a life begins from one of the pair's stored states.
+      slots: how many of them a pair has.
+
+    Reference: https://arxiv.org/abs/2607.06772 (ELO).
+    """
+
+    probability: float = 0.0
+    slots: int = 2
+
+
+_AFRESH = Resumption()
+
+
+class Stored(NamedTuple):
+    """Stored states of every pair; the fields of all slots hold first what the pair began with."""
+
+    particles: UnrollState  # (num_pairs, 2, slots, ...) a leaf
+    accumulator: MetaParameters  # (num_pairs, slots, ...) a leaf
+    next_slot: jax.Array  # (num_pairs,) int32: the oldest
+
+
 class EstimatorState(NamedTuple):
     """Unrolls on their way, one antithetic pair a row of every array."""
 
     particles: UnrollState  # (num_pairs, 2, ...) a leaf: +e, -e
     accumulator: MetaParameters  # sum of this life's perturbations, (num_pairs, ...) a leaf
+    stored: Any = ()  # Stored, where lives are resumed
 
 
 class Estimator(NamedTuple):
     """init(meta_parameters, key) -> state, and estimate.
 
-    estimate(meta_parameters, key, state, mask) -> (estimate, state), where the mask is a tree of
-    factors that broadcast to the meta-parameters: 0 for those that stay as they are, 1 otherwise.
-    Every array of the state has the pairs (or the particles) as its leading axis.
+    estimate(meta_parameters, key, state, mask, guidance=None) -> (estimate, state), where the mask
+    is a tree of factors that broadcast to the meta-parameters: 0 for those that stay as they are, 1
+    otherwise; and the guidance is given where the unroll has an expert. Every array of the state
+    has the pairs (or the particles) as its leading axis.
     """
 
     init: Callable[[MetaParameters, jax.Array], Any]
-    estimate: Callable[[MetaParameters, jax.Array, Any, MetaParameters], tuple[Estimate, Any]]
+    estimate: Callable[..., tuple[Estimate, Any]]
 
 
 def no_mask(meta_parameters: MetaParameters) -> MetaParameters:
@@ -113,29 +145,111 @@ def _antithetic_gradient(
     return gradient, bad.astype(jnp.float32)
 
 
+def _store(
+    stored: Stored, push: jax.Array, particles: UnrollState, accumulator: MetaParameters
+) -> Stored:
+    """Puts the pairs where `push` (num_pairs,) is true into their oldest slots."""
+
+    def one(stored: Stored, push: jax.Array, *new: Any) -> Stored:
+        slot, slots = stored.next_slot, jax.tree.leaves(stored.accumulator)[0].shape[0]
+
+        def put(axis: int, old: jax.Array, value: jax.Array) -> jax.Array:
+            value = jnp.where(push, value, jnp.take(old, slot, axis))
+            return jax.lax.dynamic_update_index_in_dim(old, value, slot, axis)
+
+        return Stored(
+            jax.tree.map(functools.partial(put, 1), stored.particles, new[0]),
+            jax.tree.map(functools.partial(put, 0), stored.accumulator, new[1]),
+            jnp.where(push, (slot + 1) % slots, slot),
+        )
+
+    return jax.vmap(one)(stored, push, particles, accumulator)
+
+
 def _truncated_evolution(
-    unroll: Unroll, num_pairs: int, standard_deviation: float, clip: float, persistent: bool
+    unroll: Unroll,
+    num_pairs: int,
+    standard_deviation: float,
+    clip: float,
+    persistent: bool,
+    resumption: Resumption,
 ) -> Estimator:
+    resumes = resumption.probability > 0
+    if resumes != bool(unroll.watched):
+        raise ValueError("resumption: expected where the unroll watches losses, and there alone")
     # Axes (pair, sign): the two of a pair share keys, and pairs shard over devices unmoved.
     signs = jnp.array([1.0, -1.0])
     start = jax.vmap(jax.vmap(unroll.init, (0, None)))
 
-    def advance(*arguments: Any) -> Any:
+    def advance(
+        perturbed: MetaParameters,
+        keys: jax.Array,
+        particles: UnrollState,
+        guidance: Guidance | None,
+    ) -> Any:
+        def one(theta: MetaParameters, key: jax.Array, state: UnrollState) -> Any:
+            return unroll.advance(theta, key, state, guidance)
+
         with backends.batch(2 * num_pairs):
-            return jax.vmap(jax.vmap(unroll.advance, (0, None, 0)))(*arguments)
+            return jax.vmap(jax.vmap(one, (0, None, 0)))(perturbed, keys, particles)
+
+    def begin(
+        perturbed: MetaParameters, key: jax.Array, keys: jax.Array, state: EstimatorState
+    ) -> tuple[UnrollState, MetaParameters]:
+        """Particles at the start of a life, and the perturbations that led to them."""
+        fresh = start(perturbed, keys)
+        none = jax.tree.map(jnp.zeros_like, state.accumulator)
+        if not resumes:
+            return fresh, none
+        key_use, key_slot = jax.random.split(jax.random.fold_in(key, 3))
+        use = jax.random.bernoulli(key_use, resumption.probability, (num_pairs,))
+        slots = jax.random.randint(key_slot, (num_pairs,), 0, resumption.slots)
+
+        def take(axis: int, tree: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jax.vmap(lambda row, slot: jnp.take(row, slot, axis))(x, slots), tree
+            )
+
+        again = jax.vmap(jax.vmap(unroll.resume, (0, None)))(take(1, state.stored.particles), keys)
+        both = jnp.stack([use, use], 1)
+        led = _select(use, take(0, state.stored.accumulator), none)
+        return _select(both, again, fresh), led
+
+    def remember(
+        state: EstimatorState, began: UnrollState, led: MetaParameters, ended: UnrollState
+    ) -> tuple[UnrollState, Any]:
+        """The particles after a truncation, and the stored states."""
+        before = jnp.mean(began.struggle.highest, 1)
+        after = jnp.mean(ended.struggle.highest, 1)
+        push = (after > before) | unroll.finished(ended)[:, 0]
+        push &= jnp.all(jnp.isfinite(ended.struggle.last_loss), 1)
+        stored = _store(state.stored, push, began, led)
+        # The two of a pair are stored for the same reason, so they go on from the same bound.
+        highest = jnp.where(push, after, before)
+        struggle = ended.struggle._replace(highest=jnp.stack([highest, highest], 1))
+        return ended._replace(struggle=struggle), stored
 
     def init(meta_parameters: MetaParameters, key: jax.Array) -> EstimatorState:
         keys = jax.random.split(key, num_pairs)
         single = jax.vmap(lambda k: unroll.init(meta_parameters, k, True))(keys)
         particles = jax.tree.map(lambda x: jnp.stack([x, x], 1), single)
         zeros = jax.tree.map(lambda x: jnp.zeros((num_pairs, *x.shape), x.dtype), meta_parameters)
-        return EstimatorState(particles, zeros)
+        if not resumes:
+            return EstimatorState(particles, zeros)
+
+        def copies(axis: int, tree: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.stack([x] * resumption.slots, axis), tree)
+
+        first = jnp.zeros((num_pairs,), jnp.int32)
+        stored = Stored(copies(2, particles), copies(1, zeros), first)
+        return EstimatorState(particles, zeros, stored)
 
     def estimate(
         meta_parameters: MetaParameters,
         key: jax.Array,
         state: EstimatorState,
         mask: MetaParameters,
+        guidance: Guidance | None = None,
     ) -> tuple[Estimate, EstimatorState]:
         keys = [jax.random.split(k, num_pairs) for k in jax.random.split(key, 3)]
         noise = jax.vmap(lambda k: perturb(meta_parameters, k, standard_deviation, mask))(keys[0])
@@ -143,22 +257,30 @@ def _truncated_evolution(
             lambda x, e: x + e[:, None] * signs.reshape(2, *(1,) * x.ndim), meta_parameters, noise
         )
         over = unroll.finished(state.particles)  # the same for both of a pair
-        particles = _select(over, start(perturbed, keys[1]), state.particles)
-        zeros = jax.tree.map(jnp.zeros_like, noise)
-        accumulator = _add(_select(over[:, 0], zeros, state.accumulator), noise)
-        particles, losses, metrics = advance(perturbed, keys[2], particles)
+        fresh, led = begin(perturbed, key, keys[1], state)
+        began = _select(over, fresh, state.particles)
+        led = _select(over[:, 0], led, state.accumulator)
+        accumulator = _add(led, noise)
+        particles, losses, metrics = advance(perturbed, keys[2], began, guidance)
+        stored = state.stored
+        if resumes:
+            particles, stored = remember(state, began, led, particles)
         used = _multiply(accumulator, mask) if persistent else noise
         gradient, rejected = _antithetic_gradient(
             used, losses[:, 0], losses[:, 1], standard_deviation, clip
         )
         estimated = _summarise(gradient, losses, metrics, rejected)
-        return estimated, EstimatorState(particles, accumulator)
+        return estimated, EstimatorState(particles, accumulator, stored)
 
     return Estimator(init, estimate)
 
 
 def truncated_pes(
-    unroll: Unroll, num_pairs: int, standard_deviation: float = 0.01, clip: float = 2.0
+    unroll: Unroll,
+    num_pairs: int,
+    standard_deviation: float = 0.01,
+    clip: float = 2.0,
+    resumption: Resumption = _AFRESH,
 ) -> Estimator:
     """Persistent evolution strategies: unbiased for the whole life from truncations of it.
 
@@ -167,15 +289,20 @@ def truncated_pes(
       num_pairs: antithetic pairs, each with its own task.
       standard_deviation: of the perturbations.
       clip: bound on the difference of a pair's losses.
+      resumption: how lives begin.
 
     Returns:
       The estimator.
     """
-    return _truncated_evolution(unroll, num_pairs, standard_deviation, clip, True)
+    return _truncated_evolution(unroll, num_pairs, standard_deviation, clip, True, resumption)
 
 
 def truncated_es(
-    unroll: Unroll, num_pairs: int, standard_deviation: float = 0.01, clip: float = 2.0
+    unroll: Unroll,
+    num_pairs: int,
+    standard_deviation: float = 0.01,
+    clip: float = 2.0,
+    resumption: Resumption = _AFRESH,
 ) -> Estimator:
     """Evolution strategies on truncations: blind to what a truncation does to later ones.
 
@@ -184,15 +311,16 @@ def truncated_es(
       num_pairs: antithetic pairs, each with its own task.
       standard_deviation: of the perturbations.
       clip: bound on the difference of a pair's losses.
+      resumption: how lives begin.
 
     Returns:
       The estimator; biased towards short horizons.
     """
-    return _truncated_evolution(unroll, num_pairs, standard_deviation, clip, False)
+    return _truncated_evolution(unroll, num_pairs, standard_deviation, clip, False, resumption)
 
 
 def _whole_life(
-    unroll: Unroll, meta_parameters: MetaParameters, key: jax.Array
+    unroll: Unroll, meta_parameters: MetaParameters, key: jax.Array, guidance: Guidance | None
 ) -> tuple[jax.Array, UnrollMetrics]:
     """One life from start to horizon: its mean meta-loss and its last truncation's metrics."""
     key_start, key_unroll = jax.random.split(key)
@@ -203,7 +331,7 @@ def _whole_life(
     ) -> tuple[tuple[UnrollState, jax.Array], UnrollMetrics]:
         state, total = carry
         live = ~unroll.finished(state)
-        new, loss, metrics = unroll.advance(meta_parameters, key, state)
+        new, loss, metrics = unroll.advance(meta_parameters, key, state, guidance)
         state = jax.tree.map(lambda a, b: jnp.where(live, a, b), new, state)
         return (state, total + jnp.where(live, loss, 0.0)), metrics
 
@@ -233,7 +361,11 @@ def full_es(
         return ()
 
     def estimate(
-        meta_parameters: MetaParameters, key: jax.Array, state: tuple[()], mask: MetaParameters
+        meta_parameters: MetaParameters,
+        key: jax.Array,
+        state: tuple[()],
+        mask: MetaParameters,
+        guidance: Guidance | None = None,
     ) -> tuple[Estimate, tuple[()]]:
         noise_keys, keys = (jax.random.split(k, num_pairs) for k in jax.random.split(key))
         noise = jax.vmap(lambda k: perturb(meta_parameters, k, standard_deviation, mask))(
@@ -241,7 +373,7 @@ def full_es(
         )
 
         def life(e: MetaParameters, k: jax.Array) -> tuple[jax.Array, UnrollMetrics]:
-            return _whole_life(unroll, _add(meta_parameters, e), k)
+            return _whole_life(unroll, _add(meta_parameters, e), k, guidance)
 
         positive, metrics = jax.vmap(life)(noise, keys)
         negative, other = jax.vmap(life)(jax.tree.map(jnp.negative, noise), keys)
@@ -276,7 +408,11 @@ def truncated_backprop(
         return jax.vmap(lambda k: unroll.init(meta_parameters, k, True))(keys)
 
     def estimate(
-        meta_parameters: MetaParameters, key: jax.Array, state: UnrollState, mask: MetaParameters
+        meta_parameters: MetaParameters,
+        key: jax.Array,
+        state: UnrollState,
+        mask: MetaParameters,
+        guidance: Guidance | None = None,
     ) -> tuple[Estimate, UnrollState]:
         key_start, key_unroll = jax.random.split(key)
 
@@ -286,7 +422,7 @@ def truncated_backprop(
             over = unroll.finished(state)
             fresh = unroll.init(meta_parameters, start)
             state = jax.tree.map(lambda a, b: jnp.where(over, a, b), fresh, state)
-            state, loss, metrics = unroll.advance(meta_parameters, key, state)
+            state, loss, metrics = unroll.advance(meta_parameters, key, state, guidance)
             return loss, (state, metrics)
 
         differentiate = jax.value_and_grad(one, has_aux=True)

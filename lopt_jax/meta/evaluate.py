@@ -26,13 +26,18 @@ import numpy as np
 import optax
 
 from lopt_jax.checks import check_value
+from lopt_jax.meta.locks import lock
 from lopt_jax.meta.rules import cosine_schedule, make_rule
 from lopt_jax.meta.shampoo import shampoo
-from lopt_jax.meta.tasks import Task, held_out_tasks
+from lopt_jax.meta.tasks import Task, data_hashes, held_out_tasks
 from lopt_jax.weights import Weights
 
 HORIZONS = (200, 1000, 5000)
 POINTS = 40  # measurements a run; divides every horizon
+# Inner steps a second over all held-out tasks and optimizers, compilation included: 38 million in
+# 1,506 s of an H200 for the records of the documentation, and on two CPU cores. Just enough to tell
+# minutes from hours before anything was measured.
+_STEPS_A_SECOND = {"gpu": 25_000.0, "cpu": 500.0}
 _EXAMPLES = 512  # of each split a measurement
 
 # (learning_rate, num_steps) -> transformation; both may be traced.
@@ -112,6 +117,19 @@ def learned(name: str, weights: Weights) -> Contender:
     return Contender(name, build, (peak,), digest=hashlib.sha256(b"".join(parts)).hexdigest()[:16])
 
 
+def with_fewer_rates(contender: Contender, count: int) -> Contender:
+    """The contender with at most `count` of its learning rates, evenly spaced among them.
+
+    One is the middle one; two and more have the lowest and the highest.
+    """
+    rates = contender.learning_rates
+    if count >= len(rates):
+        return contender
+    places = np.linspace(0, len(rates) - 1, count) if count > 1 else [len(rates) // 2]
+    chosen = tuple(rates[round(float(place))] for place in places)
+    return dataclasses.replace(contender, learning_rates=chosen)
+
+
 class Curves(NamedTuple):
     """Losses along runs of one contender on one task: (rates, seeds, POINTS) each."""
 
@@ -158,6 +176,30 @@ def _run_program(task: Task, contender: Contender, vary_content: bool) -> Callab
 
     over_seeds = jax.vmap(one, (None, 0, None))
     return jax.vmap(over_seeds, (0, None, None))
+
+
+def describe_duration(seconds: float) -> str:
+    """A duration in words, to two digits: "40 s", "12 min", "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.2g} h"
+
+
+def describe_work(trainings: int, steps: int, items: int) -> str:
+    """What an evaluation is going to do, and about how long that takes here.
+
+    Args:
+      trainings: number of runs.
+      steps: their inner steps, in all.
+      items: pairs of a task and an optimizer, each a program.
+    """
+    device = jax.devices()[0]
+    rate = _STEPS_A_SECOND.get(device.platform, _STEPS_A_SECOND["gpu"])
+    return (
+        f"to run: {trainings:,} trainings of {steps:,} steps in all, by {items} programs; very "
+        f"roughly {describe_duration(steps / rate)} on this {device.device_kind}. Less with "
+        "--tasks, --optimizers, --horizons, --seeds, --rates"
+    )
 
 
 class _Prepared(NamedTuple):
@@ -211,12 +253,24 @@ def run_curves(
     if twice:
         raise ValueError(f"contenders: expected names that differ, found {twice} more than once")
     say = on_progress or (lambda text: None)
+    # Who only reads curves needs no data, and takes what the folder holds.
+    data = {name: "" if kept_only else _data_text(task) for name, task in tasks.items()}
     found: dict[tuple[str, str], dict[int, Curves]] = {}
     for name in tasks:
         for contender in contenders:
-            kept = _load_curves(folder, name, contender, seeds) if folder is not None else {}
+            kept = (
+                _load_curves(folder, name, contender, seeds, data[name])
+                if folder is not None
+                else {}
+            )
             found[name, contender.name] = kept
     failed: dict[tuple[str, str], Exception] = {}
+
+    def runs(item: tuple[str, Contender]) -> list[int]:
+        """The horizon of every training that is missing."""
+        name, contender = item
+        each = len(contender.learning_rates) * seeds
+        return each * [h for h in horizons if h not in found[name, contender.name]]
 
     def prepare(item: tuple[str, Contender], wait: bool) -> _Prepared | None:
         """Claims and compiles an item; None where another process has it."""
@@ -227,7 +281,7 @@ def run_curves(
             claim = _claim(folder, name, contender, wait)
             if claim is None:
                 return None
-            kept = _load_curves(folder, name, contender, seeds)
+            kept = _load_curves(folder, name, contender, seeds, data[name])
         run = None
         if any(horizon not in kept for horizon in horizons):
             try:
@@ -246,13 +300,23 @@ def run_curves(
             if horizon not in by_horizon:
                 by_horizon[horizon] = item.run(horizon)
                 if folder is not None:
-                    _save_curves(folder, name, contender, by_horizon)
+                    _save_curves(folder, name, contender, by_horizon, data[name])
         final = by_horizon[horizons[-1]].valid[..., -1].mean(-1)
         best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
         say(
             f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps "
             f"({time.perf_counter() - start:.1f} s)"
         )
+
+    def say_what_is_left() -> None:
+        """By what is done and how long that took; other processes may do some of it."""
+        left = list(missing())
+        steps = sum(sum(runs(item)) for item in left)
+        done = all_steps - steps
+        if left and done:
+            seconds = (time.perf_counter() - began) * steps / done
+            say(f"{len(all_items) - len(left)} of {len(all_items)}, "
+                f"about {describe_duration(seconds)} left")  # fmt: skip
 
     def missing() -> Iterator[tuple[str, Contender]]:
         for contender in contenders:
@@ -261,6 +325,12 @@ def run_curves(
                 if item not in failed and any(h not in found[item] for h in horizons):
                     yield name, contender
 
+    all_items = list(missing())
+    all_runs = [horizon for item in all_items for horizon in runs(item)]
+    all_steps = sum(all_runs)
+    began = time.perf_counter()
+    if all_items and not kept_only:
+        say(describe_work(len(all_runs), all_steps, len(all_items)))
     # First what nobody has, then what others began: they may have been stopped.
     for wait in () if kept_only else (False, True):
         begin = functools.partial(prepare, wait=wait)
@@ -277,6 +347,7 @@ def run_curves(
             finally:
                 if prepared is not None:
                     _release(prepared.claim)
+            say_what_is_left()
     if failed:
         raise next(iter(failed.values()))
     return {
@@ -323,18 +394,7 @@ def _file_name(task: str, contender: Contender) -> str:
 
 def _claim(folder: Path, task: str, contender: Contender, wait: bool) -> IO[bytes] | None:
     """A lock on an item, None where another process has it; its end, however it ends, frees it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f".{_file_name(task, contender)}.lock").open("ab")
-    try:
-        import fcntl
-    except ImportError:  # Windows: processes that share a folder may do things twice
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    return lock(folder / f".{_file_name(task, contender)}.lock", wait)
 
 
 def _release(claim: IO[bytes] | None) -> None:
@@ -342,8 +402,12 @@ def _release(claim: IO[bytes] | None) -> None:
         claim.close()
 
 
+def _data_text(task: Task) -> str:
+    return json.dumps(data_hashes([task]), sort_keys=True)
+
+
 def _save_curves(
-    folder: Path, task: str, contender: Contender, curves: Mapping[int, Curves]
+    folder: Path, task: str, contender: Contender, curves: Mapping[int, Curves], data: str
 ) -> None:
     arrays = {
         f"{field}_{horizon}": np.asarray(array, np.float32)
@@ -352,13 +416,16 @@ def _save_curves(
     }
     arrays["learning_rates"] = np.asarray(contender.learning_rates, np.float32)
     arrays["digest"] = np.array(contender.digest)
+    arrays["data"] = np.array(data)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{_file_name(task, contender)}.{os.getpid()}.npz"
     np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(folder / f"{_file_name(task, contender)}.npz")
 
 
-def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> dict[int, Curves]:
+def _load_curves(
+    folder: Path, task: str, contender: Contender, seeds: int, data: str
+) -> dict[int, Curves]:
     path = folder / f"{_file_name(task, contender)}.npz"
     if not path.exists():
         return {}
@@ -367,6 +434,10 @@ def _load_curves(folder: Path, task: str, contender: Contender, seeds: int) -> d
             rates = np.asarray(contender.learning_rates, np.float32)
             same = np.array_equal(arrays["learning_rates"], rates)
             if not same or str(arrays["digest"]) != contender.digest:
+                return {}
+            # Files from before data were recorded do not say; nor does who only reads.
+            recorded = str(arrays["data"]) if "data" in arrays else ""
+            if data and recorded not in ("", data):
                 return {}
             horizons = [int(name.split("_")[1]) for name in arrays if name.startswith("train_")]
             found = {

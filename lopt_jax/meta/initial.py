@@ -10,6 +10,7 @@ rms-normalised momentum takes steps of one size however small the gradient has b
 Adam's, while the plain momentum shrinks with the gradient once that is below 3e-3.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,7 @@ def passing_mlp(
       hidden_size: width of a hidden layer, at least 2.
       hidden_layers: number of hidden layers.
       num_outputs: outputs.
-      gains: weights by name of `FEATURES`; they are passed first.
+      gains: weights by name of `FEATURES`; they are passed first. None: all layers are random.
 
     Returns:
       {"w0": (num_inputs, hidden_size), "b0": (hidden_size,), ...} in float32.
@@ -72,13 +73,23 @@ def passing_mlp(
             f"hidden_size: expected at least {2 * len(gains)} for {sorted(gains)}, "
             f"found {hidden_size}"
         )
+    keys = jax.random.split(key, hidden_layers + 1 if not gains else hidden_layers)
+    sizes = [num_inputs] + [hidden_size] * hidden_layers
+    if not gains:
+        sizes.append(num_outputs)
+        return {
+            name: value
+            for i, (m, n) in enumerate(itertools.pairwise(sizes))
+            for name, value in (
+                (f"w{i}", jax.random.truncated_normal(keys[i], -2, 2, (m, n)) / math.sqrt(m)),
+                (f"b{i}", jnp.zeros((n,), jnp.float32)),
+            )
+        }
     # At most half of the units pass features through, so that there are others to learn with; but
     # those with a gain always do.
     order = [*gains, *(name for name in FEATURES if name not in gains)]
     names = order[: max(len(gains), min(8, hidden_size // 4))]
     passed = [FEATURES[name][0 if num_features == 28 else 1] for name in names]
-    keys = jax.random.split(key, hidden_layers)
-    sizes = [num_inputs] + [hidden_size] * hidden_layers
     count = 2 * len(passed)
     params: dict[str, jax.Array] = {}
     for i in range(hidden_layers):
@@ -250,7 +261,7 @@ def initial_parameters(
         }
     if architecture == "learned_sgd":
         return {"log_learning_rate": jnp.log(jnp.float32(0.03))}
-    if architecture not in ("small_fc_lopt", "celo2", "celo", "velo"):
+    if architecture not in ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo"):
         raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")
     sizes = schema_of(architecture, "architecture").sizes
     missing = [key for key in sizes if key not in config]
@@ -261,15 +272,17 @@ def initial_parameters(
         )
     config = complete_config(architecture, config, "architecture_config")
     hidden, layers = config["hidden_size"], config["hidden_layers"]
-    if architecture == "small_fc_lopt":
+    if architecture in ("small_fc_lopt", "elo"):
         mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gains)
+        if architecture == "elo":
+            return {"mlp": mlp}
         return {
             "mlp": mlp,
             "momentum_decays": jnp.zeros((3,)),
             "rms_decays": jnp.zeros((1,)),
             "adafactor_decays": jnp.zeros((3,)),
         }
-    if architecture == "celo2":
+    if architecture in ("celo2", "elo_celo2"):
         return {"mlp": passing_mlp(key, 30, 30, hidden, layers, 3, gains)}
     size, banks = config["lstm_hidden_size"], config["param_inits"]
     features = 18 if architecture == "celo" else 30

@@ -17,11 +17,12 @@ MakeOptimizer = Callable[
     [MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs
 ]
 
-_TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2")
+_TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2", "elo", "elo_celo2")
+_WARMUP = 0.05  # of the horizon
 _KNOWS_HORIZON = ("velo", "celo", "celo_adam")
 
 
-def cosine_schedule(num_steps: jax.Array | int, peak: float = 1.0) -> Schedule:
+def cosine_schedule(num_steps: jax.Array | float, peak: float = 1.0) -> Schedule:
     """The schedule users are told to use: half a cosine from `peak` to 0, without warm-up.
 
     Args:
@@ -37,6 +38,36 @@ def cosine_schedule(num_steps: jax.Array | int, peak: float = 1.0) -> Schedule:
         return jnp.float32(peak) * 0.5 * (1.0 + jnp.cos(jnp.pi * fraction))
 
     return schedule
+
+
+def make_schedule(name: str, num_steps: jax.Array | int) -> Schedule:
+    """The schedule of an inner training.
+
+    Args:
+      name: of `SCHEDULES`.
+      num_steps: the horizon, in steps; may be traced.
+
+    Returns:
+      A function from the step to a multiplier of the learning rate, at most 1.
+    """
+    warms_up, falls = SCHEDULES[name]
+    warmup = _WARMUP * num_steps if warms_up else 0
+    fall = cosine_schedule(num_steps - warmup)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        level = fall(step - warmup) if falls else jnp.float32(1.0)
+        return level * jnp.minimum(1.0, (step + 1) / warmup) if warms_up else level
+
+    return schedule
+
+
+# Whether each begins with a warm-up of 5%, and whether it ends with half a cosine to zero.
+SCHEDULES = {
+    "cosine": (False, True),
+    "constant": (False, False),
+    "warmup_cosine": (True, True),
+    "warmup_constant": (True, False),
+}
 
 
 def learned_adam(
@@ -97,6 +128,8 @@ def make_rule(
     learning_rate: float = 1.0,
     weight_decay: float | jax.Array = 0.0,
     backend: str = "xla",
+    precision: str = "own",
+    options: Mapping[str, Any] | None = None,
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -106,6 +139,8 @@ def make_rule(
       learning_rate: the peak of the schedule, for rules that are given one.
       weight_decay: times the learning rate, decoupled; celo2's is for leaves of rank two alone.
       backend: as the optimizers'.
+      precision: of matrix products, as the optimizers'; "own" for each one's default.
+      options: further arguments of the optimizer.
 
     Returns:
       A function that builds the optimizer.
@@ -131,19 +166,16 @@ def make_rule(
     def scaled(schedule: Schedule) -> Schedule:
         return lambda step: learning_rate * schedule(step)
 
+    arguments: dict[str, Any] = {"weight_decay": weight_decay, "backend": backend}
+    if precision != "own":
+        arguments["precision"] = precision
+    if architecture == "celo2":
+        arguments["weight_decay_mask"] = decays_at_rank_two
+    arguments.update(options or {})
     if architecture in _KNOWS_HORIZON:
         return lambda theta, num_steps, schedule: constructor(
-            num_steps, weights=weights(theta), weight_decay=weight_decay, backend=backend
+            num_steps, weights=weights(theta), **arguments
         )
-    own: dict[str, Any] = {}
-    if architecture == "celo2":
-        # Newton-Schulz is half of its time on a GPU: tf32 is exact enough for singular values that
-        # five iterations leave between 0.7 and 1.2 (its narrow network is in float32 anyway)
-        own = {"weight_decay_mask": decays_at_rank_two, "precision": "default"}
     return lambda theta, num_steps, schedule: constructor(
-        learning_rate=scaled(schedule),
-        weights=weights(theta),
-        weight_decay=weight_decay,
-        backend=backend,
-        **own,
+        learning_rate=scaled(schedule), weights=weights(theta), **arguments
     )

@@ -5,7 +5,7 @@ which labels, which activation, which scale at the start are all traced values.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -49,6 +49,28 @@ class Task(Protocol):
         ...
 
 
+def data_hashes(tasks: Iterable[Task]) -> dict[str, str]:
+    """Reads the data of tasks, and says what it was.
+
+    Args:
+      tasks: those with a method `data_hashes`, or whose source has one, are asked; tasks of one's
+        own need none.
+
+    Returns:
+      sha256 by name of the data set, of all tasks.
+
+    Raises:
+      ModuleNotFoundError: for data of a package that is not installed.
+      FileNotFoundError: for data that has to be prepared.
+    """
+    found: dict[str, str] = {}
+    for task in tasks:
+        for owner in (task, getattr(task, "source", None)):
+            hashes = getattr(owner, "data_hashes", dict)
+            found.update(hashes())
+    return found
+
+
 class Example(NamedTuple):
     """A batch: inputs (batch, ...) and targets (batch, ...)."""
 
@@ -84,6 +106,9 @@ class TableContent(NamedTuple):
     labels: jax.Array  # (N,) int32: the label of every row of the pool; (0,) without classes
 
 
+_PHOTOGRAPHS = ("china", "flower")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """One or several tables padded to one shape: classification, or reconstruction of the input.
@@ -107,12 +132,20 @@ class Tables:
     few: tuple[int, int] | None = None
     label_noise: float = 0.0
 
+    @staticmethod
+    def _load(name: str) -> data.Dataset:
+        return data.load_patches(name) if name in _PHOTOGRAPHS else data.load_tabular(name)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """sha256 of each table."""
+        return {name: self._load(name).sha256 for name in self.names}
+
     def _pool(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inputs, targets, rows = [], [], []
         start = 0
         for name in self.names:
-            patches = name in ("china", "flower")
-            table = data.load_patches(name) if patches else data.load_tabular(name)
+            patches = name in _PHOTOGRAPHS
+            table = self._load(name)
             padding = ((0, 0), (0, self.width - table.inputs.shape[1]))
             inputs.append(np.pad(table.inputs, padding))
             if table.num_classes:
@@ -255,6 +288,57 @@ class Teacher:
         return self.batch(jax.random.fold_in(key, split == "train"), content, split, limit)
 
 
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Small pictures as rows of pixels, standardised; all training examples, without disguise.
+
+    Args:
+      name: of `data.load_pictures`.
+      side: height and width.
+      channels: 1 for grey, 3 for colour.
+    """
+
+    name: str
+    side: int
+    channels: int = 1
+
+    def _load(self) -> data.Pictures:
+        return data.load_pictures(self.name, self.side, self.channels)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """sha256 of the pictures as they were prepared."""
+        return {self.name: self._load().sha256}
+
+    def sample(self, key: jax.Array) -> tuple[()]:
+        """Nothing is random."""
+        del key
+        return ()
+
+    def _take(self, rows: jax.Array) -> Example:
+        pictures = self._load()
+        # Bytes are constants of the program; as floats they would be four times as large.
+        pixels = jnp.asarray(pictures.images.reshape(len(pictures.images), -1))[rows]
+        inputs = (pixels.astype(jnp.float32) - pictures.mean) / pictures.deviation
+        return Example(inputs, jnp.asarray(pictures.labels)[rows])
+
+    def batch(self, key: jax.Array, content: tuple[()], split: Split, size: int) -> Example:
+        """Draws pictures with replacement."""
+        del content
+        pictures = self._load()
+        first, last = 0, pictures.num_train
+        if split == "valid":
+            first, last = last, len(pictures.images)
+        return self._take(jax.random.randint(key, (size,), first, last))
+
+    def examples(self, content: tuple[()], split: Split, limit: int) -> Example:
+        """The first pictures of a split."""
+        del content
+        pictures = self._load()
+        first = 0 if split == "train" else pictures.num_train
+        count = pictures.num_train if split == "train" else len(pictures.images) - first
+        return self._take(first + jnp.arange(min(limit, count)))
+
+
 class TextContent(NamedTuple):
     """Which stretch of the text is for training, and how its tokens are renamed."""
 
@@ -270,9 +354,13 @@ class SourceCode:
     length: int
     disguise: bool = True
 
+    def data_hashes(self) -> Mapping[str, str]:
+        """sha256 of the text."""
+        return {"python_library": data.load_source_code().sha256}
+
     def sample(self, key: jax.Array) -> TextContent:
         """Draws a stretch of the training text and a renaming of the tokens."""
-        _, num_train = data.load_source_code()
+        num_train = data.load_source_code().num_train
         names = jnp.arange(data.VOCABULARY)
         if not self.disguise:
             return TextContent(jnp.int32(0), jnp.int32(num_train), names)
@@ -283,14 +371,14 @@ class SourceCode:
         return TextContent(start, length, jax.random.permutation(keys[2], names))
 
     def _windows(self, content: TextContent, starts: jax.Array) -> Example:
-        tokens = jnp.asarray(data.load_source_code()[0])
+        tokens = jnp.asarray(data.load_source_code().tokens)
         windows = tokens[starts[:, None] + jnp.arange(self.length + 1)]
         windows = content.names[windows]
         return Example(windows[:, :-1], windows[:, 1:])
 
     def batch(self, key: jax.Array, content: TextContent, split: Split, size: int) -> Example:
         """Draws windows at random places."""
-        tokens, num_train = data.load_source_code()
+        tokens, num_train, _ = data.load_source_code()
         if split == "train":
             last = content.length - self.length - 1
             return self._windows(content, content.start + jax.random.randint(key, (size,), 0, last))
@@ -299,7 +387,7 @@ class SourceCode:
 
     def examples(self, content: TextContent, split: Split, limit: int) -> Example:
         """Evenly spaced windows."""
-        tokens, num_train = data.load_source_code()
+        tokens, num_train, _ = data.load_source_code()
         limit = min(limit, 128)
         first, last = (0, num_train) if split == "train" else (num_train, len(tokens))
         places = np.linspace(first, last - self.length - 1, limit).astype(np.int32)
@@ -462,7 +550,26 @@ def training_tasks() -> dict[str, Task]:
         ),
         _classifier("bytes_rnn_32", SourceCode(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
     ]  # fmt: skip
+    tasks += _picture_tasks()
     return {task.name: task for task in tasks}
+
+
+def _picture_tasks() -> list[Task]:
+    """MLPs of 32 hidden relu units on small pictures, in batches of 64: what Celo2 was made on."""
+    fixed: dict[str, Any] = {"activation": 0, "log_init_spread": 0.0}
+    sources = {
+        "fashion_mlp_8": Pictures("fashion_mnist", 8),
+        "fashion_mlp_16": Pictures("fashion_mnist", 16),
+        "clipart_mlp_8": Pictures("clipart", 8),
+        "clipart_mlp_16": Pictures("clipart", 16),
+        "clipart_mlp_8_colour": Pictures("clipart", 8, 3),
+        "clipart_mlp_16_colour": Pictures("clipart", 16, 3),
+    }
+    tasks: list[Task] = [
+        _classifier(name, s, Mlp((s.side**2 * s.channels, 32, 10)), 64, **fixed)
+        for name, s in sources.items()
+    ]
+    return [*tasks, _classifier("digits_mlp_8", _digits(False), Mlp((64, 32, 10)), 64, **fixed)]
 
 
 def held_out_tasks() -> dict[str, Task]:

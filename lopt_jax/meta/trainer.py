@@ -6,15 +6,17 @@ on their way, so a resumed run is bitwise the run that was not interrupted.
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,14 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax.meta.augmentation import Reparametrised
-from lopt_jax.meta.config import MetaTrainConfig, to_json
-from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator
+from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
+from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
+from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
+from lopt_jax.meta.locks import lock
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule
-from lopt_jax.meta.tasks import Task, training_tasks
-from lopt_jax.meta.unroll import Unroll
+from lopt_jax.meta.tasks import Task, data_hashes, training_tasks
+from lopt_jax.meta.unroll import Guidance, Unroll
 
 _PAIRS = "pairs"
 
@@ -55,27 +59,58 @@ class Report(NamedTuple):
     task_scores: tuple[float, ...]  # final_score of each task
 
 
+Ending = Literal["finished", "max_steps", "budget", "interrupted"]
+
+
 @dataclasses.dataclass
 class Result:
-    """What a meta-training returns."""
+    """What a meta-training returns.
+
+    Args:
+      meta_parameters: in the architecture's units.
+      history: the reports.
+      steps: outer steps done.
+      seconds: of training, without compilation.
+      finished: whether they are all the steps that were planned.
+      total: the steps that were planned: the config's, or what the budget has room for.
+      ended: by what.
+      compiling: programs still compile in the background, since the budget ended before them.
+    """
 
     meta_parameters: MetaParameters
     history: list[Report]
     steps: int
     seconds: float
     finished: bool
+    total: int = 0
+    ended: Ending = "finished"
+    compiling: bool = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the step it came in; `result` is what there is."""
+
+    def __init__(self, message: str, result: Result):
+        super().__init__(message)
+        self.result = result
 
 
 def outer_optimizer(config: MetaTrainConfig) -> optax.GradientTransformation:
-    """The default outer optimizer: clipping and Adam; the trainer applies the learning rate."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.gradient_clip), optax.scale_by_adam(b1=0.9, b2=0.99)
-    )
+    """The default outer optimizer: clipping and AdamW; the trainer applies the learning rate."""
+    chain = [
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.scale_by_adam(b1=0.9, b2=config.outer_second_decay),
+    ]
+    if config.outer_weight_decay:
+        chain.append(optax.add_decayed_weights(config.outer_weight_decay))
+    return optax.chain(*chain)
 
 
 def learning_rate(config: MetaTrainConfig, step: jax.Array, total: jax.Array) -> jax.Array:
-    """Linear warm-up, then a cosine to a tenth of the peak at `total` steps."""
+    """Linear warm-up; by default also a cosine to a tenth of the peak at `total` steps."""
     warm = jnp.minimum(1.0, (step + 1) / max(config.outer_warmup, 1))
+    if config.outer_schedule == "constant":
+        return config.outer_learning_rate * warm
     fraction = jnp.clip(step / total, 0.0, 1.0)
     return config.outer_learning_rate * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * fraction))
 
@@ -146,6 +181,7 @@ class Trainer:
       make_optimizer: overrides the rule that the config names.
       optimizer: overrides `outer_optimizer(config)`; its updates are multiplied by minus the
         learning rate.
+      expert: any optax transformation that guides the rule, instead of the config's expert.
       devices: the devices that share the pairs; by default all.
     """
 
@@ -157,8 +193,12 @@ class Trainer:
         make_optimizer: MakeOptimizer | None = None,
         optimizer: optax.GradientTransformation | None = None,
         devices: list[jax.Device] | None = None,
+        expert: optax.GradientTransformation | None = None,
     ):
         self.config = config
+        self.expert = expert
+        if expert is None and config.expert:
+            self.expert = make_expert(config.expert, config.expert_learning_rate)
         self.optimizer = optimizer or outer_optimizer(config)
         rule = make_optimizer or make_rule(
             config.architecture,
@@ -166,6 +206,8 @@ class Trainer:
             config.learning_rate_peak,
             config.weight_decay,
             config.backend if jax.device_count() == 1 else "xla",
+            config.precision,
+            dict(config.rule_options),
         )
         scales = dict(config.scales)
 
@@ -177,6 +219,7 @@ class Trainer:
         if missing:
             raise ValueError(f"tasks: unknown names {missing}; known: {sorted(known)}")
         self.tasks = [self._augment(known[name]) for name in config.tasks]
+        self.data = data_hashes(self.tasks)
         self.estimators = [self._estimator(task, scaled_rule) for task in self.tasks]
         self._initial = initial
         _check_keys(config, jax.eval_shape(self._start))
@@ -208,9 +251,25 @@ class Trainer:
             config.min_horizon,
             config.max_horizon,
             config.objective,
+            config.horizons,
+            config.schedule,
+            self.expert,
+            2 if config.architecture in ("celo2", "elo_celo2") else 0,  # lower ones have Adam
+            config.resume_by if config.resume else "",
         )
         make = ESTIMATORS[config.estimator]
-        return make(unroll, config.num_pairs, config.standard_deviation)
+        options: dict[str, Any] = {}
+        if config.resume:
+            options["resumption"] = Resumption(config.resume, config.resume_slots)
+        return make(unroll, config.num_pairs, config.standard_deviation, **options)
+
+    def _guidance(self, step: jax.Array) -> Guidance | None:
+        config = self.config
+        if self.expert is None:
+            return None
+        return guidance_at(
+            step, *config.expert_steps, config.imitation_direction, config.imitation_size
+        )
 
     def _key(self, step: jax.Array | int, task: int) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
@@ -225,32 +284,59 @@ class Trainer:
             config.architecture, key, dict(config.architecture_config), dict(config.gains)
         )
 
-    def init(self) -> TrainState:
-        """The state before the first step."""
+    def _scaled_start(self) -> MetaParameters:
+        """Where the outer optimizer starts, in units of config.scales."""
         start = self._rescale(self._start(), {k: 1.0 / v for k, v in self.config.scales})
-        start = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
-        start = jax.device_put(start, self._replicated)
-        lowered = [
-            jax.jit(estimator.init, out_shardings=self._by_pair).lower(
-                start, self._key(2**31 + 1, i)
-            )
-            for i, estimator in enumerate(self.estimators)
-        ]
-        programs = _compile_all(lowered)
-        states = [program(start, self._key(2**31 + 1, i)) for i, program in enumerate(programs)]
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
+
+    def init(self, deadline: float | None = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+          deadline: of `time.monotonic()`.
+
+        Raises:
+          BudgetEndedError: if compilation takes longer.
+        """
+        start = jax.device_put(self._scaled_start(), self._replicated)
+        keys = [self._key(2**31 + 1, i) for i in range(len(self.estimators))]
+        jitted = [jax.jit(e.init, out_shardings=self._by_pair) for e in self.estimators]
+        programs = _compile_all(
+            [functools.partial(f.lower, start, key) for f, key in zip(jitted, keys, strict=True)],
+            deadline,
+        )
+        states = [program(start, key) for program, key in zip(programs, keys, strict=True)]
         optimizer_state = jax.device_put(self.optimizer.init(start), self._replicated)
         return TrainState(start, optimizer_state, tuple(states))
 
-    def _compile(self, state: TrainState) -> tuple[list[Any], Any]:
+    def shapes(self) -> TrainState:
+        """The state's shapes, types and shardings, without compiling or computing anything."""
+
+        def placed(tree: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+            )
+
+        start = jax.eval_shape(self._scaled_start)
+        states = [jax.eval_shape(e.init, start, self._key(0, 0)) for e in self.estimators]
+        optimizer_state = jax.eval_shape(self.optimizer.init, start)
+        return TrainState(
+            placed(start, self._replicated),
+            placed(optimizer_state, self._replicated),
+            tuple(placed(state, self._by_pair) for state in states),
+        )
+
+    def _compile(self, state: TrainState, deadline: float | None) -> tuple[list[Any], Any]:
         """Compiles the program of each task, and the outer step, at the same time."""
         config = self.config
         scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
 
-        def estimate(i: int) -> Any:
+        def lower_estimate(i: int) -> Any:
             def run(theta: Any, estimator_state: Any, step: jax.Array, total: jax.Array) -> Any:
                 mask = _phase_mask(config, theta, step, total)
                 key = self._key(step, i)
-                return self.estimators[i].estimate(theta, key, estimator_state, mask)
+                guidance = self._guidance(step)
+                return self.estimators[i].estimate(theta, key, estimator_state, mask, guidance)
 
             return jax.jit(
                 run,
@@ -270,13 +356,12 @@ class Trainer:
             return theta, optimizer_state, _norm(gradient)
 
         gradients = [state.meta_parameters] * len(self.tasks)
-        lowered = [estimate(i) for i in range(len(self.tasks))]
-        lowered.append(
-            jax.jit(outer, out_shardings=self._replicated).lower(
-                state.meta_parameters, state.optimizer_state, gradients, scalar, scalar
-            )
-        )
-        compiled = _compile_all(lowered)
+        lower_outer = functools.partial(
+            jax.jit(outer, out_shardings=self._replicated).lower,
+            state.meta_parameters, state.optimizer_state, gradients, scalar, scalar,
+        )  # fmt: skip
+        lowers = [functools.partial(lower_estimate, i) for i in range(len(self.tasks))]
+        compiled = _compile_all([*lowers, lower_outer], deadline)
         return compiled[:-1], compiled[-1]
 
     def train(
@@ -291,11 +376,12 @@ class Trainer:
 
         Args:
           folder: where checkpoints go; none are written without it.
-          resume: continue from the newest checkpoint in `folder`, if there is one.
+          resume: continue from the newest checkpoint in `folder`.
           max_seconds: wall-clock budget of this call, compilation included. After the first
             reports the number of outer steps is planned to fit (never above config.outer_steps),
             so that the learning rate and the phases reach their ends; the plan is part of the
-            checkpoint.
+            checkpoint. Where the budget ends sooner than the plan, or during compilation, the run
+            ends there.
           max_steps: stop after this step (for tests and for training in portions).
           on_report: called with each report, the planned total of steps and the seconds left.
 
@@ -303,28 +389,53 @@ class Trainer:
           The meta-parameters (in the architecture's units) and the history.
 
         Raises:
-          KeyboardInterrupt: after Ctrl-C, when the step it came in is done and saved.
+          Interrupted: after Ctrl-C, when the step it came in is done and saved.
+          ValueError: for a folder that holds another run's checkpoints or is in use, or, with
+            `resume`, one without checkpoints, or whose checkpoints are of other settings or data.
         """
-        config = self.config
         began = time.monotonic()
-        store = _Store(Path(folder).absolute(), config) if folder is not None else None
-        if store is not None and not resume:
-            store.require_empty()
-        state = self.init()
+        if folder is None:
+            if resume:
+                raise ValueError("resume: expected a folder of checkpoints, found none given")
+            return self._train(None, began, False, max_seconds, max_steps, on_report)
+        with _Store(Path(folder).absolute(), self.config, self.data, resume) as store:
+            return self._train(store, began, resume, max_seconds, max_steps, on_report)
+
+    def _train(
+        self,
+        store: "_Store | None",
+        began: float,
+        resume: bool,
+        max_seconds: float | None,
+        max_steps: int | None,
+        on_report: Callable[[Report, int, float], None] | None,
+    ) -> Result:
+        config = self.config
+        deadline = None if max_seconds is None else began + max_seconds
+        restored: TrainState | None = None
         step, total, history = 0, config.outer_steps, list[Report]()
         planned = False
         spent = 0.0
+
+        def result(
+            theta: MetaParameters, seconds: float, ended: Ending, compiling: bool = False
+        ) -> Result:
+            theta = jax.tree.map(np.asarray, self._rescale(theta, dict(config.scales)))
+            return Result(theta, history, step, seconds, step >= total, total, ended, compiling)
+
         if store is not None and resume:
-            restored = store.restore(state)
-            if restored is not None:
-                state, step, record = restored
-                total, planned = record["total"], record["planned"]
-                spent = record["seconds"]
-                history = [
-                    Report._make(row)._replace(task_scores=tuple(row[-1]))
-                    for row in record["history"]
-                ]
-        programs, outer = self._compile(state)
+            restored, step, record = store.restore(self.shapes())
+            total, planned = record["total"], record["planned"]
+            spent = record["seconds"]
+            history = [
+                Report._make(row)._replace(task_scores=tuple(row[-1])) for row in record["history"]
+            ]
+        try:
+            state = restored or self.init(deadline)
+            programs, outer = self._compile(state, deadline)
+        except BudgetEndedError:
+            theta = self._scaled_start() if restored is None else restored.meta_parameters
+            return result(theta, spent, "budget", compiling=True)
         loop_began = time.monotonic()
         saved = last = loop_began
         pending: list[tuple[list[Estimate], jax.Array]] = []
@@ -339,8 +450,9 @@ class Trainer:
                 record = {"total": total, "planned": planned, "seconds": seconds}
                 store.save(step, state, {**record, "history": [list(row) for row in history]})
 
+        over = False
         with _Interruption() as interruption:
-            while step < end and not interruption.asked:
+            while step < end and not interruption.asked and not over:
                 theta, optimizer_state, estimator_states = state
                 at, of = put(step), put(total)
                 estimates, new_states = [], []
@@ -353,7 +465,12 @@ class Trainer:
                 state = TrainState(theta, optimizer_state, tuple(new_states))
                 pending.append(([e._replace(gradient=None) for e in estimates], norm))
                 step += 1
-                if step % config.log_every and step != end:
+                if deadline is not None:
+                    # One step behind, so that the device always has one to do.
+                    if len(pending) > 1:
+                        jax.block_until_ready(pending[-2])
+                    over = time.monotonic() > deadline
+                if step % config.log_every and step != end and not over:
                     continue
                 now_spent = spent + time.monotonic() - loop_began
                 report = _report(step, now_spent, pending)
@@ -363,32 +480,69 @@ class Trainer:
                 last, pending = now, []
                 if max_seconds is not None:
                     left = max_seconds - (now - began)
+                    over = left <= 0
                     # For checkpoints on the way and at the end; little of a small budget.
                     margin = min(20.0, 0.1 * max_seconds)
-                    if not planned and step >= 2 * config.log_every:
+                    if not planned and not over and step >= 2 * config.log_every:
                         total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
                         end = total if max_steps is None else min(total, max_steps)
                         planned = True
-                    if left <= 0:
-                        break
                 if on_report is not None:
                     on_report(report, total, (total - step) / rate)
                 if now - saved > config.checkpoint_seconds:
                     save()
                     saved = time.monotonic()
+            if pending:  # interrupted between two reports
+                history.append(_report(step, spent + time.monotonic() - loop_began, pending))
             save()
-        if interruption.asked:
-            raise KeyboardInterrupt(f"after step {step}" + ("" if store is None else ", saved"))
-        meta_parameters = self._rescale(state.meta_parameters, dict(config.scales))
-        meta_parameters = jax.tree.map(np.asarray, meta_parameters)
         seconds = spent + time.monotonic() - loop_began
-        return Result(meta_parameters, history, step, seconds, step >= total)
+        if interruption.asked:
+            raise Interrupted(
+                f"after step {step}" + ("" if store is None else ", saved"),
+                result(state.meta_parameters, seconds, "interrupted"),
+            )
+        ended: Ending = "finished" if step >= total else ("budget" if over else "max_steps")
+        return result(state.meta_parameters, seconds, ended)
 
 
-def _compile_all(lowered: list[Any]) -> list[Any]:
-    # Compilation releases the interpreter's lock: the programs compile in parallel.
-    with concurrent.futures.ThreadPoolExecutor(min(len(lowered), os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda program: program.compile(), lowered))
+class BudgetEndedError(Exception):
+    """The wall-clock budget ended before the programs were compiled."""
+
+
+def _compile_all(lowers: list[Callable[[], Any]], deadline: float | None) -> list[Any]:
+    """Lowers programs one after the other, and compiles them side by side.
+
+    Compilation releases the interpreter's lock, and nothing can stop it. So it runs in threads that
+    do not keep the process from ending.
+    """
+    slots = threading.Semaphore(os.cpu_count() or 1)
+    futures: list[concurrent.futures.Future[Any]] = []
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    def compile_one(lowered: Any, future: concurrent.futures.Future[Any]) -> None:
+        with slots:
+            if late():
+                return
+            try:
+                future.set_result(lowered.compile())
+            except BaseException as error:
+                future.set_exception(error)
+
+    for lower in lowers:
+        lowered = lower()
+        if late():
+            raise BudgetEndedError
+        futures.append(concurrent.futures.Future())
+        threading.Thread(target=compile_one, args=(lowered, futures[-1]), daemon=True).start()
+    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+    if concurrent.futures.wait(futures, left, concurrent.futures.FIRST_EXCEPTION).not_done:
+        for future in futures:
+            if future.done():
+                future.result()  # raises what went wrong
+        raise BudgetEndedError
+    return [future.result() for future in futures]
 
 
 def _report(step: int, seconds: float, pending: list[tuple[list[Estimate], jax.Array]]) -> Report:
@@ -413,19 +567,41 @@ def _report(step: int, seconds: float, pending: list[tuple[list[Estimate], jax.A
 class _Store:
     """Checkpoints of a run: Orbax writes under a temporary name and renames, so kill -9 is safe."""
 
-    def __init__(self, folder: Path, config: MetaTrainConfig):
+    def __init__(
+        self, folder: Path, config: MetaTrainConfig, data: Mapping[str, str], resume: bool
+    ):
         self._config = config
-        folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._data = dict(data)
         self._folder = folder / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if resume and not self._folder.is_dir():
+            raise self._nothing_to_resume()
+        claim = lock(folder / ".lock")
+        if claim is None:
+            raise ValueError(f"folder: {folder} is in use by another run; choose another")
+        self._claim = claim
+        try:
+            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            if not resume and self._manager.latest_step() is not None:
+                raise ValueError(
+                    f"folder: {self._folder} already holds checkpoints; resume, or choose another"
+                )
+        except BaseException:
+            claim.close()
+            raise
 
-    def require_empty(self) -> None:
-        """Refuses to mix two runs in one folder."""
-        if self._manager.latest_step() is not None:
-            raise ValueError(
-                f"folder: {self._folder} already holds checkpoints; resume, or choose another"
-            )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._manager.close()
+        self._claim.close()
+
+    def _nothing_to_resume(self) -> ValueError:
+        return ValueError(
+            f"resume: expected checkpoints in {self._folder}, found none; check the folder, or "
+            "start without resume"
+        )
 
     def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
         """Writes a checkpoint of this step unless there is one."""
@@ -433,23 +609,24 @@ class _Store:
             return
         leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state)) if leaf.size}
         settings = json.loads(to_json(self._config))
+        made_with = {"data": self._data, "python": platform.python_version()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(leaves),
-                record=ocp.args.JsonSave({"config": settings, **record}),
+                record=ocp.args.JsonSave({"config": settings, **made_with, **record}),
             ),
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, int, dict[str, Any]] | None:
-        """Reads the newest checkpoint into the shape of `like`.
+    def restore(self, like: TrainState) -> tuple[TrainState, int, dict[str, Any]]:
+        """Reads the newest checkpoint into the shapes and shardings of `like`.
 
         Raises:
-          ValueError: if it was written with other settings.
+          ValueError: if there is none, or it was written with other settings or other data.
         """
         step = self._manager.latest_step()
         if step is None:
-            return None
+            raise self._nothing_to_resume()
         record = self._manager.restore(
             step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )["record"]
@@ -457,12 +634,23 @@ class _Store:
         found = record["config"]
         # These say when to stop and report, not what is computed.
         free = ("checkpoint_seconds", "notes")
-        differing = [k for k in wanted if k not in free and wanted[k] != found.get(k)]
+        # A setting that did not exist then had the value that is its default now.
+        found = {**json.loads(to_json(from_json(json.dumps(found)))), **found}
+        differing = [k for k in wanted if k not in free and wanted[k] != found[k]]
         if differing:
             raise ValueError(
                 f"resume: the checkpoint in {self._folder} was made with other settings of "
                 f"{differing}; use its settings or another folder"
             )
+        # Checkpoints from before data were recorded say nothing about them.
+        for name, sha256 in record.get("data", self._data).items():
+            if self._data.get(name) != sha256:
+                raise ValueError(
+                    f"resume: the checkpoint in {self._folder} was made with other data: "
+                    f"{name} had sha256 {sha256[:12]} under Python {record['python']}, here it has "
+                    f"{str(self._data.get(name))[:12]} under Python {platform.python_version()}; "
+                    "resume with the same data and versions, or start in another folder"
+                )
         leaves, structure = jax.tree.flatten(like)
         template = {
             f"{i:05d}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -473,6 +661,10 @@ class _Store:
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
         )["state"]
         state = structure.unflatten(
-            [restored.get(f"{i:05d}", leaf) for i, leaf in enumerate(leaves)]
-        )
+            [
+                restored[f"{i:05d}"] if leaf.size
+                else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
+                for i, leaf in enumerate(leaves)
+            ]
+        )  # fmt: skip
         return state, step, record

@@ -11,7 +11,7 @@ from lopt_jax.tensors import arrays_like, zeros_like
 
 
 class AccumulationState(NamedTuple):
-    """State of `accumulate_gradients`."""
+    """State of an optimizer with `gradient_accumulation`."""
 
     micro_step: jax.Array  # () int32, calls since the last update
     gradient_sum: Any  # tree like the params, float32
@@ -23,6 +23,8 @@ def accumulate_gradients(
     inner: optax.GradientTransformationExtraArgs, every: int
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps a transformation that reads the loss; unlike `optax.MultiSteps`, averages it too.
+
+    A loss that is not finite makes the mean so, and the optimizer leaves that mean out.
 
     Args:
       inner: the transformation.
@@ -49,12 +51,14 @@ def accumulate_gradients(
         updates: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, AccumulationState]:
         common.require_params(params)
+        common.check_state_type(state, AccumulationState)
         loss_sum = state.loss_sum + common.require_value("velo", value)
         leaves, treedef = jax.tree.flatten(params)
         given = arrays_like("updates", updates, params)
+        old_sums = arrays_like("state: gradient_sum", state.gradient_sum, params)
         sums = [
-            total if g is None else total + g
-            for total, g in zip(treedef.flatten_up_to(state.gradient_sum), given, strict=True)
+            total if g is None else total + jnp.asarray(g).astype(total.dtype)
+            for total, g in zip(old_sums, given, strict=True)
         ]
 
         def apply(inner_state: Any) -> tuple[Any, Any]:

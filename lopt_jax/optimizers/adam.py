@@ -50,5 +50,18 @@ def adam_step(
     m = update_momentum(momentum.astype(dtype), gradient, beta1)
     v = update_second_moment(second_moment.astype(dtype), gradient, beta2)
     root = jnp.sqrt(v / (1 - beta2**count) + settings.root_epsilon)
-    step = m / (1 - beta1**count) / (settings.epsilon + root)
+    step = m / (1 - beta1**count) / (_not_rounded_to_zero(settings.epsilon) + root)
     return AdamStep(step, m.astype(momentum.dtype), v.astype(second_moment.dtype))
+
+
+def _not_rounded_to_zero(epsilon: Any) -> Any:
+    """The epsilon, at least the smallest number of its dtype where that is short.
+
+    `optax.inject_hyperparams` makes arrays of the params' dtype. In float16 1e-8 is zero, and where
+    a gradient is zero the denominator would be, too.
+    """
+    dtype = getattr(epsilon, "dtype", jnp.float32)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
+        return epsilon
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    return jnp.maximum(jnp.asarray(epsilon, jnp.float32), smallest)

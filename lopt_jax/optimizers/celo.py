@@ -12,13 +12,13 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes, tensor_shapes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def celo(
     num_steps: int | jax.Array,
-    weights: str | Weights = "celo",
+    weights: WeightsLike = "celo",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -34,19 +34,21 @@ def celo(
     It must know how long training will be.
 
     Args:
-      num_steps: updates of the whole training.
+      num_steps: calls of update in the whole training; inside `optax.MultiSteps(tx, k)` that is a
+        k-th of the calls of MultiSteps.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.
 
     Returns:
-      An optax transformation. Its update needs the loss:
+      An optax transformation. Its update needs the loss, as `velo`'s does:
       `update(grads, state, params, value=loss)`.
 
     Raises:

@@ -20,7 +20,7 @@ from lopt_jax.tensors import (
     tensors_of,
     zeros_like,
 )
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 class CeloAdamState(NamedTuple):
@@ -36,7 +36,7 @@ class CeloAdamState(NamedTuple):
 @common.described
 def celo_adam(
     num_steps: int | jax.Array,
-    weights: str | Weights = "celo_adam",
+    weights: WeightsLike = "celo_adam",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -49,18 +49,20 @@ def celo_adam(
     """Celo-Adam: Adam, whose learning rate a small LSTM schedules.
 
     Args:
-      num_steps: updates of the whole training.
+      num_steps: calls of update in the whole training; inside `optax.MultiSteps(tx, k)` that is a
+        k-th of the calls of MultiSteps.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moment in the state.
+      accumulator_dtype: dtype of momentum and second moment in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `celo`'s.
       backend: "auto", "xla" or "pallas"; Adam is fused by XLA, all three run that.
       precision: as `celo`'s; Adam has no products, so it changes nothing.
 
     Returns:
-      An optax transformation. Its update needs the loss:
+      An optax transformation. Its update needs the loss, as `velo`'s does:
       `update(grads, state, params, value=loss)`.
 
     Raises:
@@ -89,12 +91,18 @@ def celo_adam(
     )
 
     def init(params: Any) -> CeloAdamState:
+        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
         unused: Any = ()
-        zeros = [zeros_like(params, options.accumulator_dtype) for _ in range(2)]
+        dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=Accumulators((zeros[0],), zeros[1], row=unused, column=unused),
+            accumulators=Accumulators(
+                momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
+                second_moment=zeros_like(params, dtypes.second_moment),
+                row=unused,
+                column=unused,
+            ),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
@@ -103,7 +111,9 @@ def celo_adam(
     def update(
         meta_parameters: Any, gradients: Any, state: CeloAdamState, params: Any, value: Any
     ) -> tuple[Any, CeloAdamState]:
-        loss, shared = observe_loss("celo_adam", state.loss, value, state.count, num_steps)
+        loss, shared = observe_loss(
+            "celo_adam", state.loss, value, state.count, num_steps, (gradients, params)
+        )
         tensors = tensors_of(params, stacked_axes)
         inputs = controller.shared_features(state.step_size.shape[0], shared)
         controls = controller.run_lstm(meta_parameters, inputs, state.lstm)

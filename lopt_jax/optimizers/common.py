@@ -2,8 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
+from lopt_jax.accumulators import Accumulators
 from lopt_jax.applying import LearnedTransformation, apply_of
-from lopt_jax.backends import BACKENDS, constant_weights
-from lopt_jax.context import is_traced, platform_of, running_on, usual_promotion
-from lopt_jax.partition import current_shards, mesh_of, shards
+from lopt_jax.backends import BACKENDS
+from lopt_jax.context import Tracing, holding, is_traced, platform_of, tracing, usual_promotion
+from lopt_jax.partition import current_shards, mesh_of, say_once, shards, varying_axes
+from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     arrays_like,
@@ -72,6 +74,36 @@ def check_dtype(dtype: Any) -> jnp.dtype:
             f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
         )
     return out
+
+
+def stored_dtype(dtype: jnp.dtype, decays: Sequence[Any], are_squares: bool) -> jnp.dtype:
+    """The dtype in which averages are kept: the accumulator dtype where it can hold them.
+
+    An average of decay d moves by (1 - d) of its distance to what comes in. Rounded to the nearest
+    of a dtype whose neighbours are further apart than that, it does not move at all. Squares of
+    gradients need float32's exponents: in float16 those of gradients below 1e-4 are zero.
+
+    Args:
+      dtype: the accumulator dtype.
+      decays: of the averages that share an array.
+      are_squares: whether they are averages of squared gradients.
+
+    Returns:
+      The dtype, or float32 where it cannot hold such averages.
+    """
+    limits = jnp.finfo(dtype)
+    if limits.bits >= 32 or not decays:
+        return dtype
+    has_exponents = limits.nexp >= jnp.finfo(jnp.float32).nexp or not are_squares
+    is_known = not any(isinstance(decay, jax.core.Tracer) for decay in decays)
+    if has_exponents and is_known and all(1 - float(d) >= float(limits.eps) for d in decays):
+        return dtype
+    say_once(
+        f"accumulator_dtype: {dtype.name} cannot hold averages of "
+        + ("squared gradients " if are_squares else "gradients ")
+        + f"of decay {', '.join(map(str, decays))}; these stay float32."
+    )
+    return jnp.dtype(jnp.float32)
 
 
 def check_backend(backend: Any) -> None:
@@ -184,6 +216,25 @@ class Options:
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
 
+    def accumulator_dtypes(self, config: Mapping[str, Any]) -> Accumulators:
+        """The dtype of each accumulator, by the decays in the config of the weights.
+
+        Where decays are learned, their initial values count.
+        """
+        momenta = config["initial_momentum_decays"]
+        factored = config.get("initial_adafactor_decays", ())
+        squares = functools.partial(stored_dtype, self.accumulator_dtype, are_squares=True)
+        return Accumulators(
+            momentum=tuple(stored_dtype(self.accumulator_dtype, (d,), False) for d in momenta),
+            second_moment=squares(config["initial_rms_decays"]),
+            row=squares(factored),
+            column=squares(factored),
+        )
+
+    def say_stacks(self, params: Any) -> None:
+        """Says in the log, once, where `stacked_axes` seems to be forgotten or too wide."""
+        say_stacks(params, self.stacked_axes)
+
     def rates(self, count: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
         """Learning rate and weight decay times learning rate at a step.
 
@@ -225,18 +276,51 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     @surrounded
     def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
         wide = jax.tree.map(lambda g: to_float32(g) if has_values(g) else None, gradients)
-        with shards(shards_of_leaves):
-            partitions = partitions_of_leaves(wide)
-        squares = []
-        for g, partition in zip(jax.tree.leaves(wide), partitions, strict=True):
-            square = jnp.sum(jnp.square(g))
-            names = () if partition is None else partition.names(range(g.ndim))
-            squares.append(jax.lax.psum(square, names) if names else square)
+        squares = sums_of_leaves(jnp.square, shards_of_leaves, wide)
         norm = jnp.sqrt(sum(squares))
         return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
 
     compiled = jax.jit(lopt_clip, static_argnums=0)
     return optax.stateless(lambda gradients, params=None: compiled(current_shards(), gradients))
+
+
+def sums_of_leaves(
+    function: Callable[[jax.Array], jax.Array], shards_of_leaves: Any, tree: Any
+) -> list[jax.Array]:
+    """Sums of an elementwise function over the leaves of a tree, whole or in shards.
+
+    Args:
+      function: from an array to one of its shape.
+      shards_of_leaves: of `current_shards`, where the leaves are shards.
+      tree: pytree of arrays; paths are the parameters'.
+
+    Returns:
+      A scalar a leaf, the same on every device that holds a shard.
+    """
+    with shards(shards_of_leaves):
+        partitions = partitions_of_leaves(tree)
+    sums = []
+    for x, partition in zip(jax.tree.leaves(tree), partitions, strict=True):
+        total = jnp.sum(function(x))
+        names = () if partition is None else partition.names(range(x.ndim))
+        sums.append(jax.lax.psum(total, names) if names else total)
+    return sums
+
+
+def _count_not_finite(x: jax.Array) -> jax.Array:
+    return jnp.asarray(~jnp.isfinite(x), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def lopt_all_finite(shards_of_leaves: Any, tree: Any) -> jax.Array:
+    """As `all_finite`, compiled; the name is one of `elementwise.OWN_FUNCTIONS`."""
+    counts = sums_of_leaves(_count_not_finite, shards_of_leaves, tree)
+    return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether all elements of a tree are finite, on all devices that hold shards of it: () bool."""
+    return surrounded(lopt_all_finite)(current_shards(), tree)
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -255,9 +339,68 @@ def require_value(name: str, value: Any) -> jax.Array:
     if value is None:
         raise ValueError(
             f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
-            "(Wrappers that call update several times, such as optax.lookahead, do not hand it on.)"
+            "flax.training.train_state.TrainState keeps value= from its optimizer; "
+            "lopt_jax.flax.TrainState hands it on. Wrappers that call update several times, such "
+            "as optax.lookahead, do not."
         )
     return scalar("value", value, "the loss, a scalar")
+
+
+def check_alike_on_devices(value: jax.Array, tree: Any) -> None:
+    """Raises ValueError where the loss differs between devices on which a tree does not.
+
+    Its replicas would drift apart without a word. It is known inside a `shard_map` that checks
+    types, not under `pmap`.
+    """
+    known = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    names = varying_axes(value).difference(*map(varying_axes, known))
+    if names:
+        name = sorted(names)[0]
+        raise ValueError(
+            f"value: the loss differs between the devices of the axis {name!r}, gradients and "
+            f"params do not; give the loss's mean, jax.lax.pmean(loss, {name!r}), or use "
+            "lopt_jax.sharding.distributed, which takes it."
+        )
+
+
+def check_state_type(state: Any, state_type: type) -> None:
+    """Raises TypeError, saying what the state is, unless it is of the type that init returns."""
+    if isinstance(state, state_type):
+        return
+    found = type(state)
+    is_ours = found.__module__.startswith("lopt_jax")
+    described = f": {found.__doc__}" if is_ours and found.__doc__ else "."
+    raise TypeError(
+        f"state: expected a {state_type.__name__}, which init of this optimizer returns; found "
+        f"{found.__name__}{described}"
+    )
+
+
+def check_state_shapes(state: Any, expected: Any) -> None:
+    """Raises ValueError, naming the first array that differs, unless the shapes are the expected.
+
+    Args:
+      state: the state.
+      expected: tree of what has a shape, in the order of the state's arrays. Metadata boxes may
+        differ, and so may dtypes: a state keeps its own.
+    """
+    leaves = jax.tree.leaves(state)
+    wanted = jax.tree_util.tree_leaves_with_path(expected)
+    belongs = (
+        "A state belongs to the optimizer, the weights and the settings (stacked_axes, label_fn) "
+        "that made it."
+    )
+    if len(leaves) != len(wanted):
+        raise ValueError(
+            f"state: expected {len(wanted)} arrays, as init makes for these params, found "
+            f"{len(leaves)}. {belongs}"
+        )
+    for leaf, (path, like) in zip(leaves, wanted, strict=True):
+        if jnp.shape(leaf) != like.shape:
+            raise ValueError(
+                f"state: expected the shape {like.shape} at {jax.tree_util.keystr(path)}, as init "
+                f"makes for these params, found {jnp.shape(leaf)}. {belongs}"
+            )
 
 
 def transformation(
@@ -290,11 +433,11 @@ def transformation(
     # Partials, and not closures: libraries that open the closures of init and update to find arrays
     # in them (optimistix does) take what they find for static arguments, which have to be hashable.
     initial = functools.partial(_init, surrounded(init))
+    expected_state = functools.partial(jax.eval_shape, surrounded(init))
 
     def step_of(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callable[..., Any]:
-        return functools.partial(
-            _step, _compiled(surrounded(function), applies), meta_parameters, state_type
-        )
+        compiled = _compiled(surrounded(function), expected_state, applies)
+        return functools.partial(_step, compiled, meta_parameters, state_type)
 
     step = step_of(update, applies=False)
 
@@ -338,13 +481,16 @@ def _init(init: Callable[[Any], Any], params: Any) -> Any:
     return init(check_params(params))
 
 
-def _compiled(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callable[..., Any]:
-    """The jitted step of an optimizer, which sees gradients, or None, and numbers alone."""
+def _compiled(
+    function: Callable[..., tuple[Any, Any]], expected_state: Callable[[Any], Any], applies: bool
+) -> Callable[..., Any]:
+    """The jitted step of an optimizer, which sees gradients, or None, and numbers alone.
+
+    It refuses states of other shapes than those expected for the params.
+    """
 
     def lopt_update(
-        partitions: Any,
-        constant: bool,
-        platform: str | None,
+        how: Tracing,
         meta_parameters: Any,
         updates: Any,
         state: Any,
@@ -353,7 +499,8 @@ def _compiled(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callab
     ) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(params)
         gradients = arrays_like("updates", updates, params)
-        with shards(partitions), constant_weights(constant), running_on(platform):
+        check_state_shapes(state, expected_state(params))
+        with holding(how):
             made, new_state = function(
                 meta_parameters,
                 treedef.unflatten(gradients),
@@ -371,7 +518,7 @@ def _compiled(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callab
         new_state = jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
         return treedef.unflatten(results), new_state
 
-    return jax.jit(lopt_update, static_argnums=(0, 1, 2))
+    return jax.jit(lopt_update, static_argnums=0)
 
 
 def _step(
@@ -384,15 +531,14 @@ def _step(
     value: Any,
 ) -> tuple[Any, Any]:
     require_params(params)
-    if not isinstance(state, state_type):
-        raise TypeError(
-            f"state: expected a {state_type.__name__}, which init returns; found "
-            f"{type(state).__name__}."
-        )
-    # in a program of the caller's, arrays that have values are its constants
-    constant = is_traced(updates) and not is_traced(meta_parameters)
-    arguments = (meta_parameters, updates, state, params, value)
-    return compiled(current_shards(), constant, platform_of(updates), *arguments)
+    check_state_type(state, state_type)
+    how = replace(
+        tracing(),
+        device=platform_of(updates) or tracing().device or jax.config.jax_default_device,
+        # in a program of the caller's, arrays that have values are its constants
+        constant_weights=is_traced(updates) and not is_traced(meta_parameters),
+    )
+    return compiled(how, meta_parameters, updates, state, params, value)
 
 
 def described[**P](
@@ -416,7 +562,11 @@ def described[**P](
         given.apply_defaults()
         arguments = {name: x for name, x in given.arguments.items() if name in names}
         return LearnedTransformation.of(
-            tx.init, tx.update, apply_of(tx), (constructor.__name__, arguments)
+            tx.init,
+            tx.update,
+            apply_of(tx),
+            (constructor.__name__, arguments),
+            getattr(tx, "plans", None),
         )
 
     return construct

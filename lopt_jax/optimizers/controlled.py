@@ -36,6 +36,7 @@ def observe_loss(
     value: Any,
     count: jax.Array,
     num_steps: Any,
+    alike: Any,
     loss_horizon: Any = None,
 ) -> tuple[controller.LossBuffer, list[jax.Array]]:
     """Takes in this step's loss.
@@ -46,6 +47,7 @@ def observe_loss(
       value: the loss, a scalar.
       count: () int32, updates made so far.
       num_steps: updates of the whole training.
+      alike: gradients and params: where they are equal on all devices, the loss must be.
       loss_horizon: the longest time scale of the averages; None: num_steps.
 
     Returns:
@@ -53,7 +55,9 @@ def observe_loss(
       and of the loss (9,).
     """
     decays = controller.loss_decays(num_steps if loss_horizon is None else loss_horizon)
-    buffer = controller.update_loss_buffer(buffer, common.require_value(name, value), decays)
+    loss = common.require_value(name, value)
+    common.check_alike_on_devices(loss, alike)
+    buffer = controller.update_loss_buffer(buffer, loss, decays)
     return buffer, [
         controller.fraction_features(count, num_steps),
         controller.loss_features(buffer, decays),
@@ -97,12 +101,13 @@ def controlled(
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> ControlledState:
+        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
         statistics = init_statistics(tensors, momenta)
         return ControlledState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(
-                params, momenta, factored, options.accumulator_dtype, stacked_axes
+                params, options.accumulator_dtypes(config), factored, stacked_axes
             ),
             statistics=statistics if rule.accumulator_statistics else None,
             lstm=controller.init_lstm(weights.params, tensors),
@@ -118,7 +123,9 @@ def controlled(
         params: Any,
         value: Any,
     ) -> tuple[Any, ControlledState]:
-        loss, shared = observe_loss(name, state.loss, value, state.count, num_steps, loss_horizon)
+        loss, shared = observe_loss(
+            name, state.loss, value, state.count, num_steps, (gradients, params), loss_horizon
+        )
         prepared = engine.first_pass(
             rule, gradients, params, state.accumulators, stacked_axes, options.backend
         )

@@ -10,13 +10,13 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays, per_parameter, timed_network
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def elo(
     learning_rate: common.ScalarOrSchedule = 0.001,
-    weights: str | Weights = "elo",
+    weights: WeightsLike = "elo",
     *,
     max_gradient_norm: float | None = None,
     weight_decay: float | jax.Array = 0.0,
@@ -37,7 +37,8 @@ def elo(
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 import optax
 
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.applying import LearnedTransformation
 from lopt_jax.boxes import content, is_box, reboxed
-from lopt_jax.features import velo_features
+from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.per_parameter import (
@@ -22,21 +24,21 @@ from lopt_jax.optimizers.per_parameter import (
     network,
     per_parameter,
 )
-from lopt_jax.partition import Partition, on_whole
+from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
+from lopt_jax.partition import Partition, is_local, on_whole
 from lopt_jax.reductions import mean
-from lopt_jax.rule import Rule, product_precision
-from lopt_jax.tensors import StackedAxes, arrays_like, per_leaf, tensors_of
+from lopt_jax.rows import concatenate
+from lopt_jax.rule import Rule
+from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision, newton_schulz
+from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
-LEARNED, ADAMW = "learned", "adamw"
-LabelFn = Callable[[Any, Any], str]  # from path and leaf to one of the two
 
-_NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
-_NEWTON_SCHULZ_EPSILON = 1e-8
-_CONSTANT_DIAGONAL = 256  # rows of at most so large a matrix as a constant of the program
+NewtonSchulz = Callable[[jax.Array], jax.Array]  # of matrices in the last two axes
+
 _NORMALIZER_EPSILON = 1e-9
+_BATCH_ELEMENTS = 1 << 25  # of matrices that are orthogonalised together: bounds the temporaries
 
 
 class AdamW(NamedTuple):
@@ -52,19 +54,35 @@ def matrix_optimizer(
     options: common.Options,
     adamw: AdamW,
     *,
-    label_fn: LabelFn | None,
+    plans: Plans,
     max_gradient_norm: Any,
     orthogonal: bool,
-) -> optax.GradientTransformationExtraArgs:
+    precision: str = "auto",
+    coefficients: Coefficients = QUINTIC,
+    decay: common.ScalarOrSchedule | None = None,
+    still_where_zero: bool = False,
+    cautious_decay: bool = False,
+) -> LearnedTransformation:
     """The learned rule, normalised, for matrices; AdamW for the rest.
+
+    A leaf changes by -(rate * scale * step + decay * leaf_decay * parameter), where scale and
+    leaf_decay are its plan's.
 
     Args:
       weights: weights of one of `ARCHITECTURES`.
       options: the arguments that all optimizers share.
       adamw: AdamW's settings.
-      label_fn: which leaves of rank two and more AdamW updates; None: none of them.
+      plans: what is done with each leaf.
       max_gradient_norm: gradients are scaled down to this global norm; None: not.
       orthogonal: whether the learned step is orthogonalised.
+      precision: of the products that do that, as `newton_schulz`'s; `options` has the rule's.
+      coefficients: of the polynomials that do that.
+      decay: the fraction of a parameter that a step takes off, whatever the learning rate, a number
+        or a schedule; None: weight decay times learning rate, as `options` and `adamw` say.
+      still_where_zero: whether a matrix whose gradient is zero everywhere makes no step.
+        Normalised, what the rule proposes for it would be as large as any other step.
+      cautious_decay: whether learned leaves decay only where the step shrinks them, element by
+        element (arXiv 2510.12402).
 
     Returns:
       An optax transformation with state `PerParameterState`. Leaves of AdamW's have its moments as
@@ -74,86 +92,114 @@ def matrix_optimizer(
     common.check_number("adam_weight_decay", adamw.weight_decay)
     common.check_decays("adam_betas", adamw.adam.betas, 2)
     common.check_number("adam_epsilon", adamw.adam.epsilon)
-    if label_fn is not None and not callable(label_fn):
-        raise TypeError(f"label_fn: expected a function of path and leaf, found {label_fn!r}.")
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
+    orthogonalize = functools.partial(
+        newton_schulz, coefficients=coefficients, precision=check_precision(precision)
+    )
     stacked_axes = options.stacked_axes
-    learned = _learned_step(weights, options)
+    learned_step = functools.cache(functools.partial(_learned_step, weights, options))
 
     def init(params: Any) -> PerParameterState:
-        state = learned.init(params)
-        labels = _labels(params, label_fn, stacked_axes)
-        return state._replace(accumulators=_without_unused(state.accumulators, labels))
+        state = learned_step("matrix").init(params)
+        of_leaves = plans_of(plans, params, stacked_axes)
+        accumulators = _without_unused(state.accumulators, of_leaves)
+        beta1, beta2 = adamw.adam.betas
+        dtypes = [
+            common.stored_dtype(options.accumulator_dtype, (beta,), are_squares)
+            for beta, are_squares in ((beta1, False), (beta2, True))
+        ]
+        return state._replace(accumulators=_with_adam_dtypes(accumulators, of_leaves, dtypes))
 
     def update(
         meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
     ) -> tuple[Any, PerParameterState]:
         del value
-        labels = _labels(params, label_fn, stacked_axes)
+        of_leaves = plans_of(plans, params, stacked_axes)
+        tensors = tensors_of(params, stacked_axes)
         leaves, treedef = jax.tree.flatten(params)
-        wide = [common.to_float32(p) for p in leaves]
         given = jax.tree.map(common.to_float32, treedef.flatten_up_to(gradients))
+        # leaves without a gradient may be anything, such as random keys
+        wide = [
+            p if g is None else common.to_float32(p) for p, g in zip(leaves, given, strict=True)
+        ]
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
             given = treedef.flatten_up_to(clip.update(treedef.unflatten(given), None)[0])
-        rate, decay = options.rates(state.count, params)
+        rate, decay_of_learned = options.rates(state.count, params)
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
-        _, adam_decay = adam_options.rates(state.count, params)
-        of_learned = [
-            g if label == LEARNED else None for g, label in zip(given, labels, strict=True)
-        ]
-        steps, state = learned.update(
-            meta_parameters,
-            treedef.unflatten(of_learned),
-            state,
-            treedef.unflatten(wide),
-            value=None,
+        _, decay_of_adam = adam_options.rates(state.count, params)
+        if decay is not None:
+            value_now = decay(state.count) if callable(decay) else decay
+            decay_of_learned = decay_of_adam = common.weight_decay_of_tensors(
+                value_now, options.weight_decay_mask, params, stacked_axes
+            )
+        steps, accumulators = _learned_steps(
+            learned_step, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
-        steps = treedef.flatten_up_to(steps)
-        first, *others = state.accumulators.momentum
+        if orthogonal:
+            steps = _orthogonalized(steps, of_leaves, tensors, orthogonalize)
+        count = optax.safe_increment(state.count)
+        first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
-        second_moment = arrays_like(
-            "state: second_moment", state.accumulators.second_moment, params
-        )
+        second_moment = arrays_like("state: second_moment", accumulators.second_moment, params)
 
         updates: list = []
-        for i, entry in enumerate(tensors_of(params, stacked_axes)):
+        for i, (plan, entry) in enumerate(zip(of_leaves, tensors, strict=True)):
             if given[i] is None:
                 updates.append(None)
                 continue
-            if labels[i] == LEARNED:
-                step = _normalized(steps[i], options, orthogonal, entry.leaf_partition)
-                mult, leaf_decay = 1.0, decay
+            if plan.rule == LEARNED:
+                step = normalize_matrices(steps[i], plan.matrix, entry.leaf_partition)
+                if still_where_zero:
+                    step = _still_where_zero(step, given[i], plan.matrix, entry.leaf_partition)
+                mult, decay_of_leaf = 1.0, decay_of_learned
             else:
                 step, momentum[i], second_moment[i] = adam_step(
-                    adamw.adam, given[i], momentum[i], second_moment[i], state.count
+                    adamw.adam, given[i], momentum[i], second_moment[i], count
                 )
-                mult, leaf_decay = adamw.learning_rate_mult, adam_decay
-            decayed = per_leaf(leaf_decay, entry, wide[i]) * wide[i]
-            updates.append((-mult * (rate * step + decayed)).astype(leaves[i].dtype))
-        accumulators = state.accumulators._replace(
+                mult, decay_of_leaf = adamw.learning_rate_mult, decay_of_adam
+            decayed = plan.decay * per_leaf(decay_of_leaf, entry, wide[i]) * wide[i]
+            if cautious_decay and plan.rule == LEARNED:
+                decayed = jnp.where(step * wide[i] >= 0, decayed, 0)
+            updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
+        accumulators = accumulators._replace(
             momentum=(treedef.unflatten(momentum), *others),
             second_moment=treedef.unflatten(second_moment),
         )
-        return treedef.unflatten(updates), state._replace(accumulators=accumulators)
+        return treedef.unflatten(updates), PerParameterState(count, accumulators)
 
-    return common.transformation(init, update, weights.params, PerParameterState)
+    tx = common.transformation(init, update, weights.params, PerParameterState)
+    of_leaves = functools.partial(plans_of, plans, stacked_axes=stacked_axes)
+    return LearnedTransformation.of(tx.init, tx.update, None, plans=of_leaves)
 
 
-def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulators:
+def plans_of(plans: Plans, params: Any, stacked_axes: StackedAxes) -> list[LeafPlan]:
+    """The plan of every leaf, in the order of the leaves; of shards, that of the whole leaf."""
+    tensors = tensors_of(params, stacked_axes)
+    leaves, treedef = jax.tree.flatten(params)
+    whole = [
+        leaf
+        if entry.leaf_partition is None
+        else jax.ShapeDtypeStruct(entry.leaf_partition.shape, leaf.dtype)
+        for leaf, entry in zip(leaves, tensors, strict=True)
+    ]
+    return plans(treedef.unflatten(whole), [len(entry.stack) for entry in tensors])
+
+
+def _without_unused(accumulators: Accumulators, plans: Sequence[LeafPlan]) -> Accumulators:
     """One element in place of what AdamW does not read; boxes lose their axes' names with it."""
 
-    def shrink(label: str, x: Any) -> Any:
-        if label == LEARNED:
+    def shrink(plan: LeafPlan, x: Any) -> Any:
+        if plan.rule == LEARNED:
             return x
         if not is_box(x):
             return jnp.zeros((1,), x.dtype)
         return reboxed(x, jnp.zeros((1,), content(x).dtype), (None,))
 
     def shrink_tree(tree: Any) -> Any:
-        label = iter(labels)
-        return jax.tree.map(lambda x: shrink(next(label), x), tree, is_leaf=is_box)
+        of_leaf = iter(plans)
+        return jax.tree.map(lambda x: shrink(next(of_leaf), x), tree, is_leaf=is_box)
 
     first, *others = accumulators.momentum
     return accumulators._replace(
@@ -163,7 +209,25 @@ def _without_unused(accumulators: Accumulators, labels: list[str]) -> Accumulato
     )
 
 
-def _learned_step(weights: Weights, options: common.Options) -> Functions:
+def _with_adam_dtypes(
+    accumulators: Accumulators, plans: Sequence[LeafPlan], dtypes: Sequence[jnp.dtype]
+) -> Accumulators:
+    """AdamW's first and second moment in dtypes that hold averages of its decays."""
+
+    def cast(tree: Any, dtype: jnp.dtype) -> Any:
+        of_leaf = iter(plans)
+        return jax.tree.map(lambda x: x if next(of_leaf).rule == LEARNED else x.astype(dtype), tree)
+
+    first, *others = accumulators.momentum
+    return accumulators._replace(
+        momentum=(cast(first, dtypes[0]), *others),
+        second_moment=cast(accumulators.second_moment, dtypes[1]),
+    )
+
+
+def _learned_step(
+    weights: Weights, options: common.Options, normalizer_axes: NormalizerAxes
+) -> Functions:
     """The rule's step, before it is normalised: an ascent direction."""
     config = weights.config
     rule = Rule(
@@ -171,7 +235,7 @@ def _learned_step(weights: Weights, options: common.Options) -> Functions:
             len(config["initial_momentum_decays"]),
             rsqrt_epsilon=1e-8,
             normalizer_epsilon=_NORMALIZER_EPSILON,
-            normalizer_axes="matrix",
+            normalizer_axes=normalizer_axes,
         ),
         exp_mult=config["exp_mult"],
         gradient_clip=common.GRADIENT_CLIP,
@@ -187,65 +251,147 @@ def _learned_step(weights: Weights, options: common.Options) -> Functions:
     )
 
 
-def _labels(params: Any, label_fn: LabelFn | None, stacked_axes: StackedAxes) -> list[str]:
-    """Which of the two updates a leaf, in the order of the leaves."""
-    labels = []
-    for (path, leaf), entry in zip(
-        jax.tree_util.tree_leaves_with_path(params),
-        tensors_of(params, stacked_axes),
-        strict=True,
-    ):
-        label = LEARNED if label_fn is None else label_fn(path, leaf)
-        if label not in (LEARNED, ADAMW):
-            raise ValueError(
-                f"label_fn: expected {LEARNED!r} or {ADAMW!r}, found {label!r} for the leaf "
-                f"{jax.tree_util.keystr(path)}."
-            )
-        labels.append(label if leaf.ndim - len(entry.stack) >= 2 else ADAMW)
-    return labels
+def _learned_steps(
+    learned_step: Callable[[NormalizerAxes], Functions],
+    meta_parameters: Any,
+    treedef: Any,
+    gradients: Sequence[Any],
+    state: PerParameterState,
+    params: Sequence[Any],
+    tensors: Sequence[Tensors],
+    plans: Sequence[LeafPlan],
+) -> tuple[list[Any], Accumulators]:
+    """The rule's steps of the leaves that are planned so, None of others; the new accumulators.
 
-
-def _normalized(
-    step: jax.Array, options: common.Options, orthogonal: bool, partition: Partition | None
-) -> jax.Array:
-    if orthogonal:  # no sum over shards: a product of the matrix with itself
-        step = on_whole(lambda x: orthogonalize(x, options.precision), step, partition)
-    return normalize_matrices(step, partition)
-
-
-def orthogonalize(step: jax.Array, precision: jax.lax.Precision) -> jax.Array:
-    """Nearly orthogonal matrices with the singular vectors of those in the last two axes.
-
-    Args:
-      step: (..., m, n).
-      precision: of the matrix products.
-
-    Returns:
-      The same shape; singular values about one, by five Newton-Schulz iterations.
+    Gradients and params are lists of leaves. Leaves whose features are normalised over the same
+    axes, counted from the end, are updated together.
     """
-    if not step.size:
-        return step
-    norm = jnp.sqrt(jnp.sum(jnp.square(step), axis=(-2, -1), keepdims=True))
-    x = step / (norm + _NEWTON_SCHULZ_EPSILON)
-    m, n = step.shape[-2:]
-    # An iteration is a x + b g x + c g g x for g = x x'. The square completed, it is three products
-    # with a number added to the diagonal in between. Where that is a constant, not made of an iota,
-    # XLA's GPU backend takes it into the products: three kernels, where the three terms are five.
-    a, b, c = _NEWTON_SCHULZ_COEFFICIENTS
-    diagonal = (np if min(m, n) <= _CONSTANT_DIAGONAL else jnp).eye(min(m, n), dtype=x.dtype)
-    inner, outer = diagonal * (b / (2 * c)), diagonal * (a - b * b / (4 * c))
-    product = functools.partial(jnp.matmul, precision=product_precision(precision, x.dtype))
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        transposed = jnp.swapaxes(x, -2, -1)
-        gram = product(x, transposed) if m <= n else product(transposed, x)
-        shifted = gram + inner
-        factor = c * product(shifted, shifted) + outer
-        x = product(factor, x) if m <= n else product(x, factor)
-    return x
+    axes = _normalizer_axes(plans, tensors)
+    kinds = dict.fromkeys(x for x in axes if x is not None) or {"matrix": None}
+    steps, accumulators = [None] * len(plans), state.accumulators
+    for kind in kinds:
+        of_kind = [g if x == kind else None for g, x in zip(gradients, axes, strict=True)]
+        updates, new = learned_step(kind).update(
+            meta_parameters,
+            treedef.unflatten(of_kind),
+            PerParameterState(state.count, accumulators),
+            treedef.unflatten(params),
+            value=None,
+        )
+        accumulators = new.accumulators
+        made = treedef.flatten_up_to(updates)
+        steps = [old if x is None else x for old, x in zip(steps, made, strict=True)]
+    return steps, accumulators
 
 
-def normalize_matrices(step: jax.Array, partition: Partition | None = None) -> jax.Array:
-    """Matrices of root mean square one, in the last two axes, also from shards of them."""
-    axes = (step.ndim - 2, step.ndim - 1)
+def _normalizer_axes(
+    plans: Sequence[LeafPlan], tensors: Sequence[Tensors]
+) -> list[NormalizerAxes | None]:
+    """The axes of tensors over which their features are normalised: those of their matrices.
+
+    None for leaves of AdamW's.
+    """
+
+    def of_leaf(plan: LeafPlan, entry: Tensors) -> NormalizerAxes | None:
+        if plan.rule != LEARNED:
+            return None
+        rank = len(entry.stack) + len(entry.shape)
+        axes = plan.matrix.axes(rank)
+        if axes == (rank - 2, rank - 1):
+            return "matrix"
+        return "tensor" if len(axes) == len(entry.shape) else tuple(a - rank for a in axes)
+
+    out = [of_leaf(plan, entry) for plan, entry in zip(plans, tensors, strict=True)]
+    higher = [x for x, entry in zip(out, tensors, strict=True) if len(entry.shape) > 2]
+    if "tensor" in higher and "matrix" not in higher:
+        # of rank two both are the same axes: so all leaves are updated together
+        return ["tensor" if x == "matrix" else x for x in out]
+    return out
+
+
+def _orthogonalized(
+    steps: Sequence[Any],
+    plans: Sequence[LeafPlan],
+    tensors: Sequence[Tensors],
+    orthogonalize: NewtonSchulz,
+) -> list[Any]:
+    """The steps of learned leaves with their matrices made nearly orthogonal; others as they are.
+
+    It takes whole matrices: what one device holds of a split matrix has other singular vectors.
+    Where no array is split, all matrices of one shape are one batch, whatever leaf they are of.
+    """
+    out = list(steps)
+    batches: dict[Any, list[list[int]]] = {}
+    for i, (step, plan, entry) in enumerate(zip(steps, plans, tensors, strict=True)):
+        if step is None or plan.rule != LEARNED:
+            continue
+        if not is_local() or entry.partition is not None:
+            alone = functools.partial(_orthogonal_leaf, orthogonalize, plan.matrix)
+            out[i] = on_whole(alone, step, entry.leaf_partition)
+            continue
+        shape = jax.eval_shape(functools.partial(_as_matrices, matrix=plan.matrix), step).shape
+        alike = batches.setdefault((shape[-2:], step.dtype), [[]])
+        if sum(steps[j].size for j in alike[-1]) + step.size > _BATCH_ELEMENTS and alike[-1]:
+            alike.append([])
+        alike[-1].append(i)
+    for members in (members for alike in batches.values() for members in alike):
+        if len(members) == 1:
+            (i,) = members
+            out[i] = _orthogonal_leaf(orthogonalize, plans[i].matrix, steps[i])
+            continue
+        matrices = [_as_matrices(steps[i], plans[i].matrix) for i in members]
+        flat = [x.reshape((-1, *x.shape[-2:])) for x in matrices]
+        made = orthogonalize(concatenate(flat))
+        ends = np.cumsum([len(x) for x in flat])[:-1]
+        for i, x, part in zip(members, matrices, jnp.split(made, ends), strict=True):
+            out[i] = _from_matrices(part.reshape(x.shape), plans[i].matrix, steps[i].shape)
+    return out
+
+
+def _orthogonal_leaf(orthogonalize: NewtonSchulz, matrix: Matrix, step: jax.Array) -> jax.Array:
+    return _from_matrices(orthogonalize(_as_matrices(step, matrix)), matrix, step.shape)
+
+
+def _still_where_zero(
+    step: jax.Array, gradient: jax.Array, matrix: Matrix, partition: Partition | None
+) -> jax.Array:
+    """The step, but zero for matrices whose gradient is zero everywhere."""
+    is_other = (gradient != 0).astype(jnp.float32)  # NaN is other than zero
+    share = mean(is_other, matrix.axes(gradient.ndim), partition, keepdims=True)
+    return jnp.where(share > 0, step, 0)
+
+
+def _order(matrix: Matrix, rank: int) -> tuple[int, ...]:
+    """The axes of a leaf: batch axes, then those of rows, then those of columns."""
+    rows, columns = (tuple(a % rank for a in axes) for axes in matrix)
+    batch = tuple(a for a in range(rank) if a not in (*rows, *columns))
+    return (*batch, *rows, *columns)
+
+
+def _as_matrices(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """The matrices of a leaf in the last two axes: (*batch axes, rows, columns)."""
+    x = jnp.transpose(x, _order(matrix, x.ndim))
+    first, second = x.ndim - len(matrix.rows) - len(matrix.columns), x.ndim - len(matrix.columns)
+    batch, rows, columns = x.shape[:first], x.shape[first:second], x.shape[second:]
+    return x.reshape((*batch, math.prod(rows), math.prod(columns)))
+
+
+def _from_matrices(x: jax.Array, matrix: Matrix, shape: Sequence[int]) -> jax.Array:
+    """The inverse of `_as_matrices`, for a leaf of this shape."""
+    order = _order(matrix, len(shape))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return jnp.transpose(x.reshape([shape[a] for a in order]), back)
+
+
+def rule_precision(precision: str) -> str:
+    """The precision of the rule's own products, where Newton-Schulz has this one."""
+    return {"auto": "highest", "bfloat16": "high"}.get(precision, precision)
+
+
+def normalize_matrices(
+    step: jax.Array, matrix: Matrix, partition: Partition | None = None
+) -> jax.Array:
+    """The step of a leaf, its matrices of root mean square one; also from shards of them."""
+    axes = matrix.axes(step.ndim)
     mean_square = mean(jnp.square(step), axes, partition, keepdims=True)
     return step * jax.lax.rsqrt(mean_square + _NORMALIZER_EPSILON)

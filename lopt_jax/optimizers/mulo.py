@@ -8,13 +8,13 @@ import optax
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.small_fc_lopt import ARCHITECTURES, small_fc_rule
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
 
 
 @common.described
 def mulo(
     width_multipliers: Any,
-    weights: str | Weights = "mulo",
+    weights: WeightsLike = "mulo",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -38,7 +38,8 @@ def mulo(
       weight_decay: weight decay, scaled by the learning rate over the width multiplier. It is
         taken off the updated parameter, as μLO's own code does, not off the old one.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
       backend: "auto", "xla" or "pallas".
       precision: of the products of hidden layers of 16 or more, as `small_fc_lopt`'s.
@@ -73,7 +74,7 @@ def mulo(
         # p -> (1 - decay) * (p - step), as one update of p
         return rate / multipliers * (1 - decay), decay
 
-    return small_fc_rule(resolve(weights, ARCHITECTURES), options, scales)
+    return small_fc_rule(resolve(weights, ARCHITECTURES[::-1]), options, scales)
 
 
 def _check_multipliers(width_multipliers: Any) -> None:

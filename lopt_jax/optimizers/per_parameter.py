@@ -64,13 +64,13 @@ def per_parameter(
     Returns:
       Its functions; they do not read the loss.
     """
-    momenta = len(weights.config["initial_momentum_decays"])
     factored = len(weights.config["initial_adafactor_decays"])
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> PerParameterState:
+        options.say_stacks(params)
         accumulators = init_accumulators(
-            params, momenta, factored, options.accumulator_dtype, stacked_axes
+            params, options.accumulator_dtypes(weights.config), factored, stacked_axes
         )
         return PerParameterState(jnp.zeros((), jnp.int32), accumulators)
 

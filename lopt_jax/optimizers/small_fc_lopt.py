@@ -13,14 +13,14 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
 from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import Weights, WeightsLike, resolve
 
 ARCHITECTURES = ("small_fc_lopt", "mulo")  # one rule: their weights are of one kind
 
 
 @common.described
 def small_fc_lopt(
-    weights: str | Weights = "small_fc_lopt",
+    weights: WeightsLike = "small_fc_lopt",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -40,7 +40,8 @@ def small_fc_lopt(
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".

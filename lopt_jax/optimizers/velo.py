@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller, engine
@@ -16,7 +17,8 @@ from lopt_jax.optimizers.accumulation import accumulate_gradients
 from lopt_jax.optimizers.controlled import controlled
 from lopt_jax.rule import Rule, Statistics
 from lopt_jax.tensors import StackedAxes, tensor_shapes
-from lopt_jax.weights import Weights, resolve
+from lopt_jax.weights import WeightsLike, resolve
+from lopt_jax.weights.advice import mention_recommended
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
 _BANK_GAIN = 100.0
@@ -26,7 +28,7 @@ _BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decay
 @common.described
 def velo(
     num_steps: int | jax.Array,
-    weights: str | Weights = "velo",
+    weights: WeightsLike = "velo",
     *,
     learning_rate: common.ScalarOrSchedule = 1.0,
     weight_decay: float | jax.Array = 0.0,
@@ -42,15 +44,19 @@ def velo(
     It must know how long training will be: the step shrinks as the end comes near.
 
     Args:
-      num_steps: updates of the whole training.
+      num_steps: calls of update in the whole training. With `gradient_accumulation=k` every k-th
+        of them moves the parameters. Inside `optax.MultiSteps(velo(n), k)` update is called every
+        k-th time alone, so n is a k-th of the calls of MultiSteps.
       weights: a registered name, a path to a checkpoint, or `Weights`.
       learning_rate: multiplies the step; a number or an optax schedule.
       weight_decay: decoupled weight decay, scaled by the learning rate as in `optax.adamw`.
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
       gradient_accumulation: gradients and losses are averaged over this many calls before each
-        update. Default: 1, or beyond the 150,000 steps that VeLO was meta-trained for
-        ceil(num_steps / 150,000), as the original does.
-      accumulator_dtype: dtype of momentum and second moments in the state.
+        update (`optax.MultiSteps` hands on the last loss alone). Default: 1, or beyond the 150,000
+        steps that VeLO was meta-trained for ceil(num_steps / 150,000), as the original does; 1
+        where num_steps is an array, since it decides which program there is.
+      accumulator_dtype: dtype of momentum and second moments in the state; averages that
+        it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
       backend: "auto", "xla" or "pallas".
@@ -58,7 +64,8 @@ def velo(
 
     Returns:
       An optax transformation. Its update needs the loss:
-      `update(grads, state, params, value=loss)`.
+      `update(grads, state, params, value=loss)`, the same on all devices that share the parameters.
+      A loss that is not finite is left out of what it remembers of the losses.
 
     Raises:
       WeightsError: the weights are missing, damaged, or of another architecture.
@@ -80,8 +87,10 @@ def velo(
     )
     every = _accumulation(gradient_accumulation, num_steps)
     if every > 1:
-        num_steps = max(num_steps // every, 1)
+        largest = jnp.maximum if isinstance(num_steps, jax.Array) else max
+        num_steps = largest(num_steps // every, 1)
     weights = resolve(weights, ("velo",))
+    mention_recommended("velo", weights, {"weight_decay": (options.weight_decay, 0.0)})
     config = weights.config
     rule = Rule(
         features=velo_features(len(config["initial_momentum_decays"])),

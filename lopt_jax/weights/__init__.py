@@ -1,6 +1,6 @@
 """Weights of learned optimizers: the pytree, its Orbax store, converters, registry and hub."""
 
-from lopt_jax.weights.base import Weights, WeightsError
+from lopt_jax.weights.base import Weights, WeightsError, WeightsLike
 from lopt_jax.weights.convert import convert_weights
 from lopt_jax.weights.hub import push_to_hub
 from lopt_jax.weights.pylo import export_weights
@@ -10,6 +10,7 @@ from lopt_jax.weights.store import save_weights
 __all__ = [
     "Weights",
     "WeightsError",
+    "WeightsLike",
     "convert_weights",
     "export_weights",
     "list_weights",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,6 +49,7 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel = 2
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 8
 _REPR.maxstring = _REPR.maxother = 80
+_SHOWN = 800  # characters of one value that is shown
 
 
 def brief(value: object) -> str:
@@ -181,12 +184,44 @@ class Weights:
         return hash((self.architecture, self.config, self.metadata))
 
     def __repr__(self) -> str:
+        lines = [f"<{self._title()}", *(f"  {name}: {text}" for name, text in self._rows())]
+        return "\n".join(lines) + ">"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align: left'>{html.escape(name)}</th>"
+            f"<td style='text-align: left'>{html.escape(text)}</td></tr>"
+            for name, text in self._rows()
+        )
+        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>"
+
+    def _title(self) -> str:
         leaves = jax.tree.leaves(self.params)
         count = sum(int(np.prod(np.shape(leaf))) for leaf in leaves)
-        return (
-            f"Weights({self.architecture!r}, {len(leaves)} arrays, {count:,} numbers, "
-            f"config={self.config!r}, source={self.metadata.get('source')!r})"
-        )
+        name = printable(str(self.architecture))[:_SHOWN]
+        return f"lopt_jax.Weights of {name}: {len(leaves)} arrays, {count:,} numbers"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What a person wants to know first: (name, one printable line), absent ones left out."""
+        values = {key: self.metadata.get(key) for key in _ROWS} | {"config": self.config}
+        return [(key, one_line(value)) for key, value in values.items() if value]
+
+
+_ROWS = ("about", "source", "licence", "recommended")  # of the metadata
+
+
+def one_line(value: Any) -> str:
+    """Returns a value of config or metadata as settings, in one printable line of bounded length.
+
+    Args:
+      value: a mapping becomes key=value, key=value.
+    """
+    if isinstance(value, Mapping):
+        text = ", ".join(f"{key}={_setting(item)}" for key, item in value.items())
+    else:
+        text = value if isinstance(value, str) else brief(value)
+    text = printable(text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
@@ -196,6 +231,14 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return False  # a traced value has no value yet to compare
     a, b = np.asarray(a), np.asarray(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _setting(value: Any) -> str:
+    return repr(value[:_SHOWN]) if isinstance(value, str) else brief(value)
+
+
+WeightsLike = str | os.PathLike[str] | Weights
+"""What constructors take: a registered name, a path, an address, or the weights themselves."""
 
 
 def _flatten_with_keys(weights: Weights) -> tuple[Any, Any]:

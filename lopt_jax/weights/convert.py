@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from lopt_jax.weights.original import (
     convert_original,
     gin_config,
     scale_banks,
+    undecided_error,
 )
 from lopt_jax.weights.pylo import convert_pylo, is_safetensors, read_safetensors
 from lopt_jax.weights.schema import (
@@ -46,8 +48,10 @@ def convert_weights(
     content. A folder stands for the weights file in it; our own checkpoints are read too.
 
     Args:
-      path_or_url: a path, or an address of scheme file, https, gs, or hf (hf://owner/repo[/file]).
-      architecture: the optimizer; where None, what the arrays tell.
+      path_or_url: a path, or an address of scheme file, https, gs, hf
+        (hf://owner/repo[@revision][/file]) or github (github://owner/repo@revision/file).
+      architecture: the optimizer; where None, what the file and its neighbours tell. They do not
+        tell where the same arrays serve several optimizers: it has to be given then.
       config: values that win over what the file and its neighbours say. Sizes come from the
         arrays; giving them checks them.
 
@@ -55,30 +59,35 @@ def convert_weights(
       Validated weights, whose metadata hold source, sha256, and format.
 
     Raises:
-      WeightsError: the file cannot be fetched, is damaged or malicious, or is of another
-        architecture.
+      WeightsError: the file cannot be fetched, is damaged or malicious, is of another
+        architecture, or does not tell which it is.
     """
     if architecture is not None:
         schema_of(architecture, "architecture")
     path = local_path(path_or_url)
     if path is not None:
-        return _convert_path(path, None, architecture, config)
+        return _convert_path(path, None, architecture, config, {})
     import tempfile
 
-    from lopt_jax.weights.fetch import fetch_folder  # its network modules are slow to import
+    # its network modules are slow to import
+    from lopt_jax.weights.fetch import as_metadata, fetch_folder
 
     address = os.fspath(path_or_url)
     with tempfile.TemporaryDirectory(prefix="lopt_jax-") as folder:
-        fetch_folder(address, Path(folder))
-        return _convert_path(Path(folder), address, architecture, config)
+        record = as_metadata(fetch_folder(address, Path(folder)))
+        return _convert_path(Path(folder), address, architecture, config, record)
 
 
 def _convert_path(
-    path: Path, origin: str | None, architecture: str | None, config: Mapping[str, Any] | None
+    path: Path,
+    origin: str | None,
+    architecture: str | None,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any],
 ) -> Weights:
-    if is_checkpoint(path):
-        return _reconfigured(load_checkpoint(path), architecture, config, origin or path)
-    return convert_bundle(read_local(path, origin), architecture, config)
+    if is_checkpoint(path):  # its own metadata stay as they are
+        return reconfigured(load_checkpoint(path), architecture, config, origin or path)
+    return convert_bundle(read_local(path, origin), architecture, config, metadata)
 
 
 def convert_bundle(
@@ -103,8 +112,10 @@ def convert_bundle(
         named, from_gin = gin_config(
             parse_gin(bundle.gin, f"config.gin of {source}"), _CONFIG_KEYS, source
         )
-        if architecture is None and named in converted.alternatives:
+        if architecture is None and named in (converted.architecture, *converted.alternatives):
             architecture = named
+    if architecture is None and converted.undecided:
+        raise undecided_error(source, (converted.architecture, *converted.alternatives))
     chosen = architecture or converted.architecture
     if chosen not in (converted.architecture, *converted.alternatives):
         raise weights_error(
@@ -139,7 +150,13 @@ def convert_bundle(
         **converted.notes,
         **(metadata or {}),
     }
-    return on_device(Weights(chosen, complete, params, StaticMapping(record)))
+    try:
+        frozen = StaticMapping(record)
+    except (TypeError, ValueError) as error:
+        raise weights_error(
+            source, expected="metadata of JSON's types", found=str(error)[:120]
+        ) from error
+    return on_device(Weights(chosen, complete, params, frozen))
 
 
 def _parse(
@@ -155,7 +172,11 @@ def _parse(
             advice="Save the state dict with safetensors and convert that.",
         )
     if is_pickle(data):
-        return "haiku pickle", convert_original(read_pickle(data, source), source)
+        # mu_learned_optimization pickles every optimizer; theta.state files of small_fc_lopt and
+        # celo2 come from codes that have no other optimizer with such arrays.
+        converted = convert_original(read_pickle(data, source), source)
+        undecided = bool(converted.alternatives)
+        return "haiku pickle", dataclasses.replace(converted, undecided=undecided)
     if is_safetensors(data):
         second = None if bundle.second is None else read_safetensors(bundle.second, source)
         return "PyLO safetensors", convert_pylo(
@@ -164,12 +185,23 @@ def _parse(
     return "flax msgpack", convert_original(read_msgpack(data, source), source)
 
 
-def _reconfigured(
+def reconfigured(
     weights: Weights,
     architecture: str | None,
     config: Mapping[str, Any] | None,
     source: object,
 ) -> Weights:
+    """Returns weights with another config, or of an architecture with the same arrays.
+
+    Args:
+      weights: the weights.
+      architecture: as in `convert_weights`; None: as it is.
+      config: values that win over those of `weights`.
+      source: the file or the name, for the message.
+
+    Raises:
+      WeightsError: they are of another architecture, or the config is not valid.
+    """
     chosen = architecture or weights.architecture
     if set(SCHEMAS[chosen].defaults) != set(SCHEMAS[weights.architecture].defaults):
         raise weights_error(

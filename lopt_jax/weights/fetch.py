@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import http.client
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
 import urllib.error
@@ -21,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit
 
-from lopt_jax.weights.base import WeightsError, weights_error
+from lopt_jax.weights.base import WeightsError, printable, weights_error
 from lopt_jax.weights.schema import MAX_BYTES
 from lopt_jax.weights.sources import (
     GIN,
@@ -54,48 +56,63 @@ def _bucket_endpoint() -> str:
     return (os.environ.get("LOPT_JAX_GCS_ENDPOINT") or "https://storage.googleapis.com").rstrip("/")
 
 
+def _git_endpoint() -> str:
+    default = "https://raw.githubusercontent.com"
+    return (os.environ.get("LOPT_JAX_GITHUB_ENDPOINT") or default).rstrip("/")
+
+
 def refuse_offline(address: str) -> None:
     """Raises a WeightsError where the user wants no network.
 
     Args:
-      address: what would be connected to, for the message.
+      address: what would be connected to.
     """
-    if os.environ.get("LOPT_JAX_OFFLINE", "").lower() in ("1", "true", "yes"):
-        raise weights_error(address, expected="a network", found="LOPT_JAX_OFFLINE is set")
+    variables = ["LOPT_JAX_OFFLINE"]
+    if scheme_of(address) == "hf" or address.startswith(f"{hub_endpoint()}/"):
+        variables.append("HF_HUB_OFFLINE")  # as the Hub's other clients, for the Hub alone
+    for variable in variables:
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
+            raise weights_error(address, expected="a network", found=f"{variable} is set")
 
 
 @dataclasses.dataclass(frozen=True)
 class HubAddress:
-    """hf://owner/repo[@revision][/file]."""
+    """hf://owner/repo[@revision][/file], or the same of github://."""
 
+    scheme: str
     repository: str
     revision: str
     file: str
 
     @classmethod
     def parse(cls, address: str) -> HubAddress:
-        """Splits an hf:// address.
+        """Splits an hf:// or github:// address.
 
         Raises:
           WeightsError: it has no owner and repository.
         """
+        scheme = scheme_of(address)
         parts = address.split("://", 1)[1].split("/", 2)
         repository, _, revision = (parts[1] if len(parts) > 1 else "").partition("@")
         if not parts[0] or not repository:
             raise weights_error(
-                address, expected="hf://owner/repository[/file]", found="no owner or repository"
+                address,
+                expected=f"{scheme}://owner/repository[/file]",
+                found="no owner or repository",
             )
         file = parts[2].strip("/") if len(parts) > 2 else ""
-        return cls(f"{parts[0]}/{repository}", revision or "main", file)
+        return cls(scheme, f"{parts[0]}/{repository}", revision or "main", file)
 
     def url(self, file: str) -> str:
         """Returns the https address of a file of the repository."""
         revision = quote(self.revision, safe="")
+        if self.scheme == "github":
+            return f"{_git_endpoint()}/{quote(self.repository)}/{revision}/{quote(file)}"
         return f"{hub_endpoint()}/{quote(self.repository)}/resolve/{revision}/{quote(file)}"
 
 
 def http_address(address: str) -> str:
-    """Returns the https address behind a gs://, hf:// or https:// one.
+    """Returns the https address behind a gs://, hf://, github:// or https:// one.
 
     Raises:
       WeightsError: another scheme, or http to another machine than this one.
@@ -103,20 +120,46 @@ def http_address(address: str) -> str:
     scheme = scheme_of(address)
     if scheme == "gs":
         return f"{_bucket_endpoint()}/{quote(address.split('://', 1)[1])}"
-    if scheme == "hf":
+    if scheme in ("hf", "github"):
         hub = HubAddress.parse(address)
         return hub.url(hub.file)
     if scheme == "https" or (scheme == "http" and urlsplit(address).hostname in _LOCAL_HOSTS):
         return address
     raise weights_error(
         address,
-        expected="a path, or an address of scheme file, https, gs or hf",
+        expected="a path, or an address of scheme file, https, gs, hf or github",
         found=f"the scheme {scheme or 'none'!r}",
         advice="Download the file and convert the copy.",
     )
 
 
-def fetch_folder(address: str, folder: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class Fetched:
+    """What is known of one file that was fetched.
+
+    Attributes:
+      url: the https address that was asked, before redirections.
+      revision: the commit of the repository, or the generation of a bucket's object; "" where the
+        server does not tell.
+      sha256: of the file.
+      date: the day, UTC, as 2026-01-31.
+    """
+
+    url: str
+    revision: str
+    sha256: str
+    date: str
+
+
+Record = Mapping[str, Fetched]  # by the files' names in the folder
+
+
+def as_metadata(record: Record) -> dict[str, Any]:
+    """Returns the record for `Weights.metadata`."""
+    return {"fetched": {name: dataclasses.asdict(file) for name, file in record.items()}}
+
+
+def fetch_folder(address: str, folder: Path) -> Record:
     """Fetches what stands behind an address into an empty folder.
 
     Args:
@@ -124,42 +167,62 @@ def fetch_folder(address: str, folder: Path) -> None:
         hf://owner/repo, whose weights file is looked for.
       folder: where to; exists and is empty.
 
+    Returns:
+      What was fetched.
+
     Raises:
       WeightsError: something cannot be fetched, or there is no weights file.
     """
+    refuse_offline(address)
     if scheme_of(address) == "hf" and not HubAddress.parse(address).file:
-        fetch_files(_repository_files(HubAddress.parse(address), address), folder)
-        return
-    plain = address if scheme_of(address) in ("gs", "hf") else address.partition("?")[0]
+        return fetch_files(_repository_files(HubAddress.parse(address), address), folder)
+    plain = address if scheme_of(address) in ("gs", "hf", "github") else address.partition("?")[0]
     base, _, name = plain.rpartition("/")
     name = unquote(name)
     if not _is_safe(name) or not (name.endswith(KNOWN_ENDINGS) or name in KNOWN_NAMES):
         name = KNOWN_NAMES[0]  # the format is recognised by content
-    download(address, folder / name)
+    record = {name: download(address, folder / name)}
     for neighbour in (GIN, JSON):
         with contextlib.suppress(NotThere):
-            download(f"{base}/{neighbour}", folder / neighbour, optional=True)
+            path = folder / neighbour
+            record[neighbour] = download(f"{base}/{neighbour}", path, optional=True)
+    return record
 
 
 def fetch_files(
-    files: Mapping[str, str], folder: Path, sha256: Mapping[str, str] | None = None
-) -> None:
+    files: Mapping[str, str],
+    folder: Path,
+    sha256: Mapping[str, str] | None = None,
+    git_blob: Mapping[str, str] | None = None,
+) -> Record:
     """Fetches several files.
 
     Args:
       files: name in the folder -> address.
       folder: where to.
       sha256: name -> expected digest, where known.
+      git_blob: name -> expected name in git, where known.
+
+    Returns:
+      What was fetched.
 
     Raises:
       WeightsError: one cannot be fetched or is not the expected one; or all are too large.
     """
     total = 0
+    record = {}
     for name, address in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        download(address, target, limit=MAX_BYTES - total, sha256=(sha256 or {}).get(name))
+        record[name] = download(
+            address,
+            target,
+            limit=MAX_BYTES - total,
+            sha256=(sha256 or {}).get(name),
+            git_blob=(git_blob or {}).get(name),
+        )
         total += target.stat().st_size
+    return record
 
 
 def _repository_files(hub: HubAddress, address: str) -> dict[str, str]:
@@ -173,6 +236,8 @@ def _repository_files(hub: HubAddress, address: str) -> dict[str, str]:
         try:
             document = json.loads(answer.read_bytes())
             names = [item["rfilename"] for item in document["siblings"]]
+            # All files are those of one commit, also where somebody pushes meanwhile.
+            commit = document.get("sha")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise weights_error(
                 address, expected="the Hub's list of files", found=f"{error}"[:120]
@@ -196,6 +261,8 @@ def _repository_files(hub: HubAddress, address: str) -> dict[str, str]:
         chosen += [name for name in (GIN, JSON) if name in names]
     if len(chosen) > _MAX_FILES:
         raise weights_error(address, expected=f"at most {_MAX_FILES} files", found=f"{len(chosen)}")
+    if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit):
+        hub = dataclasses.replace(hub, revision=commit)
     return {name: hub.url(name) for name in chosen}
 
 
@@ -213,19 +280,21 @@ def download(
     *,
     limit: int = MAX_BYTES,
     sha256: str | None = None,
+    git_blob: str | None = None,
     optional: bool = False,
-) -> str:
+) -> Fetched:
     """Downloads one file; `target` appears when it is whole and checked, not before.
 
     Args:
-      address: https, gs or hf address.
+      address: https, gs, hf or github address.
       target: the file to create.
       limit: the most bytes to accept.
       sha256: the expected digest.
+      git_blob: the expected name of the file in git.
       optional: an answer that the file is not there, or not for everybody, is `NotThere`.
 
     Returns:
-      The sha256 of the file.
+      What was fetched.
 
     Raises:
       WeightsError: no connection, an error of the server, a body that is cut off, too long or of
@@ -234,17 +303,15 @@ def download(
     refuse_offline(address)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
-        with _open(http_address(address), address, optional) as response, part.open("wb") as file:
+        url = http_address(address)
+        with _open(url, address, optional) as (response, revision), part.open("wb") as file:
             digest = _copy(response, file, address, limit)
-        if sha256 is not None and digest != sha256.lower():
-            raise weights_error(
-                address,
-                expected=f"sha256 {sha256}",
-                found=digest,
-                advice="The file is not the one that was published: do not use it.",
-            )
+        _check_digest(address, "sha256", sha256, digest)
+        if git_blob is not None:
+            _check_digest(address, "git blob", git_blob, _git_blob(part.read_bytes()))
         os.replace(part, target)
-        return digest
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        return Fetched(url, revision, digest, date)
     except WeightsError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:  # the last: no valid address
@@ -254,6 +321,21 @@ def download(
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _check_digest(address: str, kind: str, expected: str | None, found: str) -> None:
+    if expected is not None and found != expected.lower():
+        raise weights_error(
+            address,
+            expected=f"{kind} {expected}",
+            found=found,
+            advice="The file is not the one that was published: do not use it.",
+        )
+
+
+def _git_blob(data: bytes) -> str:
+    """Returns the name that git gives to a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def _copy(response: Any, file: BinaryIO, address: str, limit: int) -> str:
@@ -283,13 +365,15 @@ def _copy(response: Any, file: BinaryIO, address: str, limit: int) -> str:
 
 
 @contextlib.contextmanager
-def _open(url: str, address: str, optional: bool) -> Iterator[Any]:
+def _open(url: str, address: str, optional: bool) -> Iterator[tuple[Any, str]]:
+    """Yields the response, and the revision of the file where the server tells it."""
     request = urllib.request.Request(url, headers={"User-Agent": "lopt_jax"})
     token = _hub_token() if url.startswith(hub_endpoint() + "/") else None
     if token:
         # Unredirected: storage servers that the Hub sends us to do not get the token.
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    opener = urllib.request.build_opener(_SafeRedirects)
+    redirects = _SafeRedirects()
+    opener = urllib.request.build_opener(redirects)
     try:
         response = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
@@ -299,11 +383,32 @@ def _open(url: str, address: str, optional: bool) -> Iterator[Any]:
         kind = NotThere if absent else WeightsError
         raise kind(str(weights_error(address, expected="a file", found=message))) from error
     with response:
-        yield response
+        yield response, _revision(response.headers) or redirects.revision or _commit_in(url)
+
+
+# How the Hub names the commit, and a bucket the object's generation.
+_REVISION_HEADERS = ("X-Repo-Commit", "x-goog-generation")
+
+
+def _revision(headers: Any) -> str:
+    """Returns the revision that a server tells, shortened and escaped: it is a stranger's text."""
+    told = next((headers[name] for name in _REVISION_HEADERS if headers[name]), "")
+    return printable(told)[:64]
+
+
+def _commit_in(url: str) -> str:
+    """Returns the commit that an address names, if it does."""
+    names = urlsplit(url).path.split("/")
+    return next((name for name in names if re.fullmatch("[0-9a-f]{40}", name)), "")
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections to https alone (and on this machine to http)."""
+    """Follows redirections to https alone (and on this machine to http).
+
+    `revision`: what the first server that told one said; those it sends us to know of none.
+    """
+
+    revision = ""
 
     def redirect_request(
         self, req: Any, fp: Any, code: int, msg: str, headers: Any, url: str
@@ -311,6 +416,7 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         local = urlsplit(url).hostname in _LOCAL_HOSTS
         if scheme_of(url) != "https" and not (scheme_of(url) == "http" and local):
             raise urllib.error.URLError(f"redirected to {url[:80]}, which is not https")
+        self.revision = self.revision or _revision(headers)
         return super().redirect_request(req, fp, code, msg, headers, url)
 
 

@@ -17,7 +17,7 @@ _LICENCES = {
     "bsd-3-clause": "bsd-3-clause",
     "cc-by-4.0": "cc-by-4.0",
 }
-_SHOWN_FIRST = ("about", "source", "licence", "sha256", "format")
+_SHOWN_FIRST = ("about", "source", "licence", "recommended", "sha256", "format")
 
 
 def model_card(weights: Weights, repo_id: str) -> str:
@@ -27,6 +27,24 @@ def model_card(weights: Weights, repo_id: str) -> str:
       weights: the weights.
       repo_id: owner/name, for the example.
     """
+    loading = f'lopt_jax.load_weights("hf://{repo_id}")'
+    files = "The files are an Orbax checkpoint (`params/`) and its description (`weights.json`)."
+    return _card(weights, repo_id.rpartition("/")[2], loading, files)
+
+
+def export_card(weights: Weights, name: str) -> str:
+    """As `model_card`, for a folder in the layout of PyLO.
+
+    Args:
+      weights: the weights.
+      name: of the folder, for the example.
+    """
+    loading = f"lopt_jax.convert_weights({name!r})"
+    files = "The files are in the layout that PyLO loads, exported by lopt_jax."
+    return _card(weights, name, loading, files)
+
+
+def _card(weights: Weights, title: str, loading: str, files: str) -> str:
     metadata = thaw(weights.metadata)
     licence = _LICENCES.get(str(metadata.get("licence", "")).lower())
     head = ["---", "library_name: lopt_jax", "tags:", "- learned-optimizer", "- jax"]
@@ -37,18 +55,18 @@ def model_card(weights: Weights, repo_id: str) -> str:
         *head,
         "---",
         "",
-        f"# {repo_id.rpartition('/')[2]}",
+        f"# {printable(title)}",
         "",
         f"Meta-trained weights of the learned optimizer `{weights.architecture}`, for lopt_jax:",
         "",
         "```python",
         "import lopt_jax",
         "",
-        f'weights = lopt_jax.load_weights("hf://{repo_id}")',
+        f"weights = {loading}",
         f"tx = lopt_jax.{weights.architecture}({_example_arguments(weights.architecture)})",
         "```",
         "",
-        "The files are an Orbax checkpoint (`params/`) and its description (`weights.json`).",
+        files,
         "",
         "## Where they come from",
         "",

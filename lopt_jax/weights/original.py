@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.weights.base import WeightsError, brief, weights_error
 from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
 
 
@@ -29,6 +29,7 @@ class Converted:
       config: what the file says about config.
       notes: for the metadata.
       consumed: keys of the user's config that have become arrays.
+      undecided: whether the file is as likely one of `alternatives`.
     """
 
     architecture: str
@@ -37,6 +38,19 @@ class Converted:
     alternatives: tuple[str, ...] = ()
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     consumed: tuple[str, ...] = ()
+    undecided: bool = False
+
+
+def undecided_error(
+    source: object, choices: Sequence[str], found: str = "a file that does not tell"
+) -> WeightsError:
+    """Returns the error for arrays that serve several architectures."""
+    return weights_error(
+        source,
+        expected=f"architecture= one of {', '.join(choices)}, whose arrays are alike",
+        found=found,
+        advice="Pass architecture to convert_weights (on the command line --architecture).",
+    )
 
 
 # HyperV2 multiplies the mean over its banks by this; amoudgl/celo made it an argument.

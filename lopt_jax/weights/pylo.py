@@ -10,6 +10,7 @@ the `config.json` beside the arrays; PyLO ignores keys that its models do not ta
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,12 +23,14 @@ import numpy as np
 
 from lopt_jax.weights.arrays import declared_array
 from lopt_jax.weights.base import Weights, brief, thaw, weights_error
-from lopt_jax.weights.original import Converted, joined
+from lopt_jax.weights.hub import export_card
+from lopt_jax.weights.original import Converted, joined, undecided_error
 from lopt_jax.weights.schema import MAX_BYTES, validate
 from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER, local_folder
 
 MODEL = "model.safetensors"
 CONFIG = JSON
+CARD = "README.md"
 KEY = "lopt_jax"
 META_MLP = ("small_fc_lopt", "mulo", "elo")
 CELO2_MLP = ("celo2", "elo_celo2")
@@ -114,7 +117,8 @@ def convert_pylo(
       second: the other file of VeLO's pair, in either order.
       config_json: the `config.json` beside it.
       given: the user's config; may hold the three lists of decays.
-      architecture: the user's choice; MetaMLP alone does not say which optimizer it belongs to.
+      architecture: the user's choice; MetaMLP and CELO2MLP do not say which optimizer they belong
+        to.
       source: the file, for the message.
 
     Raises:
@@ -122,22 +126,21 @@ def convert_pylo(
     """
     stated = _stated(config_json, source)
     named = stated.get("architecture")
+    notes = _kept_metadata(stated)
     config = stated.get("config")
     config = dict(config) if isinstance(config, Mapping) else {}
     if "network.input.weight" in tensors:
         chosen = architecture or named
         if chosen not in META_MLP:
-            raise weights_error(
-                source,
-                expected=f"architecture= one of {', '.join(META_MLP)}: MetaMLP serves them all",
-                found=brief(chosen),
-                advice="Pass architecture (on the command line --architecture).",
-            )
-        return _convert_meta_mlp(tensors, chosen, config, stated, given, source)
+            found = [] if chosen is None else [brief(chosen)]
+            raise undecided_error(source, META_MLP, *found)
+        converted = _convert_meta_mlp(tensors, chosen, config, stated, given, source)
+        return dataclasses.replace(converted, notes=notes)
     if "dense_w.0" in tensors:
         chosen = named if named in CELO2_MLP else "celo2"
         other = tuple(name for name in CELO2_MLP if name != chosen)
-        return Converted(chosen, {"mlp": _celo2_mlp(tensors, source)}, config, other)
+        params = {"mlp": _celo2_mlp(tensors, source)}
+        return Converted(chosen, params, config, other, notes, undecided=chosen != named)
     if "lstm.linear.weight" in tensors or "input_weights_" in tensors:
         rnn, mlp = (tensors, second) if "lstm.linear.weight" in tensors else (second, tensors)
         if rnn is None or mlp is None:
@@ -147,7 +150,8 @@ def convert_pylo(
                 found="one part",
                 advice="Put both folders into one and convert that folder.",
             )
-        return Converted("velo", _convert_velo(rnn, mlp, source), {**_VELO_CONFIG, **config})
+        params = _convert_velo(rnn, mlp, source)
+        return Converted("velo", params, {**_VELO_CONFIG, **config}, notes=notes)
     raise weights_error(
         source,
         expected="the arrays of PyLO's MetaMLP, CELO2MLP, or VeLORNN with VeLOMLP",
@@ -167,6 +171,20 @@ def _stated(config_json: bytes | None, source: object) -> dict[str, Any]:
         ) from error
     stated = document.get(KEY) if isinstance(document, dict) else None
     return stated if isinstance(stated, dict) else {}
+
+
+# What a conversion says of the file that it read, so not what it keeps of the weights before.
+_OF_THE_FILE = ("source", "sha256", "sha256_second", "format", "fetched")
+
+
+def _kept_metadata(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metadata that `export_weights` wrote, their old origin as "exported_from"."""
+    metadata = stated.get("metadata")
+    if not isinstance(metadata, Mapping):
+        return {}
+    kept = {key: value for key, value in metadata.items() if key not in _OF_THE_FILE}
+    before = {key: value for key, value in metadata.items() if key in _OF_THE_FILE}
+    return {**kept, "exported_from": before} if before else kept
 
 
 def _convert_meta_mlp(
@@ -289,8 +307,9 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
 
     Args:
       weights: weights of small_fc_lopt, mulo, elo, velo, celo2 or elo_celo2.
-      path: the folder to write `model.safetensors` and `config.json` into; for velo, which PyLO
-        keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it. ~ is expanded.
+      path: the folder to write `model.safetensors`, `config.json` and a card, `README.md`, into;
+        for velo, which PyLO keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it. ~ is
+        expanded.
       format: "pylo".
 
     Raises:
@@ -305,7 +324,9 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
     record: dict[str, Any] = {
         "architecture": weights.architecture,
         "config": thaw(weights.config),
+        "metadata": thaw(weights.metadata),
     }
+    card = export_card(weights, folder.name)
     sizes = weights.config
     if weights.architecture in META_MLP:
         record |= {key: params[key].tolist() for key in DECAYS if key in params}
@@ -314,7 +335,7 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
             "hidden_size": sizes["hidden_size"],
             "hidden_layers": sizes["hidden_layers"] - 1,
         }
-        _write_model(folder, _meta_mlp_tensors(params["mlp"]), {**model, KEY: record})
+        _write_model(folder, _meta_mlp_tensors(params["mlp"]), {**model, KEY: record}, card)
     elif weights.architecture in CELO2_MLP:
         model = {
             "feature_dims": list(_CELO2_GROUPS),
@@ -323,7 +344,7 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
             "output_size": 3,
             "activation": "relu",
         }
-        _write_model(folder, _celo2_tensors(params["mlp"]), {**model, KEY: record})
+        _write_model(folder, _celo2_tensors(params["mlp"]), {**model, KEY: record}, card)
     elif weights.architecture == "velo":
         rnn, mlp = _velo_tensors(params)
         rnn_model = {
@@ -339,8 +360,8 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
             "hidden_layers": sizes["hidden_layers"] - 1,
             "output_size": 3,
         }
-        _write_model(folder / RNN_FOLDER, rnn, {**rnn_model, KEY: record})
-        _write_model(folder / MLP_FOLDER, mlp, mlp_model)
+        _write_model(folder / RNN_FOLDER, rnn, {**rnn_model, KEY: record}, card)
+        _write_model(folder / MLP_FOLDER, mlp, mlp_model, card)
     else:
         names = ", ".join((*META_MLP, *CELO2_MLP, "velo"))
         raise ValueError(
@@ -403,7 +424,7 @@ def _velo_tensors(
 
 
 def _write_model(
-    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], card: str
 ) -> None:
     from safetensors.numpy import save
 
@@ -412,6 +433,7 @@ def _write_model(
     _write(folder / MODEL, save(arrays, metadata={"format": "pt"}))
     text = json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
     _write(folder / CONFIG, text.encode())
+    _write(folder / CARD, card.encode())
 
 
 def _write(path: Path, data: bytes) -> None:

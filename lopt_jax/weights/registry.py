@@ -8,12 +8,14 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lopt_jax.weights.base import Weights, WeightsError, weights_error
+from lopt_jax.partition import say_once
+from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, weights_error
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
-from lopt_jax.weights.convert import convert_bundle, convert_weights
+from lopt_jax.weights.convert import convert_bundle, convert_weights, reconfigured
 from lopt_jax.weights.schema import check_structure, schema_of
 from lopt_jax.weights.sources import GIN, JSON, local_folder, local_path, read_local
 from lopt_jax.weights.store import (
@@ -22,6 +24,8 @@ from lopt_jax.weights.store import (
     load_checkpoint,
     save_weights,
 )
+
+EMBEDDED = ("embedded",)  # the source of weights that ship with the library
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ def list_weights() -> list[WeightsInfo]:
                 WeightsInfo(
                     path.name,
                     description["architecture"],
-                    ("embedded",),
+                    EMBEDDED,
                     True,
                     metadata.get("licence"),
                     about,
@@ -152,6 +156,46 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
     return load_checkpoint(path)
 
 
+def find_weights(
+    name_path_or_url: str,
+    architecture: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Reads weights of any kind: what `load_weights` and what `convert_weights` take.
+
+    Args:
+      name_path_or_url: a path where there is something at it, else a registered name, else an
+        address.
+      architecture: as in `convert_weights`.
+      config: as in `convert_weights`.
+
+    Raises:
+      WeightsError: as `load_weights` and `convert_weights`.
+    """
+    path = local_path(name_path_or_url)
+    if path is not None and not os.path.lexists(path) and _is_name(name_path_or_url):
+        if architecture is not None:
+            schema_of(architecture, "architecture")
+        weights = load_weights(name_path_or_url)
+        return reconfigured(weights, architecture, config, name_path_or_url)
+    return convert_weights(name_path_or_url, architecture, config)
+
+
+def published(name: str) -> Entry | None:
+    """Returns what the catalogue knows of weights that are not on this machine.
+
+    Args:
+      name: a registered name, or anything else.
+
+    Returns:
+      The entry; None where the weights are here, or the name is none of the catalogue.
+    """
+    entry = REGISTRY.get(name)
+    if entry is None or is_checkpoint(embedded_folder() / name) or is_checkpoint(cached_path(name)):
+        return None
+    return entry
+
+
 def _load_cached(folder: Path) -> Weights:
     try:
         return load_checkpoint(folder)
@@ -196,17 +240,23 @@ def _fetch_registered(entry: Entry) -> Weights:
 def _fetch_place(entry: Entry, place: Place, target: Path) -> Weights:
     import tempfile
 
-    from lopt_jax.weights.fetch import fetch_files  # its network modules are slow to import
+    # its network modules are slow to import
+    from lopt_jax.weights.fetch import as_metadata, fetch_files
 
     with tempfile.TemporaryDirectory(prefix=f".{entry.name}.tmp-", dir=target.parent) as name:
         folder = Path(name)
-        fetch_files(place.files, folder, place.sha256)
+        record = fetch_files(place.files, folder, place.sha256, place.git_blob)
         origin = next(iter(place.files.values()))
         weights = convert_bundle(
             read_local(folder, origin),
             entry.architecture,
             place.config,
-            {"name": entry.name, "licence": entry.licence, "about": entry.about},
+            {
+                "name": entry.name,
+                "licence": entry.licence,
+                "about": entry.about,
+                **as_metadata(record),
+            },
         )
     save_weights(target, weights)
     return weights
@@ -228,12 +278,20 @@ def _unreachable(entry: Entry, target: Path, failures: Sequence[str]) -> str:
         f"the weights {entry.name!r} are not in the cache, and no place to fetch them answered:"
     ]
     lines += [f"  {failure}" for failure in failures]
+    if here := shipped(entry.architecture):
+        lines += [f"Weights of {entry.architecture} that need no network: {', '.join(here)}."]
     lines += ["To put them in place by hand, download"]
     lines += [
         f"  {http_address(address)}  to  /path/to/{name}" for name, address in place.files.items()
     ]
     lines += ["and run", f"  {shlex.join(command)}"]
     return "\n".join(lines)
+
+
+def shipped(architecture: str) -> list[str]:
+    """Returns the names of the weights of an architecture that need no network."""
+    infos = [info for info in list_weights() if info.source == EMBEDDED]
+    return [info.name for info in infos if info.architecture == architecture]
 
 
 @contextlib.contextmanager
@@ -249,12 +307,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def resolve(weights: str | os.PathLike[str] | Weights, architectures: Sequence[str]) -> Weights:
+def resolve(weights: WeightsLike, architectures: Sequence[str]) -> Weights:
     """Returns the weights that an optimizer's constructor was given.
+
+    Logs once where they are of another architecture than the optimizer's own.
 
     Args:
       weights: a registered name, a path, an address, or `Weights` (whose leaves may be traced).
-      architectures: those that the optimizer can run.
+      architectures: those that the optimizer can run; its own first.
 
     Returns:
       Weights of one of `architectures`, with a complete config and the right shapes.
@@ -278,6 +338,13 @@ def resolve(weights: str | os.PathLike[str] | Weights, architectures: Sequence[s
             found=f"weights of {found.architecture}",
             advice="Take the optimizer of that architecture, or other weights.",
         )
+    own = architectures[0]
+    if found.architecture != own:
+        name = "the weights" if source == "weights" else f"the weights {source!r}"
+        say_once(
+            f"{own}: {name} were meta-trained for {found.architecture}, whose arrays are alike: "
+            f"lopt_jax.{found.architecture} is their optimizer."
+        )
     return check_structure(found, source)
 
 
@@ -287,7 +354,9 @@ __all__ = [
     "cached_path",
     "convert_weights",
     "embedded_folder",
+    "find_weights",
     "list_weights",
     "load_weights",
+    "published",
     "resolve",
 ]

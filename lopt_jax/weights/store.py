@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -39,6 +40,7 @@ from lopt_jax.weights.sources import local_folder
 
 DESCRIPTION = "weights.json"
 PARAMS = "params"
+_MANIFEST = "manifest.ocdbt"
 FORMAT = "lopt_jax weights"
 VERSION = 1
 _MAX_DESCRIPTION = 1 << 20
@@ -56,15 +58,16 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes weights as an Orbax checkpoint, whole or not at all.
 
-    Everything is written under a temporary name beside `path` and renamed at the end. Weights
-    that are at `path` already are replaced.
+    Everything is written under a temporary name beside `path`, read back, and renamed at the end.
+    Weights that are at `path` already are replaced.
 
     Args:
       path: the folder to create; ~ is expanded.
       weights: the weights.
 
     Raises:
-      WeightsError: the weights are not valid, or `path` is an address.
+      WeightsError: the weights are not valid, `path` is an address, or the installed Orbax writes
+        what cannot be read back.
       FileExistsError: there is something else than weights at `path`.
     """
     target = Path(os.path.realpath(local_folder(path)))  # of a link, where it points to
@@ -88,6 +91,7 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
         if len(text) >= _MAX_DESCRIPTION:
             raise ValueError(f"{len(text)} bytes, more than {_MAX_DESCRIPTION}")
         (temporary / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        _check_written(temporary, target, weights)
         _replace_folder(temporary, target)
     except ValueError as error:
         if isinstance(error, WeightsError):
@@ -114,7 +118,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
     Raises:
       WeightsError: something about the folder is not what it has to be.
     """
-    folder = Path(os.path.abspath(os.fspath(path)))
+    return on_device(_read_weights(Path(os.path.abspath(os.fspath(path)))))
+
+
+def _read_weights(folder: Path) -> Weights:
+    """As `load_checkpoint`, with numpy arrays as leaves."""
     description, files = _unless_replaced(folder, lambda: _read_checkpoint(folder))
     try:
         architecture = description["architecture"]
@@ -123,7 +131,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
         params = checked_params(
             architecture, config, _restore(files, architecture, config, folder / PARAMS), folder
         )
-        return on_device(Weights(architecture, config, params, description["metadata"]))
+        return Weights(architecture, config, params, description["metadata"])
     except WeightsError:
         raise
     except (Exception, RecursionError) as error:
@@ -134,6 +142,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Weights:
             found=f"{type(error).__name__}: {str(error)[:160]}",
             advice="The checkpoint is damaged: fetch or convert it again.",
         ) from error
+
+
+def _check_written(folder: Path, target: Path, weights: Weights) -> None:
+    """Reads what was just written, before it takes the place of what may be at `target`.
+
+    Raises:
+      WeightsError: it cannot be read, or is not `weights`.
+    """
+    try:
+        found = "" if _read_weights(folder) == weights else "other weights"
+    except WeightsError as error:
+        found = str(error).replace(os.fspath(folder), folder.name)
+    if found:
+        version = importlib.metadata.version("orbax-checkpoint")
+        raise weights_error(
+            target,
+            expected="to read back what was written",
+            found=found.rstrip("."),
+            advice=f"orbax-checkpoint {version} wrote it: install another release.",
+        )
 
 
 def on_device(weights: Weights) -> Weights:
@@ -297,7 +325,9 @@ def _declared_paths(files: Mapping[str, bytes], source: Path) -> list[tuple[str,
         document = json.loads(data)
         entries = list(document["tree_metadata"].values())
         paths = [tuple(str(key["key"]) for key in entry["key_metadata"]) for entry in entries]
-        stored = document["use_ocdbt"], document["use_zarr3"]
+        # Orbax before 0.11.31 says no word about OCDBT: its manifest is there, or is not.
+        has_manifest = f"{PARAMS}/{_MANIFEST}" in files
+        stored = document.get("use_ocdbt", has_manifest), document.get("use_zarr3", False)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise weights_error(
             source / "_METADATA", expected=wanted, found=f"{type(error).__name__}: {error}"[:120]

@@ -1,0 +1,145 @@
+"""What an optimizer does with each leaf of a model: a table to print."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.applying import LearnedTransformation
+from lopt_jax.backends import leaf_backend
+from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix
+from lopt_jax.optimizers.roles import matrix_sizes
+from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
+from pallas_kernels import supports
+
+
+@dataclass(frozen=True)
+class LeafDescription:
+    """What is done with one leaf.
+
+    Attributes:
+      path: where the leaf is in the tree.
+      shape: of the leaf.
+      tensors: how many tensors it holds: the product of its stacked axes.
+      matrix: rows and columns of each of its matrices; None where the rule sees no matrices.
+      rule: "adamw", "learned", or the optimizer's name where it has one rule for all.
+      scale: what multiplies the step beside the learning rate.
+      decay: what multiplies the optimizer's weight decay.
+      backend: "kernels" or "xla".
+      reason: why this rule, and why this backend where it is not the kernels.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    tensors: int
+    matrix: tuple[int, int] | None
+    rule: str
+    scale: float
+    decay: float
+    backend: str
+    reason: str
+
+
+_TITLES = ("leaf", "shape", "tensors", "matrix", "rule", "scale", "decay", "backend", "why")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description of every leaf; it prints as a table.
+
+    Attributes:
+      optimizer: the optimizer, with its settings.
+      note: why no leaf is updated by kernels, where that has one reason; else "".
+      leaves: a description of each leaf, in the order of `jax.tree.leaves`.
+    """
+
+    optimizer: str
+    note: str
+    leaves: tuple[LeafDescription, ...]
+
+    def __repr__(self) -> str:
+        rows = [_TITLES, *(_cells(leaf) for leaf in self.leaves)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_TITLES))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([self.optimizer, *filter(None, [self.note]), "", *lines])
+
+
+def _cells(leaf: LeafDescription) -> tuple[str, ...]:
+    return (
+        leaf.path,
+        str(leaf.shape),
+        str(leaf.tensors),
+        "" if leaf.matrix is None else f"{leaf.matrix[0]} x {leaf.matrix[1]}",
+        leaf.rule,
+        f"{leaf.scale:.3g}",
+        f"{leaf.decay:.3g}",
+        leaf.backend,
+        leaf.reason,
+    )
+
+
+def describe(tx: Any, params: Any) -> Description:
+    """What an optimizer of this library does with each leaf, and why; it computes nothing.
+
+    Args:
+      tx: what one of the library's constructors returned: not a chain around it.
+      params: the parameters, or a tree of shapes, such as `jax.eval_shape` gives.
+
+    Returns:
+      A description that prints as a table: for every leaf its shape, its tensors, the rule that
+      updates it, with which scale and decay, on which backend, and why.
+
+    Raises:
+      TypeError: tx is no optimizer of this library's.
+    """
+    if not isinstance(tx, LearnedTransformation) or tx.origin is None:
+        raise TypeError(
+            "describe: expected what a constructor of lopt_jax returns, such as "
+            f"lopt_jax.lopt(1000); found {type(tx).__name__}. Of a chain, describe the optimizer "
+            "that is inside."
+        )
+    name, arguments = tx.origin
+    stacked_axes: StackedAxes = arguments.get("stacked_axes")
+    tensors = tensors_of(params, stacked_axes)
+    if tx.plans is None:
+        plans: Sequence[LeafPlan] = [LeafPlan(name, reason="the rule of all leaves")] * len(tensors)
+    else:
+        plans = tx.plans(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    backend = arguments.get("backend", "auto")
+    descriptions = [
+        _describe(jax.tree_util.keystr(path), leaf, entry, plan, backend, tx.plans is not None)
+        for (path, leaf), entry, plan in zip(leaves, tensors, plans, strict=True)
+    ]
+    reason = None if backend == "xla" else supports.unsupported_reason()
+    note = f"No fused kernels here: {reason}." if reason else ""
+    return Description(repr(tx), note, tuple(descriptions))
+
+
+def _describe(
+    path: str, leaf: Any, entry: Tensors, plan: LeafPlan, backend: str, has_plans: bool
+) -> LeafDescription:
+    is_matrix = has_plans and plan.rule == LEARNED
+    rank = leaf.ndim - len(entry.stack)
+    axes: Any = "matrix" if is_matrix and plan.matrix == Matrix() else "tensor"
+    chosen, why = "xla", ""
+    if is_matrix or not has_plans:
+        chosen, why = leaf_backend(backend, (entry.count, *entry.shape), leaf.dtype, axes)
+    return LeafDescription(
+        path=path,
+        shape=tuple(leaf.shape),
+        tensors=entry.count,
+        matrix=matrix_sizes(plan.matrix, leaf.shape[len(entry.stack) :])
+        if is_matrix and rank >= 2
+        else None,
+        rule=plan.rule,
+        scale=float(jnp.asarray(plan.scale)),
+        decay=float(jnp.asarray(plan.decay)),
+        backend=chosen,
+        reason="; ".join(filter(None, (plan.reason, why and f"no kernels: {why}"))),
+    )

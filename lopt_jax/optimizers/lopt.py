@@ -1,0 +1,257 @@
+"""lopt: a learned direction inside a recipe that leaves nothing to tune but the number of steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.adam import AdamSettings
+from lopt_jax.optimizers.matrices import (
+    ARCHITECTURES,
+    AdamW,
+    matrix_optimizer,
+    rule_precision,
+)
+from lopt_jax.optimizers.plans import (
+    ADAMW,
+    LEARNED,
+    LabelFn,
+    LeafPlan,
+    MatrixAxes,
+    Plans,
+    check_functions,
+    matrix_of,
+)
+from lopt_jax.optimizers.roles import (
+    EMBEDDING,
+    HEAD,
+    MATRIX,
+    ROLES,
+    Role,
+    likely_matrix,
+    matrix_sizes,
+    roles_of,
+)
+from lopt_jax.tensors import StackedAxes
+from lopt_jax.weights import WeightsLike, resolve
+
+Number = float | jax.Array
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The constants of `lopt`, chosen on the tuning tasks of the scale suite.
+
+    Attributes:
+      matrix: the step of a matrix has a root mean square of this over the root of its shorter side.
+      embedding: Adam's rate for embeddings.
+      head: Adam's rate for heads is this over the number of inputs, ...
+      head_limit: ... but at most this.
+      vector: Adam's rate for norms, biases and other vectors.
+      decay: a full step takes the fraction decay / num_steps off matrices, embeddings and heads.
+      shortest: num_steps counts as at least so many where decay is divided by it.
+      horizon: trainings of fewer steps make larger ones, ...
+      growth: ... by (horizon / num_steps) to this power.
+      warm_up: the fraction of the training over which steps grow.
+      floor: the smallest size of a step after the warm-up: what training past num_steps goes on
+        with, as a fraction of a full step.
+      max_gradient_norm: gradients are scaled down to this global norm.
+      adam_betas: decays of Adam's moments.
+    """
+
+    matrix: Number = 0.04
+    embedding: Number = 0.02
+    head: Number = 3.0
+    head_limit: Number = 0.016
+    vector: Number = 0.008
+    decay: Number = 9.0
+    shortest: Number = 450.0
+    horizon: Number = 1000.0
+    growth: Number = 1 / 3
+    warm_up: Number = 0.1
+    floor: Number = 0.01
+    max_gradient_norm: Number = 1.0
+    adam_betas: tuple[Number, Number] = (0.9, 0.99)
+
+
+@common.described
+def lopt(
+    num_steps: int | jax.Array,
+    weights: WeightsLike = "lopt",
+    *,
+    learning_rate: common.ScalarOrSchedule = 1.0,
+    weight_decay: float | jax.Array = 1.0,
+    weight_decay_mask: Any = None,
+    label_fn: LabelFn | None = None,
+    matrix_axes: MatrixAxes = None,
+    recipe: Recipe | None = None,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
+    stacked_axes: StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """This library's own optimizer: nothing to give but the number of steps.
+
+    A learned rule proposes the direction of every matrix; Newton-Schulz iterations make it nearly
+    orthogonal. Embeddings, heads, norms and biases are Adam's. The recipe decides the size of every
+    leaf's step by its role and shape, warm-up, schedule, clipping and decay. Embeddings and heads
+    are found by the names of Flax's layers and by shapes; `lopt_jax.describe(tx, params)` shows
+    what was found.
+
+    A parameter whose gradient is zero does not move, decay aside. After `num_steps` the training
+    goes on with a hundredth of a full step.
+
+    Args:
+      num_steps: updates of the whole training; an integer, or a traced array.
+      weights: a registered name, a path to a checkpoint, or `Weights` of the Celo2 family.
+      learning_rate: multiplies every step; a number or an optax schedule of multipliers.
+      weight_decay: multiplies the recipe's decay; 0 turns it off.
+      weight_decay_mask: which parameters may decay, as `optax.adamw`'s `mask`; norms and biases do
+        not decay in any case.
+      label_fn: from the path and the leaf to "learned", "adamw", or the name of a role of
+        `lopt_jax.optimizers.roles.ROLES`; None: as found. It may return None for a leaf: as found.
+      matrix_axes: where the matrices of leaves of rank three and more are, as `celo2`'s.
+      recipe: other constants; None: the library's.
+      accumulator_dtype: dtype of momentum and second moments in the state.
+      stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
+        model): an int, a tree of ints, or a function of path and leaf.
+      backend: "auto", "xla" or "pallas".
+      precision: of the products of Newton-Schulz, as `celo2`'s.
+
+    Returns:
+      An optax transformation. It does not read the loss.
+
+    Raises:
+      WeightsError: the weights are missing, damaged, or of another architecture.
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Reference:
+      The direction: Moudgil et al., arXiv 2602.19142. Decay only where a step shrinks a parameter:
+      Chen et al., arXiv 2510.12402.
+    """
+    common.check_num_steps(num_steps)
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe: expected a lopt_jax.Recipe, found {type(recipe).__name__}.")
+    constants = Recipe() if recipe is None else recipe
+    options = common.Options(
+        learning_rate=_scheduled(learning_rate, num_steps, constants),
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
+        accumulator_dtype=accumulator_dtype,
+        stacked_axes=stacked_axes,
+        backend=backend,
+        precision=rule_precision(precision),
+    )
+    common.check_learning_rate(learning_rate)
+    per_step = weight_decay * constants.decay / jnp.maximum(num_steps, constants.shortest)
+    return matrix_optimizer(
+        resolve(weights, ARCHITECTURES),
+        options,
+        AdamW(1.0, 0.0, AdamSettings(constants.adam_betas, 1e-8)),
+        plans=lopt_plans(constants, label_fn, matrix_axes),
+        max_gradient_norm=constants.max_gradient_norm,
+        orthogonal=True,
+        decay=lambda count: per_step * schedule(count, num_steps, constants),
+        precision=precision,
+        still_where_zero=True,
+        cautious_decay=True,
+    )
+
+
+def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> jax.Array:
+    """The size of a step: a linear warm-up, then linearly down to the floor.
+
+    Args:
+      count: () int32, updates made before this one.
+      num_steps: updates of the whole training.
+      recipe: the constants.
+
+    Returns:
+      () float32 in (0, 1].
+    """
+    steps = jnp.asarray(num_steps, jnp.float32)
+    warm = jnp.maximum(recipe.warm_up * steps, 1.0)
+    up = (count + 1) / warm
+    down = (steps - count) / jnp.maximum(steps - warm, 1.0)
+    return jnp.minimum(jnp.minimum(up, 1.0), jnp.maximum(down, recipe.floor))
+
+
+def _scheduled(
+    learning_rate: common.ScalarOrSchedule, num_steps: int | jax.Array, recipe: Recipe
+) -> Any:
+    short = jnp.maximum(recipe.horizon / jnp.asarray(num_steps, jnp.float32), 1.0)
+
+    def rate(count: jax.Array) -> jax.Array:
+        multiplier = learning_rate(count) if callable(learning_rate) else learning_rate
+        return multiplier * short**recipe.growth * schedule(count, num_steps, recipe)
+
+    return rate
+
+
+def lopt_plans(recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
+    """The plans of `lopt`: what is done with each leaf follows from its role.
+
+    Args:
+      recipe: the constants.
+      label_fn: as `lopt`'s.
+      matrix_axes: as `lopt`'s.
+
+    Returns:
+      The function; it raises ValueError or TypeError naming argument and leaf.
+    """
+    check_functions(label_fn, matrix_axes)
+
+    def plans(params: Any, stacked: Sequence[int]) -> list[LeafPlan]:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        roles = roles_of(params, stacked)
+        plans_of_leaves = []
+        for (path, leaf), count, role in zip(leaves, stacked, roles, strict=True):
+            label = None if label_fn is None else label_fn(path, leaf)
+            if label is not None:
+                role = _labelled(label, path, leaf, count)
+            if matrix_axes is not None and role.name in (MATRIX, HEAD):
+                matrix, reason = matrix_of(matrix_axes, path, leaf, count)
+                role = role._replace(matrix=matrix, reason=reason)
+            plans_of_leaves.append(_plan(role, leaf.shape[count:], recipe))
+        return plans_of_leaves
+
+    return plans
+
+
+def _smaller(a: Number, b: Number) -> Number:
+    """The smaller of two numbers, one of which may be traced."""
+    return jnp.minimum(a, b) if isinstance(a * b, jax.Array) else min(a, b)
+
+
+def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
+    """The role that `label_fn` gives a leaf, or a ValueError naming the leaf."""
+    rank = leaf.ndim - stacked
+    names = {LEARNED: MATRIX, ADAMW: EMBEDDING, **{role: role for role in ROLES}}
+    name = names.get(label) if isinstance(label, str) else None
+    if name is None or (name in (MATRIX, HEAD) and rank < 2):
+        raise ValueError(
+            f"label_fn: expected one of {', '.join(names)}, or None, for the leaf "
+            f"{jax.tree_util.keystr(path)} of rank {rank} (learned, matrix and head are for "
+            f"rank two and more); found {label!r}."
+        )
+    matrix, _ = likely_matrix(path, leaf.shape[stacked:])
+    return Role(name, "label_fn says so", matrix)
+
+
+def _plan(role: Role, shape: Sequence[int], recipe: Recipe) -> LeafPlan:
+    """What is done with a leaf of a role; `shape` is that of one tensor."""
+    reason = f"{role.name}: {role.reason}"
+    if role.name == MATRIX:
+        shorter = min(matrix_sizes(role.matrix, shape))
+        return LeafPlan(LEARNED, role.matrix, recipe.matrix / shorter**0.5, reason=reason)
+    if role.name == HEAD:
+        inputs, _ = matrix_sizes(role.matrix, shape)
+        rate = _smaller(recipe.head / inputs, recipe.head_limit)
+        return LeafPlan(ADAMW, role.matrix, rate, reason=reason)
+    if role.name == EMBEDDING:
+        return LeafPlan(ADAMW, scale=recipe.embedding, reason=reason)
+    return LeafPlan(ADAMW, scale=recipe.vector, decay=0.0, reason=reason)

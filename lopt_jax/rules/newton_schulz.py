@@ -1,0 +1,202 @@
+"""Newton-Schulz: nearly orthogonal matrices with the singular vectors of given ones, by products.
+
+An iteration is x -> a x + b g x + c g g x for g = x x': every singular value s becomes
+a s + b s^3 + c s^5. With k = b / a and w = g + (c / b) g g it is x -> a (x + k w x). The factor a
+is left for the end, so all that happens between is three products, each with an array of its own
+size added: GPUs' libraries do such a thing in one kernel.
+
+Where rows are few, several iterations are taken on the Gram matrix g alone (rows x rows), and their
+factors multiplied, before the whole matrix is touched. After every second one g is made anew: what
+rounding to bfloat16 makes of eigenvalues near zero, negative ones too, would else grow without
+bound.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.context import device, platform
+from lopt_jax.rule import product_precision
+
+Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each iteration, b not zero
+Form = Literal["auto", "matrix", "gram"]
+
+PRECISIONS = ("auto", "bfloat16", "default", "high", "highest")
+
+QUINTIC: Coefficients = ((3.4445, -4.7750, 2.0315),) * 5  # of Muon: to between 0.68 and 1.21
+
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+_EPSILON = 1e-8  # added to the norm
+_ON_GRAM = 2  # iterations on one Gram matrix
+_TENSOR_CORES = 8.0  # the least CUDA compute capability whose matrix units take bfloat16
+
+
+def polar_express(steps: int = 5, safety: float = 1.01) -> Coefficients:
+    """The polynomials whose composition brings all singular values in [1e-3, 1] nearest to one.
+
+    Args:
+      steps: how many.
+      safety: every polynomial but the last of all takes its argument divided by this, so that
+        rounding errors stay where the next one is small. 1.01 is the publication's; in bfloat16,
+        1.05 ends nearer.
+
+    Returns:
+      The coefficients of each.
+
+    Reference:
+      Amsel et al., "The Polar Express", arXiv 2505.16932, algorithm 1: of degree 5.
+    """
+    safe = [(a / safety, b / safety**3, c / safety**5) for a, b, c in _POLAR_EXPRESS[:-1]]
+    last = _POLAR_EXPRESS[-1]
+    return (*safe[:steps], *[last] * (steps - len(safe)))
+
+
+def newton_schulz(
+    x: jax.Array,
+    *,
+    coefficients: Coefficients = QUINTIC,
+    precision: str = "highest",
+    form: Form = "auto",
+) -> jax.Array:
+    """Nearly orthogonal matrices with the singular vectors of the given ones.
+
+    Args:
+      x: (..., m, n), float32 or wider: matrices. Each is divided by its Frobenius norm first.
+      coefficients: of each iteration.
+      precision: of the products. "highest", "high" and "default" as `lopt_jax.small_fc_lopt`'s;
+        "bfloat16": arrays are bfloat16, sums inside of a product float32; "auto": that where the
+        device has matrix units for it, else "highest". float64 is as if "highest" was given.
+      form: "matrix": every iteration on the whole matrix; "gram": on its Gram matrix where that is
+        fewer operations; "auto": that for bfloat16 alone, as float32 is there for parity.
+
+    Returns:
+      (..., m, n), dtype of x. Zeros stay zeros.
+
+    Raises:
+      ValueError: precision or form is none of these.
+
+    Reference:
+      Jordan et al., "Muon" (2024); optax, `contrib/_muon.py`, for coefficients and normalisation.
+    """
+    if form not in ("auto", "matrix", "gram"):
+        raise ValueError(f"form: expected 'auto', 'matrix' or 'gram', found {form!r}.")
+    if not x.size:
+        return x
+    chosen = "highest" if x.dtype == jnp.float64 else precision_here(precision)
+    in_bfloat16 = chosen == "bfloat16"
+    short, long = sorted(x.shape[-2:])
+    on_gram = form == "gram" or (form == "auto" and in_bfloat16)
+    blocks = gram_blocks(short, long, len(coefficients)) if on_gram else (1,) * len(coefficients)
+
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True))
+    y = x / (norm + _EPSILON)
+    if in_bfloat16:
+        y = y.astype(jnp.bfloat16)
+    scale, of_iteration = 1.0, iter(coefficients)
+    for steps in blocks:
+        y, scale = _iterations(y, scale, of_iteration, steps, chosen)
+    return scale * y.astype(x.dtype)
+
+
+def check_precision(precision: Any) -> str:
+    """The precision, or a ValueError naming the argument."""
+    if precision not in PRECISIONS:
+        expected = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision: expected one of {expected}; found {precision!r}.")
+    return precision
+
+
+def precision_here(precision: str) -> str:
+    """What "auto" is on the device that runs what is traced; others as they are."""
+    if check_precision(precision) != "auto":
+        return precision
+    if platform() == "gpu":
+        capability = str(getattr(device(), "compute_capability", ""))
+        is_number = capability.replace(".", "", 1).isdigit()  # CUDA's; ROCm has names there
+        return "bfloat16" if not is_number or float(capability) >= _TENSOR_CORES else "highest"
+    return "bfloat16" if platform() == "tpu" else "highest"
+
+
+def gram_blocks(short: int, long: int, steps: int) -> tuple[int, ...]:
+    """How many iterations are taken on each Gram matrix: one, unless more are fewer operations.
+
+    Args:
+      short: the shorter side of a matrix.
+      long: the longer side.
+      steps: iterations in all.
+
+    Returns:
+      Numbers whose sum is `steps`.
+    """
+    full, rest = divmod(steps, _ON_GRAM)
+    on_gram, on_matrix = (_ON_GRAM,) * full + (rest,) * (rest > 0), (1,) * steps
+    return min(on_matrix, on_gram, key=lambda blocks: operations(short, long, blocks))
+
+
+def operations(short: int, long: int, blocks: Sequence[int]) -> int:
+    """Multiplications of one matrix; each is followed by an addition."""
+    whole = short * short * long
+    return sum(2 * whole + (4 * steps - 3) * short**3 for steps in blocks)
+
+
+def _iterations(
+    y: jax.Array, scale: float, coefficients: Iterator[Any], steps: int, precision: str
+) -> tuple[jax.Array, float]:
+    """Some iterations on one Gram matrix.
+
+    Args:
+      y: (..., m, n); the matrix is scale * y.
+      scale: the product of the coefficients a so far.
+      coefficients: the next ones.
+      steps: how many.
+      precision: of the products; not "auto".
+
+    Returns:
+      The new y and scale.
+    """
+    rows_are_short = y.shape[-2] <= y.shape[-1]
+    transposed = jnp.swapaxes(y, -2, -1)
+    pair = (y, transposed) if rows_are_short else (transposed, y)
+    add = functools.partial(_multiply_add, precision)
+    gram = add(None, 1.0, *pair)
+    total: Any = None  # what the iterations so far multiply the matrix by; None: nothing yet
+    for step in range(steps):
+        a, b, c = next(coefficients)
+        w = add(gram, c * scale**2 / b, gram, gram)
+        k = b * scale**2 / a
+        scale *= a
+        if steps == 1:
+            return (add(y, k, w, y) if rows_are_short else add(y, k, y, w)), scale
+        if step + 1 < steps:
+            factor = (jnp.eye(w.shape[-1], dtype=jnp.float32) + k * w).astype(w.dtype)
+            gram = add(None, 1.0, factor, add(None, 1.0, gram, factor))
+            total = factor if total is None else add(None, 1.0, factor, total)
+        else:
+            total = add(total, k, w, total)
+    return add(None, 1.0, *((total, y) if rows_are_short else (y, total))), scale
+
+
+def _multiply_add(
+    precision: str, c: jax.Array | None, factor: float, a: jax.Array, b: jax.Array
+) -> jax.Array:
+    """A product a b in the dtype of a, times the factor and added to c where there is a c."""
+    if precision == "bfloat16":
+        if c is None:  # written as it is needed: half of the bytes
+            return jnp.matmul(a, b)
+        product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+        return (c + factor * product).astype(a.dtype)
+    of_product = product_precision(jax.lax.Precision(precision), a.dtype)
+    product = jnp.matmul(a, b, precision=of_product)
+    return product if c is None else c + factor * product
