@@ -608,7 +608,7 @@ def test_leaves_that_are_no_real_numbers_are_named(name, params):
     with pytest.raises(TypeError, match=r"params: .* complex64 in the leaf \['w'\]"):
         tx.init(params | {"w": params["w"] + 1j})
     with pytest.raises(TypeError, match=r"params: .* str in the leaf \['w'\]"):
-        tx.init(params | {"w": "a"})
+        tx.init(params | {"w": "text"})
 
 
 @every_optimizer
