@@ -34,9 +34,9 @@ from lopt_jax.weights import Weights
 
 HORIZONS = (200, 1000, 5000)
 POINTS = 40  # measurements a run; divides every horizon
-# Inner steps a second over all held-out tasks and optimizers, compilation included: 38 million in
-# 1,506 s of an H200 for the records of the documentation, and on two CPU cores. Just enough to tell
-# minutes from hours before anything was measured.
+# Inner steps a second over all held-out tasks and optimizers, compilation included. An H200 made 38
+# million in 1,506 s for the records of the documentation; for CPUs it is a guess from three tasks.
+# It is to tell minutes from hours before anything was measured.
 _STEPS_A_SECOND = {"gpu": 25_000.0, "cpu": 500.0}
 _EXAMPLES = 512  # of each split a measurement
 
