@@ -78,7 +78,7 @@ def update_params(
       grads: gradients, a tree like params.
       state: of tx.
       params: the parameters.
-      value: the loss, for the optimizers that read it.
+      value: the loss, for the optimizers that read it; the same on all devices that share params.
       **extra_args: others that tx takes.
 
     Returns:
