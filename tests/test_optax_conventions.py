@@ -711,7 +711,9 @@ def test_accumulator_dtype(name, params):
     state = tx.init(params)
     dtypes = lambda state: jax.tree.map(lambda x: x.dtype, state)  # noqa: E731
     at_first = dtypes(state)
-    assert {x.dtype for x in jax.tree.leaves(state.accumulators.momentum[0])} == {jnp.bfloat16}
+    assert {x.dtype for x in jax.tree.leaves(state.accumulators.momentum[0])} == {
+        jnp.dtype("bfloat16")
+    }
     for _ in range(2):
         updates, state = tx.update(gradients_of(params), state, params, value=LOSS)
         assert dtypes(state) == at_first
