@@ -62,15 +62,7 @@ def variants(precisions: Sequence[str]) -> list[Variant]:
         for name, coefficients in COEFFICIENTS.items()
         if name == "quintic" or (precision == "bfloat16" and form == "gram")
     ]
-    rounding = functools.partial(newton_schulz, precision="bfloat16", rounds_products=True)
-    rounded = [
-        Variant(
-            form, "bfloat16, products rounded", "quintic", functools.partial(rounding, form=form)
-        )
-        for form in ("matrix", "gram")
-        if "bfloat16" in precisions
-    ]
-    return [*out, *rounded, Variant("optax", "bfloat16", "quintic", _optax)]
+    return [*out, Variant("optax", "bfloat16", "quintic", _optax)]
 
 
 def _optax(x: jax.Array) -> jax.Array:
