@@ -27,11 +27,11 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 # What touches the other packages most: files of weights, the Hub, optax's and Flax's trees.
 OLD_FILES := $(addprefix tests/test_weights_,base.py convert.py hub.py store.py)
-OLD_TREES := tests/test_optax_conventions.py tests/test_flax.py -k "mulo or celo2_base"
+OLD_TREES := tests/test_optax_conventions.py tests/test_flax.py -k mulo
 
 test-oldest: $(OLDEST)/.installed  ## a part of the suite with the lowest versions that pyproject.toml allows
-	$(QUICKLY) $(OLDEST)/bin/python -m pytest $(OLD_FILES)
-	$(QUICKLY) $(OLDEST)/bin/python -m pytest $(OLD_TREES)
+	$(QUICKLY) $(OLDEST)/bin/python -m pytest -n 2 $(OLD_FILES)
+	$(QUICKLY) $(OLDEST)/bin/python -m pytest -n 2 $(OLD_TREES)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

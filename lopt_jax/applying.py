@@ -109,7 +109,7 @@ def update_params(
       grads: gradients, a tree like params; None where a parameter has none: it stays as it is.
       state: of tx.
       params: the parameters.
-      value: the loss, for the optimizers that read it.
+      value: the loss, for the optimizers that read it; the same on all devices that share params.
       **extra_args: others that tx takes.
 
     Returns:

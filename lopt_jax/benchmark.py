@@ -7,6 +7,7 @@ machine slows all of them alike; what counts are ratios within one run.
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import math
@@ -26,6 +27,10 @@ import optax
 from lopt_jax.checks import check_fields, check_value
 from lopt_jax.cli import positive_integer
 from lopt_jax.optimizers.celo import celo
+from lopt_jax.optimizers.celo2 import celo2, celo2_base
+from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.matrices import plans_of
+from lopt_jax.optimizers.plans import ADAMW, LEARNED, Matrix, celo2_plans
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
 from lopt_jax.packing import packed
@@ -171,15 +176,73 @@ def _small_fc_lopt(hidden: int) -> Callable[[str], optax.GradientTransformationE
     )
 
 
+_EMBEDDINGS_AND_HEADS = ("wte", "wpe", "cls", "positions", "head")  # parts of their names
+
+
+def label(path: Any, leaf: Any) -> str:
+    """For the optimizers of matrices: which leaves of the models AdamW updates."""
+    del leaf
+    name = jax.tree_util.keystr(path)
+    return ADAMW if any(part in name for part in _EMBEDDINGS_AND_HEADS) else LEARNED
+
+
+def matrix_axes(path: Any, leaf: Any) -> Matrix | None:
+    """Where the matrices of the models are: in kernels of convolutions not the last two axes."""
+    return Matrix((-4, -3, -2), (-1,)) if leaf.ndim == 4 else None
+
+
+def _of_matrices(
+    constructor: Callable[..., optax.GradientTransformationExtraArgs], architecture: str
+) -> Callable[[str], optax.GradientTransformationExtraArgs]:
+    return lambda backend: constructor(
+        1e-3,
+        random_weights(architecture),
+        label_fn=label,
+        matrix_axes=matrix_axes,
+        backend=backend,
+    )
+
+
+def _muon(backend: str) -> optax.GradientTransformationExtraArgs:
+    """Muon with the matrices that `celo2` has here."""
+    del backend
+
+    def dimensions(params: Any) -> Any:
+        plans = plans_of(celo2_plans(label, matrix_axes), params, None)
+        numbers = [
+            optax.contrib.MuonDimensionNumbers(*plan.matrix) if plan.rule == LEARNED else None
+            for plan in plans
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), numbers)
+
+    muon = optax.contrib.muon(1e-3, muon_weight_dimension_numbers=dimensions, consistent_rms=0.2)
+    return optax.with_extra_args_support(muon)
+
+
+def _lopt() -> dict[str, Optimizer]:
+    """A row of this library's own optimizer, where this version has it."""
+    if importlib.util.find_spec("lopt_jax.optimizers.lopt") is None:
+        return {}
+    lopt = importlib.import_module("lopt_jax.optimizers.lopt").lopt
+    make = lambda backend: lopt(10_000, label_fn=label, backend=backend)  # noqa: E731
+    return {"lopt": Optimizer(make, lambda size: 6 * size + 48)}
+
+
 # Bytes, with three momenta and one second moment in float32: the first pass reads the gradient
 # (VeLO's also the parameter), the second gradient, parameter and accumulators, the third the same
-# again, and writes accumulators and update.
+# again, and writes accumulators and update. Of the optimizers of matrices these are the bytes of
+# matrices without what orthogonalisation moves, for which there is no such least number.
 OPTIMIZERS = {
     "optax.adamw": Optimizer(_adamw, lambda size: 7 * size, ("xla",)),
     "velo": Optimizer(_velo, lambda size: 7 * size + 48),
     "celo": Optimizer(_celo, lambda size: 7 * size + 48),
     "small_fc_lopt_h4": Optimizer(_small_fc_lopt(4), lambda size: 6 * size + 48),
     "small_fc_lopt_h32": Optimizer(_small_fc_lopt(32), lambda size: 6 * size + 48),
+    **_lopt(),
+    "celo2": Optimizer(_of_matrices(celo2, "celo2"), lambda size: 6 * size + 48),
+    "celo2_base": Optimizer(_of_matrices(celo2_base, "celo2"), lambda size: 6 * size + 48),
+    "elo_celo2": Optimizer(_of_matrices(elo_celo2, "elo_celo2"), lambda size: 6 * size + 48),
+    "optax.contrib.muon": Optimizer(_muon, lambda size: 4 * size, ("xla",)),
 }
 
 

@@ -39,9 +39,11 @@ _ELEMENTWISE = _names(
 )
 _CALLS = _names(
     """
-    call checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat remat2
+    call checkpoint closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr jit
+    pjit remat remat2
     """
 )
+_INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # the parameter that holds a call's program
 
 
 class NotElementwiseError(NotImplementedError):
@@ -91,7 +93,8 @@ def _kinds_after(eqn: Any, inputs: list[Kind]) -> list[Kind]:
     if name in _CALLS:
         if params.get("name") in OWN_FUNCTIONS:
             return [Kind.SHARD if v.aval.ndim else Kind.UNIFORM for v in eqn.outvars]
-        return kinds_of_outputs(params.get("jaxpr") or params["call_jaxpr"], inputs)
+        inner = next(params[key] for key in _INNER if key in params)
+        return kinds_of_outputs(inner, inputs)
     if name == "cond":
         return _after_cond(params["branches"], inputs)
     if name == "while":

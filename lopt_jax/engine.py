@@ -26,6 +26,7 @@ from lopt_jax.groups import (
     GroupInputs,
     Leaves,
     alike_vectors,
+    dtypes_of,
     gather,
     join_vectors,
     make_calls,
@@ -33,7 +34,7 @@ from lopt_jax.groups import (
     scatter,
 )
 from lopt_jax.partition import Partition, Partitions, is_local, spread
-from lopt_jax.rows import concatenate, in_order, part_taker, take_rows, unknown_zero
+from lopt_jax.rows import concatenate, in_order, join_trees, part_taker, take_rows, unknown_zero
 from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
 from lopt_jax.tensors import (
     StackedAxes,
@@ -150,12 +151,33 @@ def _guides(inputs: Sequence[GroupInputs]) -> list[list[int]]:
     return [[int(start) + i for i in _GUIDES] for start in starts[:-1]]
 
 
-def _crosses(groups: Sequence[Group]) -> bool:
+def _crosses(call: Call, groups: Sequence[Group]) -> bool:
     """Whether a call's moments leave the code of a shard: they are those of whole tensors then.
 
-    What one call makes of tensors that are split in different ways is no array of shards.
+    What the kernels make at once of tensors that are split in different ways is no array of shards.
     """
-    return len(groups) > 1 and not is_local() and groups[0].partition is None
+    joins = call.on_kernels and len(groups) > 1
+    return joins and not is_local() and groups[0].partition is None
+
+
+def _alike(
+    call: Call, shards: Sequence[_Shards], inputs: Sequence[GroupInputs]
+) -> list[list[tuple[_Shards, int]]]:
+    """The parts that XLA updates: one by one, or where they take turns, alike ones together."""
+    pairs = [(x, k) for x in shards if not x.on_kernels for k in x.members]
+    if not call.in_turn:
+        return [[pair] for pair in pairs]
+    alike: dict[Any, list[tuple[_Shards, int]]] = {}
+    for x, k in pairs:
+        key = (x.partition, inputs[k].gradient.shape, dtypes_of(inputs[k]))
+        alike.setdefault(key, []).append((x, k))
+    together = [some for some in alike.values() if len(some) >= TURNS]
+    return together + [[pair] for some in alike.values() if len(some) < TURNS for pair in some]
+
+
+def _moments_dims(dims: Sequence[GroupDims], moments: Sequence[Moments]) -> list[Moments]:
+    """The dims of moments that do not leave the code of a shard: one group is a unit there."""
+    return [d.moments(x) for d, x in zip(dims, moments, strict=False)]
 
 
 def _settings(rule: Rule, call: Call, groups: Sequence[Group], *more: Any) -> tuple:
@@ -172,7 +194,7 @@ def _first_pass(
       Moments of each unit, with a leading axis of tensors.
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    crosses = _crosses(groups)
+    crosses = _crosses(call, groups)
 
     def first(partitions: Partitions, inputs: Sequence[GroupInputs]) -> Any:
         shards = _shards_of(call, groups, inputs, partitions)
@@ -195,7 +217,7 @@ def _first_pass(
         first,
         (list(inputs),),
         ([d.inputs(x) for d, x in zip(dims, inputs, strict=True)],),
-        lambda result: dims[0].shared(result) if crosses else [dims[0].moments(result[0])],
+        lambda result: dims[0].shared(result) if crosses else _moments_dims(dims, result),
         [group.shape for group in groups],
         [group.partition for group in groups],
         guides=_guides(inputs),
@@ -245,7 +267,7 @@ def _second_pass(
       these for all tensors.
     """
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    crosses = _crosses(groups)
+    crosses = _crosses(call, groups)
     own_zero = zero if is_local() else None  # what a partitioner runs is another program
 
     def passes(
@@ -291,24 +313,26 @@ def _second_pass(
                 for k, update in zip(x.members, of_unit, strict=True):
                     updates[k] = update
             kept.append((positions, statistics))
-        for x in shards:
-            if x.on_kernels:
-                continue
+        for pairs in _alike(call, shards, inputs):
+            x, members = pairs[0][0], [k for _, k in pairs]
             run = (
                 xla.passes(rule, mlp_per_tensor)
                 if x.partition is None
                 else xla.on_xla(rule, mlp_per_tensor, x.partition)
             )
-            in_turn = call.in_turn and len(x.members) >= TURNS
-            for members in [x.members] if in_turn else [[k] for k in x.members]:
-                of = factors.rows(tensors(members), mlp_per_tensor)
-                of_members = [inputs[k] for k in members]
-                results, statistics = xla.updates_in_turn(
-                    run, of_members, moments_of(x, members), decays, of, mlp_per_tensor
-                )
-                for k, update in zip(members, results, strict=True):
-                    updates[k] = update
-                kept.append((tensors(members), statistics))
+            of = factors.rows(tensors(members), mlp_per_tensor)
+            of_members = [inputs[k] for k in members]
+            own_moments = (
+                moments_of(x, members)
+                if members == x.members
+                else join_trees([moments_of(y, [k]) for y, k in pairs])
+            )
+            results, statistics = xla.updates_in_turn(
+                run, of_members, own_moments, decays, of, mlp_per_tensor
+            )
+            for k, update in zip(members, results, strict=True):
+                updates[k] = update
+            kept.append((tensors(members), statistics))
         if any(statistics is None for _, statistics in kept):
             return updates, None
         return updates, in_order(kept)
@@ -319,7 +343,7 @@ def _second_pass(
         (list(inputs), list(moments), decays, factors),
         (
             [d.inputs(x) for d, x in zip(dims, inputs, strict=True)],
-            shared(list(moments)) if crosses else [dims[0].moments(moments[0])],
+            shared(list(moments)) if crosses else _moments_dims(dims, moments),
             shared(decays),
             Factors(
                 of_all(factors.mlp) if mlp_per_tensor else shared(factors.mlp),

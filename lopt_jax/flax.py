@@ -30,7 +30,7 @@ class TrainState(train_state.TrainState):
         Args:
           grads: gradients, a tree like `params`; None where a parameter has none.
           value: the loss that they are the gradient of, a scalar; optimizers such as
-            `lopt_jax.velo` need it.
+            `lopt_jax.velo` need it. Where gradients are averaged over devices, so must it be.
           **kwargs: fields of the state to replace, as in the parent class.
 
         Returns:

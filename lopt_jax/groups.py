@@ -162,7 +162,7 @@ class Call(NamedTuple):
 
     units: list[list[int]]  # those of a unit have tensors that are equal in shape and dtypes
     on_kernels: bool  # whether it is the fused kernels that update them
-    in_turn: bool = False  # on XLA: whether those of a unit take turns in a loop
+    in_turn: bool = False  # on XLA: whether those that are alike take turns in a loop
 
     @property
     def members(self) -> list[int]:
@@ -413,25 +413,29 @@ def make_calls(
         turns = _turns(xla, groups, inputs)
     in_turn = {i for members in turns for i in members}
     calls = [Call([members], False, in_turn=True) for members in turns]
-    units: dict[bool, dict[Any, list[int]]] = {True: {}, False: {}}
+    of_xla: list[int] = []
+    units: dict[Any, list[int]] = {}
     for i, (chosen, group, x) in enumerate(zip(on_kernels, groups, inputs, strict=True)):
         is_one = len(group.tensors) == 1 or group.lengths is not None
-        if (joins and chosen) or (not joins and is_one):
-            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-            key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
-            units[chosen].setdefault(key, []).append(i)
+        if chosen and (joins or is_one):
+            key = (x.gradient.shape[1:], dtypes_of(x), group.partition, group.lengths)
+            units.setdefault(key, []).append(i)
+        elif is_one and not joins:
+            of_xla.append(i)
         elif i not in in_turn:
             calls.append(Call([[i]], chosen))
-    if units[False]:
-        of_xla = list(units[False].values())
-        calls.append(
-            Call(of_xla, False, _takes_turns([i for unit in of_xla for i in unit], groups))
-        )
-    if units[True]:
+    if of_xla:
+        calls.append(Call([[i] for i in of_xla], False, _takes_turns(of_xla, groups)))
+    if units:
         # what has vectors first: then what is by tensor lies as the kernels take it
-        in_order = sorted(units[True].values(), key=lambda unit: groups[unit[0]].dims is None)
+        in_order = sorted(units.values(), key=lambda unit: groups[unit[0]].dims is None)
         calls.insert(0, Call(in_order, True))
     return calls
+
+
+def dtypes_of(x: GroupInputs) -> tuple[Any, ...]:
+    """The dtypes of all arrays of a group."""
+    return tuple(leaf.dtype for leaf in jax.tree.leaves(x))
 
 
 def is_large(group: Group) -> bool:

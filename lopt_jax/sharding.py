@@ -309,7 +309,8 @@ def distributed(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         common.require_params(params)
-        arrays_like("updates", updates, params)
+        leaves = arrays_like("updates", updates, params)
+        updates = jax.tree.structure(params).unflatten(leaves)
         plan = plan_of(params)
         scatter = functools.partial(_scatter, names=names)
         gradients = _map(scatter, plan, updates, params)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lopt_jax import benchmark, cli
@@ -71,3 +73,25 @@ def test_benchmark_takes_every_backend_that_an_optimizer_has(capsys):
     assert [re.findall("mlp: (.*?) on (.*?) ", line) for line in told] == [
         [("velo", "pallas")], [("optax.adamw", "xla")],
     ]  # fmt: skip
+
+
+def test_benchmark_of_matrices():
+    """Each has a row; embeddings and heads are AdamW's, and Muon has the other matrices."""
+    updated = {"wte": (20, 8), "qkv_w": (8, 24), "patches_w": (2, 2, 3, 8), "norm": (8,)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in updated.items()}
+    for name in ("celo2", "celo2_base", "elo_celo2", "optax.contrib.muon"):
+        tx = benchmark.OPTIMIZERS[name].make("xla")
+        state = jax.eval_shape(tx.init, params)
+        updates, _ = jax.eval_shape(
+            lambda g, s, p, tx=tx: tx.update(g, s, p), params, state, params
+        )
+        assert {k: x.shape for k, x in updates.items()} == updated
+    momentum = state.inner_states["muon"].inner_state[0].mu
+    assert {k for k, x in momentum.items() if hasattr(x, "shape")} == {"qkv_w", "patches_w"}
+    by_adamw = lambda model: {  # noqa: E731
+        name
+        for name in benchmark.MODELS[model]()
+        if benchmark.label((jax.tree_util.DictKey(name),), None) == "adamw"
+    }
+    assert by_adamw("gpt2_355m") == {"wte", "wpe"}
+    assert by_adamw("vit_b16") == {"cls", "positions", "head_w", "head_b"}

@@ -273,3 +273,16 @@ def test_recipes_of_papers_trace(name):
 def test_wrong_settings_of_recipes(setting, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIGS["tiny"], **setting)
+
+
+def test_one_scale_a_problem_over_six_decades():
+    config = CONFIGS["celo2_paper"]
+    task = Trainer(dataclasses.replace(config, tasks=("teacher_regression",))).tasks[0]
+    sample = jax.jit(jax.vmap(lambda key: task.sample(key).scales))
+    first, *others = jax.tree.leaves(sample(jax.random.split(jax.random.key(0), 2000)))
+    for scales in others:
+        np.testing.assert_array_equal(scales, first)
+    decades = np.log10(first)
+    assert -3 <= decades.min() < -2.9 < 2.9 < decades.max() <= 3
+    assert np.mean(decades) == pytest.approx(0, abs=0.15)
+    assert np.std(decades) == pytest.approx(6 / np.sqrt(12), rel=0.05)

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,19 @@ def test_resume_is_bitwise_the_uninterrupted_run(tmp_path, whole):
     assert_same(second.meta_parameters, whole.meta_parameters)
     assert [r.step for r in second.history] == [3, 6, 7, 9, 12]
     assert second.history[-1].loss == whole.history[-1].loss
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_stored_states_and_the_expert(tmp_path):
+    config = dataclasses.replace(
+        TINY, num_pairs=2, resume=0.9, expert="sgdm", expert_steps=(2, 8), outer_steps=9
+    )
+    first = Trainer(config).train(tmp_path)
+    # The newest checkpoint is of the end; one of the way there goes on to the same.
+    shutil.rmtree(tmp_path / "checkpoints" / "9")
+    second = Trainer(config).train(tmp_path, resume=True)
+    assert second.finished
+    assert_same(second.meta_parameters, first.meta_parameters)
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):

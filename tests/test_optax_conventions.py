@@ -609,7 +609,7 @@ def test_leaves_that_are_no_real_numbers_are_named(name, params):
     with pytest.raises(TypeError, match=r"params: .* complex64 in the leaf \['w'\]"):
         tx.init(params | {"w": params["w"] + 1j})
     with pytest.raises(TypeError, match=r"params: .* str in the leaf \['w'\]"):
-        tx.init(params | {"w": "a"})
+        tx.init(params | {"w": "text"})
 
 
 @every_optimizer
@@ -712,8 +712,9 @@ def test_accumulator_dtype(name, params):
     state = tx.init(params)
     dtypes = lambda state: jax.tree.map(lambda x: x.dtype, state)  # noqa: E731
     at_first = dtypes(state)
-    of_first = {x.dtype for x in jax.tree.leaves(state.accumulators.momentum[0])}
-    assert of_first == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state.accumulators.momentum[0])} == {
+        jnp.dtype("bfloat16")
+    }
     for _ in range(2):
         updates, state = tx.update(gradients_of(params), state, params, value=LOSS)
         assert dtypes(state) == at_first

@@ -80,9 +80,9 @@ def test_each_way_to_name_axes(metadata):
 
 
 def test_checkpoint_of_nnx_optimizer(tmp_path):
-    with jax.set_mesh(mesh_of()), ocp.StandardCheckpointer() as checkpointer:
-        optimizer = optimizer_of("small_fc_lopt", out_sharding=("model", None))
-        state = nnx.state(optimizer)
+    with jax.set_mesh(mesh_of()):
+        state = nnx.state(optimizer_of("small_fc_lopt", out_sharding=("model", None)))
+    with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)

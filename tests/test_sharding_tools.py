@@ -319,6 +319,24 @@ def test_distributed_chain(small_limits):
         np.testing.assert_allclose(updates[key], want, atol=2e-6 * scale)
 
 
+def test_distributed_passes_over_what_has_no_gradient():
+    """Frozen parameters, PRNG keys and integers, as the optimizer does alone."""
+    params = {"w": jnp.ones((8, 4)), "frozen": jnp.ones((8, 4)), "count": jnp.arange(3)}
+    params |= {"key": jax.random.key(0)}
+    gradients = {"w": params["w"], "frozen": None, "key": None}
+    gradients["count"] = np.zeros((3,), jax.dtypes.float0)
+    tx = sharding.distributed(small_fc(), "data")
+    run = jax.shard_map(
+        lambda p, g: tx.update(g, tx.init(p), p)[0],
+        mesh=mesh_of(8),
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    updates = jax.eval_shape(run, params, gradients)
+    assert {name for name, update in updates.items() if update is not None} == {"w"}
+
+
 def test_distributed_refuses_what_shards_would_make_wrong():
     tx = optax.chain(optax.clip_by_global_norm(1.0), small_fc())
     with pytest.raises(NotImplementedError, match=r"reduce_sum.*clip_by_global_norm"):

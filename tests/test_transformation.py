@@ -18,6 +18,7 @@ LOSS = jnp.float32(1.5)
 OTHERS = {
     "clipped": functools.partial(optimizers.make, "elo", max_gradient_norm=1.0),
     "accumulating": functools.partial(optimizers.make, "velo", gradient_accumulation=2),
+    "lopt": lambda: lopt_jax.lopt(20, optimizers.weights("celo2")),
     "packed": lambda: lopt_jax.packed(optimizers.plain("velo")),
     "arrays": functools.partial(
         optimizers.make,
@@ -188,7 +189,7 @@ def test_what_has_no_gradient_keeps_its_value(name, step):
         assert not np.array_equal(new[key], params[key])
 
 
-@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "packed"])
+@pytest.mark.parametrize("name", [*optimizers.OPTIMIZERS, "lopt", "packed"])
 def test_a_key_with_a_gradient_is_named(name):
     params, tx = {"key": jax.random.key(0)}, make(name)
     state = jax.eval_shape(tx.init, params)

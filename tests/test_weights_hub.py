@@ -69,9 +69,10 @@ def test_wrong_arguments(server):
     assert not server.log
 
 
-def test_offline(server, monkeypatch):
-    monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
-    with pytest.raises(WeightsError, match=r"hf://owner/repo.*LOPT_JAX_OFFLINE"):
+@pytest.mark.parametrize("variable", ["LOPT_JAX_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline(server, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(WeightsError, match=rf"hf://owner/repo.*{variable}"):
         push_to_hub(described(), "owner/repo", token="hf_test")
     assert not server.log
 

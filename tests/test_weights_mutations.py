@@ -108,10 +108,10 @@ def single_files():
     for folder in ("original_checkpoint", "original_checkpoint_no_config"):
         (file,) = (FIXTURES / folder).glob("params*")
         yield file.name, file.read_bytes(), None
-    for name, architecture in (("elo", "elo"), ("mulo", "mulo"), ("celo2_adamw", None)):
+    for name, architecture in (("elo", "elo"), ("mulo", "mulo"), ("celo2_adamw", "celo2")):
         yield name, (FIXTURES / name / "model.safetensors").read_bytes(), architecture
     for protocol in (2, 4, 5):
-        yield f"pickle {protocol}", as_pickle("small_fc_lopt_h4", protocol), None
+        yield f"pickle {protocol}", as_pickle("small_fc_lopt_h4", protocol), "mulo"
 
 
 CASES = {name: (data, architecture) for name, data, architecture in single_files()}
@@ -287,10 +287,10 @@ def test_numbers_of_many_digits(write):
     layers = theta["nn"]["~"]
     long_name = "w0__" + "1" * 5000
     damaged = write({**theta, "nn": {"~": {**layers, long_name: layers["w0"]}}})
-    assert not outcome(lambda: convert_bundle(Bundle("hostile", damaged)))
+    assert not outcome(lambda: convert_bundle(Bundle("hostile", damaged), "small_fc_lopt"))
     if write is pickle.dumps:  # msgpack has no larger numbers than 64 bits
         damaged = write({"params": theta, "gen_id": 10**5000, "step": 3})
-        weights = convert_bundle(Bundle("hostile", damaged))
+        weights = convert_bundle(Bundle("hostile", damaged), "small_fc_lopt")
         assert (weights.metadata["gen_id"], weights.metadata["step"]) == ("a int", "3")
 
 

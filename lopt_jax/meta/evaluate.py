@@ -34,9 +34,9 @@ from lopt_jax.weights import Weights
 
 HORIZONS = (200, 1000, 5000)
 POINTS = 40  # measurements a run; divides every horizon
-# Inner steps a second over all held-out tasks and optimizers, compilation included: 38 million in
-# 1,506 s of an H200 for the records of the documentation, and on two CPU cores. Just enough to tell
-# minutes from hours before anything was measured.
+# Inner steps a second over all held-out tasks and optimizers, compilation included. An H200 made 38
+# million in 1,506 s for the records of the documentation; for CPUs it is a guess from three tasks.
+# It is to tell minutes from hours before anything was measured.
 _STEPS_A_SECOND = {"gpu": 25_000.0, "cpu": 500.0}
 _EXAMPLES = 512  # of each split a measurement
 
@@ -102,18 +102,23 @@ def baselines() -> dict[str, Contender]:
 
 
 def learned(name: str, weights: Weights) -> Contender:
-    """A learned optimizer as it comes: the learning rate and weight decay that its card names."""
+    """A learned optimizer as it comes: with the learning rate and weight decay that its card names.
+
+    And with the further arguments (`rule_options`) that it was meta-trained with.
+    """
     recommended = weights.metadata.get("recommended", {})
     trained = weights.metadata.get("meta_training", {})
     peak = float(recommended.get("learning_rate", trained.get("learning_rate_peak", 1.0)))
     decay = float(recommended.get("weight_decay", trained.get("weight_decay", 0.0)))
-    rule = make_rule(weights.architecture, weights.config, weight_decay=decay)
+    options = dict(trained.get("rule_options", ()))
+    rule = make_rule(weights.architecture, weights.config, weight_decay=decay, options=options)
 
     def build(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
         return rule(weights.params, steps, lambda step: rate * cosine_schedule(steps)(step))
 
     parts = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights.params)]
-    parts.append(repr((dict(weights.config), decay)).encode())
+    settings = (dict(weights.config), decay) + ((options,) if options else ())
+    parts.append(repr(settings).encode())
     return Contender(name, build, (peak,), digest=hashlib.sha256(b"".join(parts)).hexdigest()[:16])
 
 
@@ -305,18 +310,16 @@ def run_curves(
         best = float(np.nanmin(np.where(np.isfinite(final), final, np.inf)))
         say(
             f"{name} {contender.name}: validation loss {best:.4g} at {horizons[-1]} steps "
-            f"({time.perf_counter() - start:.1f} s)"
+            f"({time.perf_counter() - start:.1f} s){progress()}"
         )
 
-    def say_what_is_left() -> None:
-        """By what is done and how long that took; other processes may do some of it."""
+    def progress() -> str:
+        """What is left, by what is done and how long that took; others may do some of it."""
         left = list(missing())
         steps = sum(sum(runs(item)) for item in left)
-        done = all_steps - steps
-        if left and done:
-            seconds = (time.perf_counter() - began) * steps / done
-            say(f"{len(all_items) - len(left)} of {len(all_items)}, "
-                f"about {describe_duration(seconds)} left")  # fmt: skip
+        seconds = (time.perf_counter() - began) * steps / max(all_steps - steps, 1)
+        rest = f", about {describe_duration(seconds)} left" if left else ""
+        return f"; {len(all_items) - len(left)} of {len(all_items)}{rest}"
 
     def missing() -> Iterator[tuple[str, Contender]]:
         for contender in contenders:
@@ -347,7 +350,6 @@ def run_curves(
             finally:
                 if prepared is not None:
                     _release(prepared.claim)
-            say_what_is_left()
     if failed:
         raise next(iter(failed.values()))
     return {

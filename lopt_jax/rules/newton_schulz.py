@@ -1,9 +1,7 @@
 """Newton-Schulz: nearly orthogonal matrices with the singular vectors of given ones, by products.
 
-An iteration is x -> a x + b g x + c g g x for g = x x': every singular value s becomes
-a s + b s^3 + c s^5. With k = b / a and w = g + (c / b) g g it is x -> a (x + k w x). The factor a
-is left for the end, so all that happens between is three products, each with an array of its own
-size added: GPUs' libraries do such a thing in one kernel.
+An iteration is x -> (a + b g + c g g) x for g = x x': every singular value s becomes
+a s + b s^3 + c s^5.
 
 Where rows are few, several iterations are taken on the Gram matrix g alone (rows x rows), and their
 factors multiplied, before the whole matrix is touched. After every second one g is made anew: what
@@ -12,16 +10,17 @@ bound.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lopt_jax.context import device, platform
 from lopt_jax.rule import product_precision
 
-Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each iteration, b not zero
+Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each iteration, c not zero
 Form = Literal["auto", "matrix", "gram"]
 
 PRECISIONS = ("auto", "bfloat16", "default", "high", "highest")
@@ -39,6 +38,7 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 _EPSILON = 1e-8  # added to the norm
+_CONSTANT_DIAGONAL = 256  # rows of at most so large a matrix as a constant of the program
 _ON_GRAM = 2  # iterations on one Gram matrix
 _TENSOR_CORES = 8.0  # the least CUDA compute capability whose matrix units take bfloat16
 
@@ -104,10 +104,11 @@ def newton_schulz(
     y = x / (norm + _EPSILON)
     if in_bfloat16:
         y = y.astype(jnp.bfloat16)
-    scale, of_iteration = 1.0, iter(coefficients)
+    first = 0
     for steps in blocks:
-        y, scale = _iterations(y, scale, of_iteration, steps, chosen)
-    return scale * y.astype(x.dtype)
+        y = _iterations(y, coefficients[first : first + steps], chosen)
+        first += steps
+    return y.astype(x.dtype)
 
 
 def check_precision(precision: Any) -> str:
@@ -151,52 +152,38 @@ def operations(short: int, long: int, blocks: Sequence[int]) -> int:
     return sum(2 * whole + (4 * steps - 3) * short**3 for steps in blocks)
 
 
-def _iterations(
-    y: jax.Array, scale: float, coefficients: Iterator[Any], steps: int, precision: str
-) -> tuple[jax.Array, float]:
-    """Some iterations on one Gram matrix.
-
-    Args:
-      y: (..., m, n); the matrix is scale * y.
-      scale: the product of the coefficients a so far.
-      coefficients: the next ones.
-      steps: how many.
-      precision: of the products; not "auto".
-
-    Returns:
-      The new y and scale.
-    """
+def _iterations(y: jax.Array, coefficients: Coefficients, precision: str) -> jax.Array:
+    """Some iterations on matrices (..., m, n), on one Gram matrix; the precision is not "auto"."""
+    product = functools.partial(_product, precision)
     rows_are_short = y.shape[-2] <= y.shape[-1]
     transposed = jnp.swapaxes(y, -2, -1)
-    pair = (y, transposed) if rows_are_short else (transposed, y)
-    add = functools.partial(_multiply_add, precision)
-    gram = add(None, 1.0, *pair)
-    total: Any = None  # what the iterations so far multiply the matrix by; None: nothing yet
-    for step in range(steps):
-        a, b, c = next(coefficients)
-        w = add(gram, c * scale**2 / b, gram, gram)
-        k = b * scale**2 / a
-        scale *= a
-        if steps == 1:
-            return (add(y, k, w, y) if rows_are_short else add(y, k, y, w)), scale
-        if step + 1 < steps:
-            factor = (jnp.eye(w.shape[-1], dtype=jnp.float32) + k * w).astype(w.dtype)
-            gram = add(None, 1.0, factor, add(None, 1.0, gram, factor))
-            total = factor if total is None else add(None, 1.0, factor, total)
-        else:
-            total = add(total, k, w, total)
-    return add(None, 1.0, *((total, y) if rows_are_short else (y, total))), scale
+    gram = product(y, transposed) if rows_are_short else product(transposed, y)
+    total: Any = None  # what the iterations so far multiply the matrix by
+    for left, of_iteration in zip(reversed(range(len(coefficients))), coefficients, strict=True):
+        factor = _factor(gram, of_iteration, precision)
+        total = factor if total is None else product(factor, total)
+        if left:
+            gram = product(factor, product(gram, factor))
+    return product(total, y) if rows_are_short else product(y, total)
 
 
-def _multiply_add(
-    precision: str, c: jax.Array | None, factor: float, a: jax.Array, b: jax.Array
-) -> jax.Array:
-    """A product a b in the dtype of a, times the factor and added to c where there is a c."""
+def _factor(gram: jax.Array, coefficients: tuple[float, float, float], precision: str) -> jax.Array:
+    """The polynomial a + b g + c g g of matrices (..., m, m), in their dtype."""
+    a, b, c = coefficients
+    size = gram.shape[-1]
+    if precision == "bfloat16":  # in float32, and rounded once: one kernel beside the product's
+        square = jnp.matmul(gram, gram, preferred_element_type=jnp.float32)
+        diagonal = jnp.eye(size, dtype=jnp.float32)
+        return (a * diagonal + b * gram + c * square).astype(gram.dtype)
+    # The square completed, it is a product with a number added to the diagonal before and after.
+    # Where that is a constant, not made of an iota, XLA's GPU backend takes it into the products.
+    diagonal = (np if size <= _CONSTANT_DIAGONAL else jnp).eye(size, dtype=gram.dtype)
+    shifted = gram + diagonal * (b / (2 * c))
+    return c * _product(precision, shifted, shifted) + diagonal * (a - b * b / (4 * c))
+
+
+def _product(precision: str, a: jax.Array, b: jax.Array) -> jax.Array:
     if precision == "bfloat16":
-        if c is None:  # written as it is needed: half of the bytes
-            return jnp.matmul(a, b)
-        product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-        return (c + factor * product).astype(a.dtype)
+        return jnp.matmul(a, b)  # summed in float32, written as it is read: half of the bytes
     of_product = product_precision(jax.lax.Precision(precision), a.dtype)
-    product = jnp.matmul(a, b, precision=of_product)
-    return product if c is None else c + factor * product
+    return jnp.matmul(a, b, precision=of_product)

@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import importlib.util
 import json
+import logging
 import os
 import re
 import sys
@@ -35,6 +36,8 @@ from lopt_jax.weights.sources import (
     scheme_of,
 )
 from lopt_jax.weights.store import DESCRIPTION, PARAMS
+
+logger = logging.getLogger("lopt_jax")
 
 _TIMEOUT = 30.0  # seconds without a byte
 _BLOCK = 1 << 20
@@ -311,6 +314,7 @@ def download(
             _check_digest(address, "git blob", git_blob, _git_blob(part.read_bytes()))
         os.replace(part, target)
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        logger.info("fetched %s, revision %s, sha256 %s", url, revision or "unknown", digest)
         return Fetched(url, revision, digest, date)
     except WeightsError:
         raise
