@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import lopt_jax
 from lopt_jax import sharding
 
 SPECS = {"bias": P("data"), "query": {"kernel": P("data", "model", None)}}
@@ -58,3 +59,34 @@ def test_distributed(monkeypatch):
     updates, state = step(gradients, state, params)
     check(updates)
     assert state.accumulators.momentum[0]["query"]["kernel"].sharding.spec[0] == "data"
+
+
+def test_lopt_split_by_jit():
+    """A leaf of every role; new parameters are those of one device."""
+    specs = {
+        "embed": {"embedding": P("data", "model")},
+        "head": {"kernel": P("model", "data")},
+        "mlp": {"bias": P("data"), "kernel": P("data", "model")},
+        "norm": {"scale": P("data")},
+    }
+    shapes = {
+        "embed": {"embedding": np.zeros((16, 8))},
+        "head": {"kernel": np.zeros((8, 16))},
+        "mlp": {"bias": np.zeros(8), "kernel": np.zeros((8, 12))},
+        "norm": {"scale": np.zeros(8)},
+    }
+    start = optimizers.random_like(jax.tree.map(np.float32, shapes), 0)
+    gradients = optimizers.random_like(start, 1)
+    tx = lopt_jax.lopt(10)
+
+    @jax.jit
+    def first_step(params, gradients):
+        return lopt_jax.update_params(tx, gradients, tx.init(params), params)[0]
+
+    expected = first_step(start, gradients)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    with jax.set_mesh(mesh):
+        got = first_step(*jax.device_put((start, gradients), (shardings, shardings)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
