@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test test-slow test-oldest lint clean
 
-demo: $(STAMP)  ## train a Flax model on handwritten digits with a learned optimizer, against Adam
+demo: $(STAMP)  ## `lopt` against AdamW and Muon at five rates each, on two small trainings
 	$(VENV)/bin/python examples/quickstart.py
 
 # Three runs: many small programs, compiled quickly; values against the references, compiled as

@@ -64,14 +64,14 @@ Training = namedtuple("Training", "name model train test draw steps")
 def digits(steps):
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
-    x, test_x, y, test_y = train_test_split(images, labels, test_size=0.2, random_state=0)
+    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    train, test = parts[::2], parts[1::2]
 
     def draw(key, data):
         rows = jax.random.randint(key, (128,), 0, len(data[0]))
         return data[0][rows], data[1][rows]
 
-    train = tuple(map(jnp.asarray, (x, y)))
-    return Training("digits", Mlp(), train, (test_x, test_y), draw, steps)
+    return Training("digits", Mlp(), train, test, draw, steps)
 
 
 def sources(steps):
