@@ -41,7 +41,8 @@ def celo2(
     too, as in the reference; without gradient (None) it stays.
 
     Args:
-      learning_rate: multiplies the step; a number or an optax schedule.
+      learning_rate: multiplies the step; a number or an optax schedule. The best one falls like one
+        over the root of the width; `lopt` does that by itself.
       weights: a registered name, a path to a checkpoint, or `Weights`. What they
         recommend is in their metadata, and is logged where rate and decay are left at the defaults.
       label_fn: from the path and the leaf to "learned" or "adamw": leaves of rank two and more
