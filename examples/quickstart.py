@@ -123,7 +123,7 @@ def muon(rate, steps):
 OPTIMIZERS = {  # with the rates that are tried
     "lopt": (lambda rate, steps: lopt_jax.lopt(steps, learning_rate=rate), (1.0,)),
     "adamw": (adamw, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-    "muon": (muon, (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)),
+    "muon": (muon, (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)),
 }
 
 
