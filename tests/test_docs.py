@@ -17,9 +17,9 @@ def code_blocks(text):
 
 
 def test_example_of_the_readme():
-    """It runs as it is printed, has ten lines, and trains."""
+    """It runs as it is printed, is short, and trains."""
     (example,) = code_blocks((ROOT / "README.md").read_text())
-    assert len([line for line in example.splitlines() if line]) == 10
+    assert len([line for line in example.splitlines() if line]) <= 10
     names = {}
     exec(compile(example, "README.md", "exec"), names)
     start = names["loss_fn"]({"w": jnp.ones((8, 4)), "b": jnp.zeros((4,))}, jnp.ones((2, 8)))
