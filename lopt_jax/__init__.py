@@ -11,6 +11,7 @@ from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
 from lopt_jax.optimizers.elo import elo
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.learnable import learnable_adam, learnable_sgd, learnable_sgdm
 from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
@@ -64,6 +65,9 @@ __all__ = [
     "elo_celo2",
     "export_weights",
     "flax",
+    "learnable_adam",
+    "learnable_sgd",
+    "learnable_sgdm",
     "list_weights",
     "load_weights",
     "lopt",

@@ -118,6 +118,10 @@ def _mulo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return lopt_jax.mulo(multipliers, weights(name, "mulo"), weight_decay=decay, **options)
 
 
+def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return getattr(lopt_jax, name)(weights(name), **options)
+
+
 _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "small_fc_lopt_h4": _small_fc,
     "small_fc_lopt_h32": _small_fc,
@@ -133,6 +137,10 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "elo": _pylo,
     "elo_celo2": _pylo,
     "mulo": _mulo,
+    "learnable_sgd": _plain,
+    "learnable_sgdm": _plain,
+    "learnable_adam": _plain,
+    "velo_s": _velo,
 }
 NAMES = tuple(_OPTIMIZERS)
 

@@ -32,11 +32,12 @@ REAL = next(
 THETA = sorted(path.parent.name for path in FIXTURES.glob("*/theta.state"))
 ARCHITECTURES = {"small_fc_lopt_h4": "small_fc_lopt", "small_fc_lopt_h32": "small_fc_lopt"}
 ARCHITECTURES |= {"celo2": "celo2", "celo2_base": "celo2"}
+ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
 
 
 def canonical(theta):
     """The canonical tree of an original one, written down once more from the layout's text."""
-    tree = {}
+    tree = dict(theta) if "log_lr" in theta else {}
     if "nn" in theta:
         tree["mlp"] = dict(theta["nn"]["~"])
     if "ff_mod_stack" in theta:

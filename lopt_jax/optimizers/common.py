@@ -221,12 +221,12 @@ class Options:
 
         Where decays are learned, their initial values count.
         """
-        momenta = config["initial_momentum_decays"]
+        momenta = config.get("initial_momentum_decays", ())
         factored = config.get("initial_adafactor_decays", ())
         squares = functools.partial(stored_dtype, self.accumulator_dtype, are_squares=True)
         return Accumulators(
             momentum=tuple(stored_dtype(self.accumulator_dtype, (d,), False) for d in momenta),
-            second_moment=squares(config["initial_rms_decays"]),
+            second_moment=squares(config.get("initial_rms_decays", ())),
             row=squares(factored),
             column=squares(factored),
         )

@@ -1,8 +1,8 @@
 """Trees of the original code (google/learned_optimization, amoudgl/celo) to the canonical layout.
 
-References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py) and of HyperV2
-(research/general_lopt/hyper_v2.py) in google/learned_optimization; celo/optimizers/*.py in
-amoudgl/celo.
+References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py), of LearnableSGD and its
+like (learned_optimizers/base.py) and of HyperV2 (research/general_lopt/hyper_v2.py) in
+google/learned_optimization; celo/optimizers/*.py in amoudgl/celo.
 """
 
 from __future__ import annotations
@@ -65,6 +65,9 @@ GIN_CLASSES = {
     "Celo": "celo",
     "Celo2": "celo2",
     "Celo2Base": "celo2",
+    "LearnableSGD": "learnable_sgd",
+    "LearnableSGDM": "learnable_sgdm",
+    "LearnableAdam": "learnable_adam",
 }
 _GIN_KEYS = {
     "ff_hidden_size": "hidden_size",
@@ -185,9 +188,11 @@ def convert_original(tree: Any, source: object) -> Converted:
     if "ff_mod_stack" in tree:
         mlp = _mlp(tree["ff_mod_stack"], source)
         return Converted("celo2", {"mlp": mlp}, {}, ("elo_celo2",), notes)
+    if "log_lr" in tree:
+        return Converted(_learnable_of(tree), dict(tree), {}, (), notes)
     raise weights_error(
         source,
-        expected="meta-parameters with 'nn', 'ff_mod_stack' or 'rnn_params'",
+        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params' or 'log_lr'",
         found=f"the keys {brief(sorted(tree))}",
     )
 
@@ -208,6 +213,12 @@ def scale_banks(converted: Converted, multiplier: Any, source: object) -> Conver
     mlp = {key: np.asarray(value) * scale for key, value in converted.params["mlp"].items()}
     notes = {**converted.notes, MULTIPLIER_KEY: float(multiplier)}
     return dataclasses.replace(converted, params={**converted.params, "mlp": mlp}, notes=notes)
+
+
+def _learnable_of(tree: Mapping[str, Any]) -> str:
+    if "one_minus_momentum" in tree:
+        return "learnable_sgdm"
+    return "learnable_adam" if "log_epsilon" in tree else "learnable_sgd"
 
 
 def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: object) -> Converted:

@@ -113,6 +113,10 @@ def _celo2(config: Config) -> dict[str, Any]:
     return {"mlp": _mlp(config, HYPER_INPUTS, 3)}
 
 
+def _scalars(*names: str) -> Callable[[Config], dict[str, Any]]:
+    return lambda config: dict.fromkeys(names, ())
+
+
 _SMALL_FC_DEFAULTS = {
     "hidden_size": 32,
     "hidden_layers": 2,
@@ -153,6 +157,10 @@ _CELO2_DEFAULTS = {
     "initial_rms_decays": (0.95,),
 }
 
+# What the original starts meta-training from; it decides which dtypes can hold the averages.
+_LEARNABLE_SGDM_DEFAULTS = {"initial_momentum_decays": (0.9,)}
+_LEARNABLE_ADAM_DEFAULTS = {**_LEARNABLE_SGDM_DEFAULTS, "initial_rms_decays": (0.999,)}
+
 _MLP_SIZES = ("hidden_size", "hidden_layers")
 _HYPER_SIZES = (*_MLP_SIZES, "lstm_hidden_size", "param_inits")
 
@@ -167,6 +175,19 @@ SCHEMAS: dict[str, Schema] = {
         ("celo_adam", _CELO_ADAM_DEFAULTS, _celo_adam, ("lstm_hidden_size",)),
         ("celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
         ("elo_celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
+        ("learnable_sgd", {}, _scalars("log_lr"), ()),
+        (
+            "learnable_sgdm",
+            _LEARNABLE_SGDM_DEFAULTS,
+            _scalars("log_lr", "one_minus_momentum"),
+            (),
+        ),
+        (
+            "learnable_adam",
+            _LEARNABLE_ADAM_DEFAULTS,
+            _scalars("log_lr", "one_minus_beta1", "one_minus_beta2", "log_epsilon"),
+            (),
+        ),
     )
 }
 
