@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lopt_jax import diagnostics, mup, plot, weights
 from lopt_jax.applying import update_params
 from lopt_jax.describe import describe
+from lopt_jax.optimizers.adafac_mlp_lopt import adafac_mlp_lopt
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
@@ -54,6 +55,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "__version__",
+    "adafac_mlp_lopt",
     "celo",
     "celo2",
     "celo2_base",

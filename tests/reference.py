@@ -118,6 +118,12 @@ def _mulo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return lopt_jax.mulo(multipliers, weights(name, "mulo"), weight_decay=decay, **options)
 
 
+def _adafac(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    settings = config(name)["kwargs"]
+    given = weights(name, exp_mult=settings["exp_mult"], step_mult=settings["step_mult"])
+    return lopt_jax.adafac_mlp_lopt(given, **options)
+
+
 def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return getattr(lopt_jax, name)(weights(name), **options)
 
@@ -141,6 +147,8 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "learnable_sgdm": _plain,
     "learnable_adam": _plain,
     "velo_s": _velo,
+    "adafac_mlp_lopt": _adafac,
+    "adafac_mlp_lopt_separate_weights": _adafac,
 }
 NAMES = tuple(_OPTIMIZERS)
 

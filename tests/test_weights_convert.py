@@ -32,7 +32,21 @@ REAL = next(
 THETA = sorted(path.parent.name for path in FIXTURES.glob("*/theta.state"))
 ARCHITECTURES = {"small_fc_lopt_h4": "small_fc_lopt", "small_fc_lopt_h32": "small_fc_lopt"}
 ARCHITECTURES |= {"celo2": "celo2", "celo2_base": "celo2"}
+ARCHITECTURES |= dict.fromkeys(
+    ("adafac_mlp_lopt", "adafac_mlp_lopt_separate_weights"), "small_fc_lopt"
+)
 ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
+
+
+def of_scalars(layers):
+    """The three layers of 39, 3, 3 and 2 whose every weight is a scalar."""
+    tree = {}
+    for i, (inputs, outputs) in enumerate(((39, 3), (3, 3), (3, 2))):
+        rows = [[layers.pop(f"w{i}_{j}_{k}") for k in range(outputs)] for j in range(inputs)]
+        tree[f"w{i}"] = np.stack([np.stack(row) for row in rows])
+        tree[f"b{i}"] = np.stack([layers.pop(f"b{i}_{k}") for k in range(outputs)])
+    assert not layers
+    return tree
 
 
 def canonical(theta):
@@ -40,6 +54,8 @@ def canonical(theta):
     tree = dict(theta) if "log_lr" in theta else {}
     if "nn" in theta:
         tree["mlp"] = dict(theta["nn"]["~"])
+        if "w0_0_0" in tree["mlp"]:  # make_separate_weights
+            tree["mlp"] = of_scalars(tree["mlp"])
     if "ff_mod_stack" in theta:
         stack = theta["ff_mod_stack"]["~"]
         groups = [stack[f"w0__{index}"] for index in range(14)]
@@ -117,6 +133,16 @@ def test_explicit_config_wins():
         convert_weights(folder, config={"param_inits": 8})
     with pytest.raises(WeightsError, match="no_such"):
         convert_weights(folder, config={"no_such": 8})
+
+
+@pytest.mark.parametrize("key", ["w0_38_2", "b1_0", "w1_0_0"])
+def test_a_weight_that_is_missing_among_scalars_is_noticed(key, tmp_path):
+    file = FIXTURES / "adafac_mlp_lopt_separate_weights" / "theta.state"
+    theta = msgpack_restore(file.read_bytes())
+    del theta["nn"]["~"][key]
+    (tmp_path / "theta.state").write_bytes(msgpack_serialize(theta))
+    with pytest.raises(WeightsError, match=f"a scalar for every place of {key[:2]}"):
+        convert_weights(tmp_path)
 
 
 def test_interpolation_multiplier_is_folded_into_the_banks():

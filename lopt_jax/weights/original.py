@@ -8,6 +8,7 @@ google/learned_optimization; celo/optimizers/*.py in amoudgl/celo.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -289,6 +290,7 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
         tree = module if isinstance(module, Mapping) else tree
     if not isinstance(tree, Mapping):
         raise weights_error(source, expected="the layers of an MLP", found=type(tree).__name__)
+    tree = _assembled(tree, source)
     layers = {
         key: value for key, value in tree.items() if not re.fullmatch(r"w0__\d{1,4}", str(key))
     }
@@ -301,6 +303,31 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
                 source, expected="w0__0, w0__1, ... without a gap", found=brief(groups)
             )
         layers["w0"] = joined(parts, source)
+    return layers
+
+
+def _assembled(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Joins layers whose weights are scalars of their own: w0_3_1 is w0[3, 1], b0_1 is b0[1]."""
+    layers: dict[str, Any] = {}
+    scalars: dict[str, dict[tuple[int, ...], Any]] = {}
+    for key, value in tree.items():
+        match = re.fullmatch(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})", str(key))
+        if match is None:
+            layers[key] = value
+        else:
+            place = tuple(map(int, match[2][1:].split("_")))
+            scalars.setdefault(match[1], {})[place] = value
+    for name, by_place in scalars.items():
+        rank = 2 if name.startswith("w") else 1
+        complete = all(len(place) == rank and np.ndim(x) == 0 for place, x in by_place.items())
+        shape = [max(axis) + 1 for axis in zip(*by_place, strict=False)]
+        if not complete or len(by_place) != math.prod(shape) or name in layers:
+            raise weights_error(
+                source,
+                expected=f"a scalar for every place of {name}",
+                found=f"{len(by_place)} scalars, up to the place {brief(max(by_place))}",
+            )
+        layers[name] = np.array([by_place[place] for place in sorted(by_place)]).reshape(shape)
     return layers
 
 
