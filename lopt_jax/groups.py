@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.accumulators import (
+    Accumulators,
+    FactoredDims,
+    each_second_moment,
+    factored_dims,
+    factored_shapes,
+    second_moments,
+)
 from lopt_jax.context import LARGEST_INDEX, platform
 from lopt_jax.partition import (
     BATCH,
@@ -129,7 +136,7 @@ class GroupDims(NamedTuple):
         """The accumulators."""
         return Accumulators(
             momentum=tuple(self.elementwise for _ in tree.momentum),
-            second_moment=self.elementwise,
+            second_moment=each_second_moment(lambda _: self.elementwise, tree.second_moment),
             row=self.row,
             column=self.column,
         )
@@ -277,7 +284,7 @@ def gather(
         parameter=elementwise(params),
         accumulators=Accumulators(
             momentum=tuple(elementwise(m) for m in accumulators.momentum),
-            second_moment=elementwise(accumulators.second_moment),
+            second_moment=each_second_moment(elementwise, accumulators.second_moment),
             row=factored(accumulators.row, 0),
             column=factored(accumulators.column, 1),
         ),
@@ -303,7 +310,8 @@ def scatter(
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
     old, (of_update, of_state) = out.accumulators, takers
-    elementwise = [(accumulators.second_moment, old.second_moment)]
+    moments = (accumulators.second_moment, old.second_moment)
+    elementwise = list(zip(*map(second_moments, moments), strict=True))
     elementwise += zip(accumulators.momentum, old.momentum, strict=True)
     factored = [(accumulators.row, old.row)]
     if group.dims is not None:

@@ -336,7 +336,8 @@ def operands_after(
     """
     gradient = prepare_gradient(rule, gradient)
     wide = lambda x: x.astype(gradient.dtype)  # noqa: E731
-    if accumulators.second_moment.dtype == jnp.float64:
+    averages = (accumulators.second_moment, accumulators.momentum)
+    if jax.tree.leaves(averages)[0].dtype == jnp.float64:
         gradient = gradient.astype(jnp.float64)
     if dims is None:
         row = update_factored(wide(accumulators.row), jnp.square(gradient), decays.factored)
@@ -350,7 +351,7 @@ def operands_after(
         gradient,
         wide(parameter),
         tuple(map(wide, accumulators.momentum)),
-        wide(accumulators.second_moment),
+        jax.tree.map(wide, accumulators.second_moment),
         decays,
         vectors,
     )
@@ -361,7 +362,7 @@ def element_operands(
     gradient: jax.Array,
     parameter: jax.Array,
     momentum: Sequence[jax.Array],
-    second_moment: jax.Array,
+    second_moment: Any,
     decays: Decays,
     vectors: "FactoredVectors",
 ) -> Operands:
@@ -371,7 +372,7 @@ def element_operands(
       gradient: S, of `prepare_gradient`.
       parameter: S, in the gradient's dtype, as the following two.
       momentum: S each, before this step.
-      second_moment: S, before this step.
+      second_moment: S, or `SecondMoments` of them, before this step.
       decays: decay rates.
       vectors: after this step; they broadcast against S.
 
@@ -385,7 +386,11 @@ def element_operands(
             update_momentum(m, gradient, decay)
             for m, decay in zip(momentum, decays.momentum, strict=True)
         ),
-        second_moment=update_second_moment(second_moment, gradient, decays.second_moment),
+        second_moment=jax.tree.map(
+            lambda v, decay: update_second_moment(v, gradient, decay),
+            second_moment,
+            decays.second_moment,
+        ),
         row=vectors.row,
         column=vectors.column,
         row_factor=vectors.row_factor,

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.accumulators import (
+    Accumulators,
+    FactoredDims,
+    each_second_moment,
+    factored_dims,
+    factored_shapes,
+)
 from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.partition import Partition, partitions_of, zeros
 from lopt_jax.rule import Statistics
@@ -344,7 +350,9 @@ def init_accumulators(
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
     return Accumulators(
         momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
-        second_moment=zeros_like(params, dtypes.second_moment),
+        second_moment=each_second_moment(
+            lambda dtype: zeros_like(params, dtype), dtypes.second_moment
+        ),
         row=take(0),
         column=take(1),
     )

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import lopt_jax
+from lopt_jax.accumulators import second_moments
 from lopt_jax.weights.schema import expected_shapes
 
 NUM_STEPS = 20
@@ -107,7 +108,7 @@ def plain(name: str) -> optax.GradientTransformationExtraArgs:
 def averages(state: Any) -> list[Any]:
     """The momenta and the second moment of a state: trees like the params, maybe none."""
     moments = state.accumulators
-    return [tree for tree in (*moments.momentum, moments.second_moment) if tree != ()]
+    return [*moments.momentum, *second_moments(moments.second_moment)]
 
 
 def random_like(params: Any, seed: int, scale: float = 1.0) -> Any:

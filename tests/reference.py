@@ -120,7 +120,8 @@ def _mulo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
 
 def _adafac(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     settings = config(name)["kwargs"]
-    given = weights(name, exp_mult=settings["exp_mult"], step_mult=settings["step_mult"])
+    keys = [key for key in settings if key.startswith("initial_") or key.endswith("_mult")]
+    given = weights(name, **{key: settings[key] for key in keys})
     return lopt_jax.adafac_mlp_lopt(given, **options)
 
 
@@ -148,6 +149,7 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "learnable_adam": _plain,
     "velo_s": _velo,
     "adafac_mlp_lopt": _adafac,
+    "adafac_mlp_lopt_decays": _adafac,
     "adafac_mlp_lopt_separate_weights": _adafac,
 }
 NAMES = tuple(_OPTIMIZERS)

@@ -374,8 +374,14 @@ def test_same_bits(name, options):
         jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
+WITHOUT_KERNELS = {
+    "adafac_mlp_lopt_decays",
+    "celo_adam",
+    "learnable_adam",
+    "learnable_sgd",
+    "learnable_sgdm",
+}
 # Their normalisers are over matrices: of tensors that hold several XLA updates each.
-WITHOUT_KERNELS = {"celo_adam", "learnable_sgd", "learnable_sgdm", "learnable_adam"}
 OF_MATRICES = ("celo2", "celo2_base", "celo2_adamw", "elo_celo2")
 
 

@@ -15,7 +15,6 @@ import lopt_jax
 from lopt_jax import rule, xla
 from lopt_jax.features import small_fc_features
 
-
 # The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
 OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
 

@@ -33,7 +33,8 @@ THETA = sorted(path.parent.name for path in FIXTURES.glob("*/theta.state"))
 ARCHITECTURES = {"small_fc_lopt_h4": "small_fc_lopt", "small_fc_lopt_h32": "small_fc_lopt"}
 ARCHITECTURES |= {"celo2": "celo2", "celo2_base": "celo2"}
 ARCHITECTURES |= dict.fromkeys(
-    ("adafac_mlp_lopt", "adafac_mlp_lopt_separate_weights"), "small_fc_lopt"
+    (f"adafac_mlp_lopt{variant}" for variant in ("", "_decays", "_separate_weights")),
+    "small_fc_lopt",
 )
 ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
 
@@ -88,11 +89,12 @@ def assert_bitwise(actual, expected):
 @pytest.mark.parametrize("name", THETA)
 def test_theta_state(name):
     file = FIXTURES / name / "theta.state"
-    weights = convert_weights(file)
+    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
+    decays = {key: kwargs[key] for key in kwargs if key.endswith("_decays")}
+    weights = convert_weights(file, config=decays or None)
     assert weights.architecture == ARCHITECTURES.get(name, "velo")
     assert_bitwise(weights.params, canonical(msgpack_restore(file.read_bytes())))
     assert isinstance(jax.tree.leaves(weights)[0], jax.Array)
-    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
     for key in ("lstm_hidden_size", "param_inits", "hidden_size"):
         if key in kwargs:
             assert weights.config[key] == kwargs[key]

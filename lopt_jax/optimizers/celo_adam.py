@@ -90,7 +90,7 @@ def celo_adam(
         dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=init_averages(params, dtypes, has_second_moment=True),
+            accumulators=init_averages(params, dtypes),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),

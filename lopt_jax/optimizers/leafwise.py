@@ -5,28 +5,27 @@ from typing import Any
 
 import jax
 
-from lopt_jax.accumulators import Accumulators
+from lopt_jax.accumulators import Accumulators, each_second_moment
 from lopt_jax.tensors import StackedAxes, arrays_like, per_leaf, tensors_of, zeros_like
 
-UNUSED: Any = ()  # in place of the trees of accumulators that a rule has not
 
-
-def init_averages(params: Any, dtypes: Accumulators, has_second_moment: bool) -> Accumulators:
-    """Zero momenta, one a dtype, and a second moment where the rule has one.
+def init_averages(params: Any, dtypes: Accumulators) -> Accumulators:
+    """Zero momenta and second moments, one a dtype, nothing factored.
 
     Args:
       params: pytree of arrays.
       dtypes: the dtype of each accumulator.
-      has_second_moment: whether the rule has one.
 
     Returns:
-      Trees like the params, `UNUSED` in place of the others.
+      Trees like the params; row and column are empty.
     """
     return Accumulators(
         momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
-        second_moment=zeros_like(params, dtypes.second_moment) if has_second_moment else UNUSED,
-        row=UNUSED,
-        column=UNUSED,
+        second_moment=each_second_moment(
+            lambda dtype: zeros_like(params, dtype), dtypes.second_moment
+        ),
+        row=(),
+        column=(),
     )
 
 

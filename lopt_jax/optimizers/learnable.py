@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax.accumulators import Accumulators
+from lopt_jax.accumulators import Accumulators, each_second_moment, second_moments
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.leafwise import init_averages, step_leaves
@@ -199,14 +199,12 @@ def _learnable(
     """
     resolved = resolve(weights, (architecture,))
     config = resolved.config
-    has_second_moment = "initial_rms_decays" in config
 
     def init(params: Any) -> LearnableState:
         options.say_stacks(params)
         tensors_of(params, options.stacked_axes)  # refuses axes that are not there
         dtypes = options.accumulator_dtypes(config)
-        averages = init_averages(params, dtypes, has_second_moment)
-        return LearnableState(jnp.zeros((), jnp.int32), averages)
+        return LearnableState(jnp.zeros((), jnp.int32), init_averages(params, dtypes))
 
     def update(
         meta_parameters: Any, gradients: Any, state: LearnableState, params: Any, value: Any
@@ -215,19 +213,20 @@ def _learnable(
         rate, decay = options.rates(state.count, params)
         count = optax.safe_increment(state.count)
         old = state.accumulators
-        momenta = len(old.momentum)
         updates, averages = step_leaves(
             step_of(meta_parameters, count),
             gradients,
-            [*old.momentum, old.second_moment] if has_second_moment else old.momentum,
+            (*old.momentum, *second_moments(old.second_moment)),
             params,
             options.stacked_axes,
             rate * jnp.exp(meta_parameters["log_lr"]),
             decay,
         )
-        new = old._replace(momentum=tuple(averages[:momenta]))
-        if has_second_moment:
-            new = new._replace(second_moment=averages[momenta])
+        in_order = iter(averages)
+        new = old._replace(
+            momentum=tuple(next(in_order) for _ in old.momentum),
+            second_moment=each_second_moment(lambda _: next(in_order), old.second_moment),
+        )
         return updates, LearnableState(count, new)
 
     return common.transformation(init, update, resolved.params, LearnableState)
