@@ -14,6 +14,7 @@ from lopt_jax.optimizers.elo import elo
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
 from lopt_jax.optimizers.learnable import learnable_adam, learnable_sgd, learnable_sgdm
 from lopt_jax.optimizers.lopt import Recipe, lopt
+from lopt_jax.optimizers.mlp_lopt import mlp_lopt
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
@@ -74,6 +75,7 @@ __all__ = [
     "load_weights",
     "lopt",
     "meta",
+    "mlp_lopt",
     "mulo",
     "mup",
     "pack_state",

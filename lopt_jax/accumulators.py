@@ -49,6 +49,7 @@ class Accumulators(NamedTuple):
     second_moment: Any  # S, or `SecondMoments` of them
     row: Any  # (n, *S without d0); (n, *S) where the tensor is not factored
     column: Any  # (n, *S without d1); (1,) where the tensor is not factored
+    # a rule without factored second moments has empty trees of both, and None of a tensor's
 
 
 def each_second_moment(function: Callable[[Any], Any], second_moment: Any) -> Any:

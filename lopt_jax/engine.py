@@ -142,7 +142,7 @@ def _apart(flat: jax.Array, like: Any) -> Any:
 
 def _of_shards(moments: Moments, partition: Partition | None, dims: FactoredDims | None) -> Moments:
     """Moments of this device's shards from those of whole tensors."""
-    if partition is None or dims is None:
+    if partition is None or dims is None or moments.row is None:
         return moments
 
     def part(x: jax.Array, dim: int) -> jax.Array:

@@ -78,6 +78,11 @@ class FeatureSet:
         """Number of features."""
         return len(self.factored)
 
+    @property
+    def reads_factors(self) -> bool:
+        """Whether there are features of factored second moments."""
+        return any(feature.varies != "element" for feature in self.factored)
+
     def for_tensor(self, is_factored: bool) -> tuple[Feature, ...]:
         """The features of a tensor, by whether its second moment is factored."""
         return self.factored if is_factored else self.unfactored
@@ -215,6 +220,23 @@ def small_fc_features(decays: int = 3, second_moments: int = 1) -> FeatureSet:
         factored=head(True) + _factored_tail(decays),
         unfactored=head(False) + _unfactored_tail(decays, epsilon=1e-6),
     )
+
+
+@functools.cache
+def mlp_lopt_features(decays: int = 6) -> FeatureSet:
+    """The 8 tensor features of mlp_lopt (for six decays): none is of second moments.
+
+    Args:
+      decays: number of momentum decays.
+
+    Returns:
+      The features, in the order of the first layer's rows; the time features follow them.
+
+    Reference:
+      google/learned_optimization, `learned_optimizers/mlp_lopt.py`.
+    """
+    features = (*_GRADIENT, *_PARAMETER, *_momentum(decays))
+    return FeatureSet(factored=features, unfactored=features)
 
 
 @functools.cache

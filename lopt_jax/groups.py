@@ -137,8 +137,8 @@ class GroupDims(NamedTuple):
         return Accumulators(
             momentum=tuple(self.elementwise for _ in tree.momentum),
             second_moment=each_second_moment(lambda _: self.elementwise, tree.second_moment),
-            row=self.row,
-            column=self.column,
+            row=None if tree.row is None else self.row,
+            column=None if tree.column is None else self.column,
         )
 
     def inputs(self, tree: GroupInputs) -> GroupInputs:
@@ -267,7 +267,9 @@ def gather(
     def elementwise(leaves: Sequence[jax.Array]) -> jax.Array:
         return stack([leaves[i] for i in group.leaves], group.shape)
 
-    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
+    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array | None:
+        if not leaves:  # the rule has none
+            return None
         arrays = []
         for i in group.leaves:
             leaf, count = leaves[i], tensors[i].count
@@ -313,8 +315,8 @@ def scatter(
     moments = (accumulators.second_moment, old.second_moment)
     elementwise = list(zip(*map(second_moments, moments), strict=True))
     elementwise += zip(accumulators.momentum, old.momentum, strict=True)
-    factored = [(accumulators.row, old.row)]
-    if group.dims is not None:
+    factored = [] if accumulators.row is None else [(accumulators.row, old.row)]
+    if factored and group.dims is not None:
         factored.append((accumulators.column, old.column))
     targets = [
         (update, out.updates, of_update, False),

@@ -70,6 +70,7 @@ OPTIMIZERS = {
     "elo": Case(lopt_jax.elo, "elo", MLP),
     "elo_celo2": Case(lopt_jax.elo_celo2, "elo_celo2", MLP, EXACT),
     "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
+    "mlp_lopt": Case(lopt_jax.mlp_lopt, "mlp_lopt", MLP),
     "learnable_sgd": Case(lopt_jax.learnable_sgd, "learnable_sgd"),
     "learnable_sgdm": Case(lopt_jax.learnable_sgdm, "learnable_sgdm"),
     "learnable_adam": Case(lopt_jax.learnable_adam, "learnable_adam"),

@@ -125,6 +125,10 @@ def _adafac(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return lopt_jax.adafac_mlp_lopt(given, **options)
 
 
+def _mlp_lopt(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return lopt_jax.mlp_lopt(weights(name, step_mult=0.01), **options)
+
+
 def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return getattr(lopt_jax, name)(weights(name), **options)
 
@@ -148,6 +152,7 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "learnable_sgdm": _plain,
     "learnable_adam": _plain,
     "velo_s": _velo,
+    "mlp_lopt": _mlp_lopt,
     "adafac_mlp_lopt": _adafac,
     "adafac_mlp_lopt_decays": _adafac,
     "adafac_mlp_lopt_separate_weights": _adafac,

@@ -380,6 +380,7 @@ WITHOUT_KERNELS = {
     "learnable_adam",
     "learnable_sgd",
     "learnable_sgdm",
+    "mlp_lopt",
 }
 # Their normalisers are over matrices: of tensors that hold several XLA updates each.
 OF_MATRICES = ("celo2", "celo2_base", "celo2_adamw", "elo_celo2")

@@ -36,6 +36,7 @@ ARCHITECTURES |= dict.fromkeys(
     (f"adafac_mlp_lopt{variant}" for variant in ("", "_decays", "_separate_weights")),
     "small_fc_lopt",
 )
+ARCHITECTURES |= {"mlp_lopt": "mlp_lopt"}
 ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
 
 
@@ -53,6 +54,9 @@ def of_scalars(layers):
 def canonical(theta):
     """The canonical tree of an original one, written down once more from the layout's text."""
     tree = dict(theta) if "log_lr" in theta else {}
+    if "mlp/~/linear_0" in theta:
+        layers = range(len(theta))
+        tree["mlp"] = {f"{k}{i}": theta[f"mlp/~/linear_{i}"][k] for i in layers for k in "wb"}
     if "nn" in theta:
         tree["mlp"] = dict(theta["nn"]["~"])
         if "w0_0_0" in tree["mlp"]:  # make_separate_weights

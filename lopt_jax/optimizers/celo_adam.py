@@ -12,8 +12,8 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
 from lopt_jax.optimizers.controlled import observe_loss
-from lopt_jax.optimizers.leafwise import init_averages, step_leaves
-from lopt_jax.tensors import StackedAxes, count_tensors
+from lopt_jax.optimizers.leafwise import step_leaves
+from lopt_jax.tensors import StackedAxes, count_tensors, init_accumulators
 from lopt_jax.weights import WeightsLike, resolve
 
 
@@ -90,7 +90,7 @@ def celo_adam(
         dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=init_averages(params, dtypes),
+            accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),

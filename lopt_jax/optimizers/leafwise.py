@@ -5,28 +5,7 @@ from typing import Any
 
 import jax
 
-from lopt_jax.accumulators import Accumulators, each_second_moment
-from lopt_jax.tensors import StackedAxes, arrays_like, per_leaf, tensors_of, zeros_like
-
-
-def init_averages(params: Any, dtypes: Accumulators) -> Accumulators:
-    """Zero momenta and second moments, one a dtype, nothing factored.
-
-    Args:
-      params: pytree of arrays.
-      dtypes: the dtype of each accumulator.
-
-    Returns:
-      Trees like the params; row and column are empty.
-    """
-    return Accumulators(
-        momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
-        second_moment=each_second_moment(
-            lambda dtype: zeros_like(params, dtype), dtypes.second_moment
-        ),
-        row=(),
-        column=(),
-    )
+from lopt_jax.tensors import StackedAxes, arrays_like, per_leaf, tensors_of
 
 
 def step_leaves(

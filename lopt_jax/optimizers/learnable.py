@@ -11,8 +11,8 @@ import optax
 from lopt_jax.accumulators import Accumulators, each_second_moment, second_moments
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
-from lopt_jax.optimizers.leafwise import init_averages, step_leaves
-from lopt_jax.tensors import StackedAxes, tensors_of
+from lopt_jax.optimizers.leafwise import step_leaves
+from lopt_jax.tensors import StackedAxes, init_accumulators
 from lopt_jax.weights import WeightsLike, resolve
 
 _ROOT_EPSILON = 1e-8  # the original adds it inside the root, beside the learned epsilon
@@ -202,9 +202,9 @@ def _learnable(
 
     def init(params: Any) -> LearnableState:
         options.say_stacks(params)
-        tensors_of(params, options.stacked_axes)  # refuses axes that are not there
         dtypes = options.accumulator_dtypes(config)
-        return LearnableState(jnp.zeros((), jnp.int32), init_averages(params, dtypes))
+        accumulators = init_accumulators(params, dtypes, 0, options.stacked_axes)
+        return LearnableState(jnp.zeros((), jnp.int32), accumulators)
 
     def update(
         meta_parameters: Any, gradients: Any, state: LearnableState, params: Any, value: Any

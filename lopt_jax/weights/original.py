@@ -66,6 +66,7 @@ GIN_CLASSES = {
     "Celo": "celo",
     "Celo2": "celo2",
     "Celo2Base": "celo2",
+    "MLPLOpt": "mlp_lopt",
     "LearnableSGD": "learnable_sgd",
     "LearnableSGDM": "learnable_sgdm",
     "LearnableAdam": "learnable_adam",
@@ -189,11 +190,14 @@ def convert_original(tree: Any, source: object) -> Converted:
     if "ff_mod_stack" in tree:
         mlp = _mlp(tree["ff_mod_stack"], source)
         return Converted("celo2", {"mlp": mlp}, {}, ("elo_celo2",), notes)
+    if _MODULE + "0" in tree:
+        return Converted("mlp_lopt", {"mlp": _modules(tree, source)}, {}, (), notes)
     if "log_lr" in tree:
         return Converted(_learnable_of(tree), dict(tree), {}, (), notes)
     raise weights_error(
         source,
-        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params' or 'log_lr'",
+        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params', 'log_lr' or "
+        f"{_MODULE + '0'!r}",
         found=f"the keys {brief(sorted(tree))}",
     )
 
@@ -303,6 +307,22 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
                 source, expected="w0__0, w0__1, ... without a gap", found=brief(groups)
             )
         layers["w0"] = joined(parts, source)
+    return layers
+
+
+_MODULE = "mlp/~/linear_"  # what Haiku names the layers of a plain MLP
+
+
+def _modules(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Returns w0, b0, w1, ... of an MLP whose layers are Haiku modules {"w", "b"}."""
+    layers: dict[str, Any] = {}
+    for name, layer in tree.items():
+        match = re.fullmatch(re.escape(_MODULE) + r"(\d{1,2})", str(name))
+        if match is None or not isinstance(layer, Mapping) or set(layer) != {"w", "b"}:
+            raise weights_error(
+                source, expected=f"layers {_MODULE}0, ... of w and b alone", found=brief(name)
+            )
+        layers |= {f"{kind}{match[1]}": array for kind, array in layer.items()}
     return layers
 
 
