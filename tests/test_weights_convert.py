@@ -151,6 +151,13 @@ def test_a_weight_that_is_missing_among_scalars_is_noticed(key, tmp_path):
         convert_weights(tmp_path)
 
 
+def test_pylo_has_three_decays(tmp_path):
+    decays = {f"initial_{kind}_decays": (0.9, 0.99) for kind in ("momentum", "rms", "adafactor")}
+    weights = convert_weights(FIXTURES / "adafac_mlp_lopt_decays", config=decays)
+    with pytest.raises(ValueError, match=r"39 inputs.*found 33"):
+        export_weights(weights, tmp_path)
+
+
 def test_interpolation_multiplier_is_folded_into_the_banks():
     # VeLO's network is 100 * mean(controls * bank); that of amoudgl/velo-s multiplies by 1.
     file = FIXTURES / "velo" / "theta.state"
