@@ -15,7 +15,7 @@ signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 # tests compile faster with one, which `make test` asks for.
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("LOPT_JAX_TEST_DEVICES", "8")))
 
-# learnable_sgdm is learnable_adam without a second moment, and learnable_sgd has no averages at all.
+# learnable_sgdm is learnable_adam without a second moment, and learnable_sgd has no averages.
 # These two cover what it shares with others; what it has of its own is in its recorded run.
 COVERED_BY_OTHERS = ("learnable_sgdm",)
 OF_RECORDED_RUNS = ("test_trajectory", "test_theta_state")
