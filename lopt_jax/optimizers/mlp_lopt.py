@@ -45,8 +45,7 @@ def mlp_lopt(
       TypeError, ValueError: an argument is wrong; the message names it.
 
     Reference:
-      Metz et al., arXiv 2009.11243; google/learned_optimization, `learned_optimizers/mlp_lopt.py`,
-      `MLPLOpt`.
+      google/learned_optimization, `learned_optimizers/mlp_lopt.py`, `MLPLOpt`.
     """
     options = common.Options(
         learning_rate,
