@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 from lopt_jax import diagnostics, mup, plot, weights
 from lopt_jax.applying import update_params
 from lopt_jax.describe import describe
+from lopt_jax.optimizers.adafac_mlp_lopt import adafac_mlp_lopt
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.celo_adam import celo_adam
 from lopt_jax.optimizers.elo import elo
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.learnable import learnable_adam, learnable_sgd, learnable_sgdm
 from lopt_jax.optimizers.lopt import Recipe, lopt
+from lopt_jax.optimizers.mlp_lopt import mlp_lopt
 from lopt_jax.optimizers.mulo import mulo
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
@@ -53,6 +56,7 @@ __all__ = [
     "Weights",
     "WeightsError",
     "__version__",
+    "adafac_mlp_lopt",
     "celo",
     "celo2",
     "celo2_base",
@@ -64,10 +68,14 @@ __all__ = [
     "elo_celo2",
     "export_weights",
     "flax",
+    "learnable_adam",
+    "learnable_sgd",
+    "learnable_sgdm",
     "list_weights",
     "load_weights",
     "lopt",
     "meta",
+    "mlp_lopt",
     "mulo",
     "mup",
     "pack_state",

@@ -25,11 +25,17 @@ class FactoredDims(NamedTuple):
     d0: int  # largest; "row" is the mean over it
 
 
+class SecondMoments(NamedTuple):
+    """Several second moments, or none, in place of the one that most rules have."""
+
+    averages: tuple
+
+
 class Decays(NamedTuple):
     """Decay rates of the accumulators, each an array of float32."""
 
     momentum: jax.Array | np.ndarray  # (momenta,)
-    second_moment: jax.Array | np.float32  # ()
+    second_moment: Any  # (), or `SecondMoments` of them
     factored: jax.Array | np.ndarray  # (factored second moments,)
 
 
@@ -40,9 +46,23 @@ class Accumulators(NamedTuple):
     """
 
     momentum: tuple  # one array of shape S a decay
-    second_moment: Any  # S
+    second_moment: Any  # S, or `SecondMoments` of them
     row: Any  # (n, *S without d0); (n, *S) where the tensor is not factored
     column: Any  # (n, *S without d1); (1,) where the tensor is not factored
+    # a rule without factored second moments has empty trees of both, and None of a tensor's
+
+
+def each_second_moment(function: Callable[[Any], Any], second_moment: Any) -> Any:
+    """A function of the one second moment, or of each in `SecondMoments`."""
+    if isinstance(second_moment, SecondMoments):
+        return SecondMoments(tuple(map(function, second_moment.averages)))
+    return function(second_moment)
+
+
+def second_moments(second_moment: Any) -> tuple:
+    """The one second moment, or all in `SecondMoments`."""
+    is_several = isinstance(second_moment, SecondMoments)
+    return second_moment.averages if is_several else (second_moment,)
 
 
 def factored_dims(shape: Sequence[int]) -> FactoredDims | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.context import steering, tracing
 from lopt_jax.features import NormalizerAxes
 from lopt_jax.groups import Group, GroupInputs
@@ -16,6 +17,7 @@ from lopt_jax.rule import Rule
 from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
+DECAYS_OF_KERNELS = 3
 
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
 
@@ -60,7 +62,7 @@ def choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
-    reason = supports.unsupported_reason()
+    reason = supports.unsupported_reason() or _unknown_decays(inputs[0].accumulators)
     choices: list[str | None] = [reason] * len(inputs)
     if reason is None:
         from pallas_kernels import choice
@@ -98,6 +100,13 @@ def choose_backend(
         why is None and kernels_split(group, group.partition, x)
         for why, group, x in zip(choices, groups, inputs, strict=True)
     ]
+
+
+def _unknown_decays(accumulators: Accumulators) -> str | None:
+    several = isinstance(accumulators.second_moment, SecondMoments)
+    if several or len(accumulators.momentum) != DECAYS_OF_KERNELS:
+        return f"they know rules of {DECAYS_OF_KERNELS} momenta and one second moment alone"
+    return None
 
 
 def leaf_backend(

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax import xla
-from lopt_jax.accumulators import Accumulators, Decays, FactoredDims
+from lopt_jax.accumulators import (
+    Accumulators,
+    Decays,
+    FactoredDims,
+    each_second_moment,
+    second_moments,
+)
 from lopt_jax.backends import choose_backend, kernels_split
 from lopt_jax.context import tracing
 from lopt_jax.groups import (
@@ -136,7 +142,7 @@ def _apart(flat: jax.Array, like: Any) -> Any:
 
 def _of_shards(moments: Moments, partition: Partition | None, dims: FactoredDims | None) -> Moments:
     """Moments of this device's shards from those of whole tensors."""
-    if partition is None or dims is None:
+    if partition is None or dims is None or moments.row is None:
         return moments
 
     def part(x: jax.Array, dim: int) -> jax.Array:
@@ -407,11 +413,13 @@ def first_pass(
     tensors = tensors_of(params, stacked_axes)
     lists = Accumulators(
         momentum=tuple(leaves_like("state: momentum", m, params) for m in accumulators.momentum),
-        second_moment=leaves_like("state: second_moment", accumulators.second_moment, params),
+        second_moment=each_second_moment(
+            lambda v: leaves_like("state: second_moment", v, params), accumulators.second_moment
+        ),
         row=jax.tree.leaves(accumulators.row),
         column=jax.tree.leaves(accumulators.column),
     )
-    for of_leaves in (*lists.momentum, lists.second_moment):
+    for of_leaves in (*lists.momentum, *second_moments(lists.second_moment)):
         # of what is not updated here there may be less
         updated = zip(of_leaves, gradient_leaves, strict=True)
         check_shapes("state: accumulators", [None if g is None else x for x, g in updated], params)

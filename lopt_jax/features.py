@@ -13,7 +13,7 @@ Formulas: google/learned_optimization, `learned_optimizers/adafac_mlp_lopt.py` (
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class Operands(NamedTuple):
     gradient: jax.Array
     parameter: jax.Array
     momentum: tuple[jax.Array, ...]
-    second_moment: jax.Array
+    second_moment: Any  # of one decay; `SecondMoments` of several
     row: tuple[jax.Array, ...]
     column: tuple[jax.Array, ...]
     row_factor: tuple[jax.Array, ...]
@@ -77,6 +77,11 @@ class FeatureSet:
     def __len__(self) -> int:
         """Number of features."""
         return len(self.factored)
+
+    @property
+    def reads_factors(self) -> bool:
+        """Whether there are features of factored second moments."""
+        return any(feature.varies != "element" for feature in self.factored)
 
     def for_tensor(self, is_factored: bool) -> tuple[Feature, ...]:
         """The features of a tensor, by whether its second moment is factored."""
@@ -167,30 +172,47 @@ def _normalised_momentum(decays: int, rsqrt: Formula) -> tuple[Feature, ...]:
     return _each("normalised_momentum", decays, "element", lambda x, i: x.momentum[i] * rsqrt(x))
 
 
+def _several_second_moments(decays: int, epsilon: float) -> tuple[Feature, ...]:
+    """Second moments, the momenta times their reciprocal roots, and these: one each a decay."""
+    value = lambda x, i: x.second_moment.averages[i]  # noqa: E731
+    root = lambda x, i: jax.lax.rsqrt(value(x, i) + epsilon)  # noqa: E731
+    return (
+        *_each("second_moment", decays, "element", value),
+        *_each("normalised_momentum", decays, "element", lambda x, i: x.momentum[i] * root(x, i)),
+        *_each("rsqrt_second_moment", decays, "element", root),
+    )
+
+
 def _momentum(decays: int) -> tuple[Feature, ...]:
     return _each("momentum", decays, "element", lambda x, i: x.momentum[i])
 
 
 @functools.cache  # equal optimizers have one set: formulas are compared by identity
-def small_fc_features(decays: int = 3) -> FeatureSet:
+def small_fc_features(decays: int = 3, second_moments: int = 1) -> FeatureSet:
     """The 28 tensor features of small_fc_lopt (for three decays).
 
     Args:
       decays: number of momentum decays, and of factored decays.
+      second_moments: 1, or as many.
 
     Returns:
       The features, in the order of the first layer's rows; the time features follow them.
     """
     rsqrt = _rsqrt_second_moment(1e-6)
+    of_squares = (
+        *_SECOND_MOMENT,
+        *_normalised_momentum(decays, rsqrt),
+        *_one("rsqrt_second_moment", rsqrt),
+    )
+    if second_moments > 1:
+        of_squares = _several_second_moments(decays, 1e-6)
 
     def head(is_factored: bool) -> tuple[Feature, ...]:
         return (
             *_GRADIENT,
             *_PARAMETER,
             *_momentum(decays),
-            *_SECOND_MOMENT,
-            *_normalised_momentum(decays, rsqrt),
-            *_one("rsqrt_second_moment", rsqrt),
+            *of_squares,
             *_factored_gradient(decays, is_factored),
         )
 
@@ -198,6 +220,23 @@ def small_fc_features(decays: int = 3) -> FeatureSet:
         factored=head(True) + _factored_tail(decays),
         unfactored=head(False) + _unfactored_tail(decays, epsilon=1e-6),
     )
+
+
+@functools.cache
+def mlp_lopt_features(decays: int = 6) -> FeatureSet:
+    """The 8 tensor features of mlp_lopt (for six decays): none is of second moments.
+
+    Args:
+      decays: number of momentum decays.
+
+    Returns:
+      The features, in the order of the first layer's rows; the time features follow them.
+
+    Reference:
+      google/learned_optimization, `learned_optimizers/mlp_lopt.py`.
+    """
+    features = (*_GRADIENT, *_PARAMETER, *_momentum(decays))
+    return FeatureSet(factored=features, unfactored=features)
 
 
 @functools.cache

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.accumulators import (
+    Accumulators,
+    FactoredDims,
+    each_second_moment,
+    factored_dims,
+    factored_shapes,
+    second_moments,
+)
 from lopt_jax.context import LARGEST_INDEX, platform
 from lopt_jax.partition import (
     BATCH,
@@ -129,9 +136,9 @@ class GroupDims(NamedTuple):
         """The accumulators."""
         return Accumulators(
             momentum=tuple(self.elementwise for _ in tree.momentum),
-            second_moment=self.elementwise,
-            row=self.row,
-            column=self.column,
+            second_moment=each_second_moment(lambda _: self.elementwise, tree.second_moment),
+            row=None if tree.row is None else self.row,
+            column=None if tree.column is None else self.column,
         )
 
     def inputs(self, tree: GroupInputs) -> GroupInputs:
@@ -260,7 +267,9 @@ def gather(
     def elementwise(leaves: Sequence[jax.Array]) -> jax.Array:
         return stack([leaves[i] for i in group.leaves], group.shape)
 
-    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array:
+    def factored(leaves: Sequence[jax.Array], which: int) -> jax.Array | None:
+        if not leaves:  # the rule has none
+            return None
         arrays = []
         for i in group.leaves:
             leaf, count = leaves[i], tensors[i].count
@@ -277,7 +286,7 @@ def gather(
         parameter=elementwise(params),
         accumulators=Accumulators(
             momentum=tuple(elementwise(m) for m in accumulators.momentum),
-            second_moment=elementwise(accumulators.second_moment),
+            second_moment=each_second_moment(elementwise, accumulators.second_moment),
             row=factored(accumulators.row, 0),
             column=factored(accumulators.column, 1),
         ),
@@ -303,10 +312,11 @@ def scatter(
       out: lists of leaves: holds the old leaves, whose shapes and dtypes the new ones take.
     """
     old, (of_update, of_state) = out.accumulators, takers
-    elementwise = [(accumulators.second_moment, old.second_moment)]
+    moments = (accumulators.second_moment, old.second_moment)
+    elementwise = list(zip(*map(second_moments, moments), strict=True))
     elementwise += zip(accumulators.momentum, old.momentum, strict=True)
-    factored = [(accumulators.row, old.row)]
-    if group.dims is not None:
+    factored = [] if accumulators.row is None else [(accumulators.row, old.row)]
+    if factored and group.dims is not None:
         factored.append((accumulators.column, old.column))
     targets = [
         (update, out.updates, of_update, False),

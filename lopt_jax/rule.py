@@ -88,7 +88,7 @@ class MLP(NamedTuple):
 class Moments(NamedTuple):
     """Statistics of the first pass over a tensor of shape S."""
 
-    row: Any  # S without d0: mean of g² over d0; None: not factored
+    row: Any  # S without d0: mean of g² over d0; None: not factored, or not read
     column: Any  # S without d1: mean of g² over d1
     parameter_mean_square: Any  # (); None where the rule does not need it
 
@@ -149,7 +149,7 @@ def first_pass(
     """
     dims = factored_dims(gradient.shape if partition is None else partition.shape)
     row = column = mean_square = None
-    if dims is not None:
+    if dims is not None and rule.features.reads_factors:
         squared = jnp.square(prepare_gradient(rule, gradient))
         row, column = mean(squared, dims.d0, partition), mean(squared, dims.d1, partition)
     if rule.parameter_scale or rule.accumulator_statistics:
@@ -318,7 +318,7 @@ def operands_after(
     decays: Decays,
     dims: FactoredDims | None,
     partition: Partition | None = None,
-) -> tuple[Operands, jax.Array, jax.Array]:
+) -> tuple[Operands, Any, Any]:
     """The operands of the features after this step's update of the accumulators.
 
     Args:
@@ -332,13 +332,17 @@ def operands_after(
       partition: where S is a shard of a tensor, how it is spread.
 
     Returns:
-      The operands (float32), and the new row and column accumulators.
+      The operands (float32), and the new row and column accumulators, None where there are none.
     """
     gradient = prepare_gradient(rule, gradient)
     wide = lambda x: x.astype(gradient.dtype)  # noqa: E731
-    if accumulators.second_moment.dtype == jnp.float64:
+    averages = (accumulators.second_moment, accumulators.momentum)
+    if jax.tree.leaves(averages)[0].dtype == jnp.float64:
         gradient = gradient.astype(jnp.float64)
-    if dims is None:
+    if accumulators.row is None:  # the rule reads no factored second moments
+        row = column = None
+        vectors = FactoredVectors((), (), (), ())
+    elif dims is None:
         row = update_factored(wide(accumulators.row), jnp.square(gradient), decays.factored)
         column = accumulators.column
         vectors = FactoredVectors(tuple(row), (), (), ())
@@ -350,7 +354,7 @@ def operands_after(
         gradient,
         wide(parameter),
         tuple(map(wide, accumulators.momentum)),
-        wide(accumulators.second_moment),
+        jax.tree.map(wide, accumulators.second_moment),
         decays,
         vectors,
     )
@@ -361,7 +365,7 @@ def element_operands(
     gradient: jax.Array,
     parameter: jax.Array,
     momentum: Sequence[jax.Array],
-    second_moment: jax.Array,
+    second_moment: Any,
     decays: Decays,
     vectors: "FactoredVectors",
 ) -> Operands:
@@ -371,7 +375,7 @@ def element_operands(
       gradient: S, of `prepare_gradient`.
       parameter: S, in the gradient's dtype, as the following two.
       momentum: S each, before this step.
-      second_moment: S, before this step.
+      second_moment: S, or `SecondMoments` of them, before this step.
       decays: decay rates.
       vectors: after this step; they broadcast against S.
 
@@ -385,7 +389,11 @@ def element_operands(
             update_momentum(m, gradient, decay)
             for m, decay in zip(momentum, decays.momentum, strict=True)
         ),
-        second_moment=update_second_moment(second_moment, gradient, decays.second_moment),
+        second_moment=jax.tree.map(
+            lambda v, decay: update_second_moment(v, gradient, decay),
+            second_moment,
+            decays.second_moment,
+        ),
         row=vectors.row,
         column=vectors.column,
         row_factor=vectors.row_factor,

@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims, factored_shapes
+from lopt_jax.accumulators import (
+    Accumulators,
+    FactoredDims,
+    each_second_moment,
+    factored_dims,
+    factored_shapes,
+)
 from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.partition import Partition, partitions_of, zeros
 from lopt_jax.rule import Statistics
@@ -314,9 +320,11 @@ def init_accumulators(
     Returns:
       Trees with the structure of params: momentum (one tree a decay) and second moment shaped like
       the parameters; row and column as `factored_shapes` says, stacked axes after the axis of
-      decays. Flax's boxes are kept, their names following the axes.
+      decays; both empty without factored decays. Flax's boxes are kept, their names following the
+      axes.
     """
-    entries = iter(tensors_of(params, stacked_axes))
+    tensors = tensors_of(params, stacked_axes)  # refuses axes that are not there
+    entries = iter(tensors)
 
     def factored_of(leaf: Any, box: Any) -> tuple[Any, Any]:
         entry = next(entries)
@@ -336,6 +344,12 @@ def init_accumulators(
             return arrays
         return reboxed(box, arrays[0], row_dims), reboxed(box, arrays[1], column_dims)
 
+    momentum = tuple(zeros_like(params, dtype) for dtype in dtypes.momentum)
+    second_moment = each_second_moment(
+        lambda dtype: zeros_like(params, dtype), dtypes.second_moment
+    )
+    if not factored:
+        return Accumulators(momentum, second_moment, row=(), column=())
     pairs = jax.tree.map(
         lambda x: factored_of(content(x), x) if is_box(x) else factored_of(x, None),
         params,
@@ -343,8 +357,8 @@ def init_accumulators(
     )
     take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
     return Accumulators(
-        momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
-        second_moment=zeros_like(params, dtypes.second_moment),
+        momentum=momentum,
+        second_moment=second_moment,
         row=take(0),
         column=take(1),
     )

@@ -179,7 +179,8 @@ def updates_in_turn(
 
     made = []
     for k, ((momentum, second_moment), x) in enumerate(zip(states, updates, strict=True)):
-        new = Accumulators(momentum, second_moment, own(rows, k), own(columns, k))
+        row, column = jax.tree.map(lambda x, k=k: own(x, k), (rows, columns))
+        new = Accumulators(momentum, second_moment, row, column)
         made.append(TensorUpdate(x, new, None))
     return made, jax.tree.map(by_tensor, statistics)
 

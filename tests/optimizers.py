@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import lopt_jax
+from lopt_jax.accumulators import second_moments
 from lopt_jax.optimizers.plans import names_of
 from lopt_jax.weights.schema import expected_shapes
 
@@ -85,6 +86,10 @@ OPTIMIZERS = {
         has_recipe=True,
     ),
     "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
+    "mlp_lopt": Case(lopt_jax.mlp_lopt, "mlp_lopt", MLP),
+    "learnable_sgd": Case(lopt_jax.learnable_sgd, "learnable_sgd"),
+    "learnable_sgdm": Case(lopt_jax.learnable_sgdm, "learnable_sgdm"),
+    "learnable_adam": Case(lopt_jax.learnable_adam, "learnable_adam"),
 }
 
 
@@ -101,6 +106,8 @@ def weights(name: str) -> lopt_jax.Weights:
     for key in params:
         if key.endswith("_decays"):  # offsets of the logarithm: small, or nothing is averaged
             params[key] = 0.03 * params[key]
+        if key.startswith(("log_", "one_minus_")):  # logarithms of small numbers
+            params[key] = np.asarray(params[key] - 3, np.float32)
     return lopt_jax.Weights(case.architecture, case.config, params)
 
 
@@ -113,6 +120,12 @@ def make(name: str, **arguments: Any) -> optax.GradientTransformationExtraArgs:
 def plain(name: str) -> optax.GradientTransformationExtraArgs:
     """An optimizer with default arguments, one object for all tests: it is compiled once."""
     return make(name)
+
+
+def averages(state: Any) -> list[Any]:
+    """The momenta and the second moment of a state: trees like the params, maybe none."""
+    moments = state.accumulators
+    return [*moments.momentum, *second_moments(moments.second_moment)]
 
 
 def random_like(params: Any, seed: int, scale: float = 1.0) -> Any:

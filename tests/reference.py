@@ -118,6 +118,21 @@ def _mulo(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return lopt_jax.mulo(multipliers, weights(name, "mulo"), weight_decay=decay, **options)
 
 
+def _adafac(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    settings = config(name)["kwargs"]
+    keys = [key for key in settings if key.startswith("initial_") or key.endswith("_mult")]
+    given = weights(name, **{key: settings[key] for key in keys})
+    return lopt_jax.adafac_mlp_lopt(given, **options)
+
+
+def _mlp_lopt(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return lopt_jax.mlp_lopt(weights(name, step_mult=0.01), **options)
+
+
+def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return getattr(lopt_jax, name)(weights(name), **options)
+
+
 _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "small_fc_lopt_h4": _small_fc,
     "small_fc_lopt_h32": _small_fc,
@@ -133,6 +148,14 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "elo": _pylo,
     "elo_celo2": _pylo,
     "mulo": _mulo,
+    "learnable_sgd": _plain,
+    "learnable_sgdm": _plain,
+    "learnable_adam": _plain,
+    "velo_s": _velo,
+    "mlp_lopt": _mlp_lopt,
+    "adafac_mlp_lopt": _adafac,
+    "adafac_mlp_lopt_decays": _adafac,
+    "adafac_mlp_lopt_separate_weights": _adafac,
 }
 NAMES = tuple(_OPTIMIZERS)
 

@@ -11,7 +11,7 @@ import lopt_jax
 from lopt_jax.applying import apply_of
 
 LOSS = jnp.float32(1.5)
-CAN_APPLY = {"small_fc_lopt", "mulo", "elo", "velo", "celo"}
+CAN_APPLY = {"small_fc_lopt", "mlp_lopt", "mulo", "elo", "velo", "celo"}
 
 
 @pytest.fixture

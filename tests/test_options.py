@@ -18,6 +18,7 @@ import lopt_jax
 from lopt_jax import controller
 from lopt_jax.optimizers import velo as velo_module
 from lopt_jax.optimizers.common import stored_dtype
+from pallas_kernels import supports
 
 LOSS = 1.5
 PARAMS = {"w": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4), "b": np.ones(4, np.float32)}
@@ -90,6 +91,14 @@ def test_traced_arguments_are_those_of_python(name, options, params):
     for key, want in expected.items():
         assert np.abs(want).max() > 0
         np.testing.assert_allclose(traced[key], want, atol=2e-5 * np.abs(want).max())
+
+
+def test_kernels_refuse_rules_of_other_averages(params, monkeypatch):
+    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    tx = optimizers.make("mlp_lopt", backend="pallas")
+    state = jax.eval_shape(tx.init, params)
+    with pytest.raises(NotImplementedError, match="3 momenta and one second moment alone"):
+        jax.eval_shape(tx.update, params, state, params)
 
 
 # -- gradients and states of another kind -------------------------------------------------------

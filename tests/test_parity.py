@@ -15,8 +15,17 @@ import lopt_jax
 from lopt_jax import rule, xla
 from lopt_jax.features import small_fc_features
 
+# The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
+OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
 
-@pytest.mark.parametrize("name", reference.NAMES)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in OTHER_WEIGHTS else ())
+        for name in reference.NAMES
+    ],
+)
 def test_trajectory(name, record_property):
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 

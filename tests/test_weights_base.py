@@ -191,7 +191,9 @@ def broken(change):
         (lambda p, c: c.update(hidden_size=True), "hidden_size"),
         (lambda p, c: c.update(step_mult=float("inf")), "step_mult"),
         (lambda p, c: c.update(initial_rms_decays=(1.0,)), r"\[0, 1\)"),
-        (lambda p, c: c.update(initial_rms_decays=(0.9, 0.9)), "1 numbers"),
+        (lambda p, c: c.update(initial_rms_decays=(0.9, 0.9)), "one rms decay or as many"),
+        (lambda p, c: c.update(initial_rms_decays=()), "1 to 16 numbers"),
+        (lambda p, c: c.update(initial_rms_decays=(0.9,) * 17), "1 to 16 numbers"),
         (lambda p, c: c.update(no_such_key=1), "no_such_key"),
     ],
 )

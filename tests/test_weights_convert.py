@@ -32,13 +32,35 @@ REAL = next(
 THETA = sorted(path.parent.name for path in FIXTURES.glob("*/theta.state"))
 ARCHITECTURES = {"small_fc_lopt_h4": "small_fc_lopt", "small_fc_lopt_h32": "small_fc_lopt"}
 ARCHITECTURES |= {"celo2": "celo2", "celo2_base": "celo2"}
+ARCHITECTURES |= dict.fromkeys(
+    (f"adafac_mlp_lopt{variant}" for variant in ("", "_decays", "_separate_weights")),
+    "small_fc_lopt",
+)
+ARCHITECTURES |= {"mlp_lopt": "mlp_lopt"}
+ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
+
+
+def of_scalars(layers):
+    """The three layers of 39, 3, 3 and 2 whose every weight is a scalar."""
+    tree = {}
+    for i, (inputs, outputs) in enumerate(((39, 3), (3, 3), (3, 2))):
+        rows = [[layers.pop(f"w{i}_{j}_{k}") for k in range(outputs)] for j in range(inputs)]
+        tree[f"w{i}"] = np.stack([np.stack(row) for row in rows])
+        tree[f"b{i}"] = np.stack([layers.pop(f"b{i}_{k}") for k in range(outputs)])
+    assert not layers
+    return tree
 
 
 def canonical(theta):
     """The canonical tree of an original one, written down once more from the layout's text."""
-    tree = {}
+    tree = dict(theta) if "log_lr" in theta else {}
+    if "mlp/~/linear_0" in theta:
+        layers = range(len(theta))
+        tree["mlp"] = {f"{k}{i}": theta[f"mlp/~/linear_{i}"][k] for i in layers for k in "wb"}
     if "nn" in theta:
         tree["mlp"] = dict(theta["nn"]["~"])
+        if "w0_0_0" in tree["mlp"]:  # make_separate_weights
+            tree["mlp"] = of_scalars(tree["mlp"])
     if "ff_mod_stack" in theta:
         stack = theta["ff_mod_stack"]["~"]
         groups = [stack[f"w0__{index}"] for index in range(14)]
@@ -71,11 +93,12 @@ def assert_bitwise(actual, expected):
 @pytest.mark.parametrize("name", THETA)
 def test_theta_state(name):
     file = FIXTURES / name / "theta.state"
-    weights = convert_weights(file)
+    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
+    decays = {key: kwargs[key] for key in kwargs if key.endswith("_decays")}
+    weights = convert_weights(file, config=decays or None)
     assert weights.architecture == ARCHITECTURES.get(name, "velo")
     assert_bitwise(weights.params, canonical(msgpack_restore(file.read_bytes())))
     assert isinstance(jax.tree.leaves(weights)[0], jax.Array)
-    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
     for key in ("lstm_hidden_size", "param_inits", "hidden_size"):
         if key in kwargs:
             assert weights.config[key] == kwargs[key]
@@ -116,6 +139,23 @@ def test_explicit_config_wins():
         convert_weights(folder, config={"param_inits": 8})
     with pytest.raises(WeightsError, match="no_such"):
         convert_weights(folder, config={"no_such": 8})
+
+
+@pytest.mark.parametrize("key", ["w0_38_2", "b1_0", "w1_0_0"])
+def test_a_weight_that_is_missing_among_scalars_is_noticed(key, tmp_path):
+    file = FIXTURES / "adafac_mlp_lopt_separate_weights" / "theta.state"
+    theta = msgpack_restore(file.read_bytes())
+    del theta["nn"]["~"][key]
+    (tmp_path / "theta.state").write_bytes(msgpack_serialize(theta))
+    with pytest.raises(WeightsError, match=f"a scalar for every place of {key[:2]}"):
+        convert_weights(tmp_path)
+
+
+def test_pylo_has_three_decays(tmp_path):
+    decays = {f"initial_{kind}_decays": (0.9, 0.99) for kind in ("momentum", "rms", "adafactor")}
+    weights = convert_weights(FIXTURES / "adafac_mlp_lopt_decays", config=decays)
+    with pytest.raises(ValueError, match=r"39 inputs.*found 33"):
+        export_weights(weights, tmp_path)
 
 
 def test_interpolation_multiplier_is_folded_into_the_banks():

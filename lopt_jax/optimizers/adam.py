@@ -15,6 +15,7 @@ class AdamSettings(NamedTuple):
     betas: tuple[Any, Any]  # decays of momentum and second moment
     epsilon: Any  # added to the root
     root_epsilon: Any = 0.0  # added inside the root
+    gradient_clip: float | None = common.GRADIENT_CLIP  # of every element; None: not clipped
 
 
 class AdamStep(NamedTuple):
@@ -32,7 +33,7 @@ def adam_step(
     second_moment: jax.Array,
     count: jax.Array,
 ) -> AdamStep:
-    """One step of Adam, with bias correction, on a gradient clipped to [-1000, 1000].
+    """One step of Adam, with bias correction.
 
     Args:
       settings: the settings.
@@ -45,7 +46,9 @@ def adam_step(
       The step to be subtracted, and the new moments in their dtypes.
     """
     dtype = jnp.promote_types(jnp.promote_types(gradient.dtype, momentum.dtype), jnp.float32)
-    gradient = jnp.clip(gradient.astype(dtype), -common.GRADIENT_CLIP, common.GRADIENT_CLIP)
+    gradient = gradient.astype(dtype)
+    if settings.gradient_clip is not None:
+        gradient = jnp.clip(gradient, -settings.gradient_clip, settings.gradient_clip)
     beta1, beta2 = (jnp.asarray(beta, jnp.float32) for beta in settings.betas)
     m = update_momentum(momentum.astype(dtype), gradient, beta1)
     v = update_second_moment(second_moment.astype(dtype), gradient, beta2)

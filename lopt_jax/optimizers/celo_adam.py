@@ -12,14 +12,8 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
 from lopt_jax.optimizers.controlled import observe_loss
-from lopt_jax.tensors import (
-    StackedAxes,
-    arrays_like,
-    count_tensors,
-    per_leaf,
-    tensors_of,
-    zeros_like,
-)
+from lopt_jax.optimizers.leafwise import step_leaves
+from lopt_jax.tensors import StackedAxes, count_tensors, init_accumulators
 from lopt_jax.weights import WeightsLike, resolve
 
 
@@ -93,16 +87,10 @@ def celo_adam(
     def init(params: Any) -> CeloAdamState:
         options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        unused: Any = ()
         dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=Accumulators(
-                momentum=tuple(zeros_like(params, dtype) for dtype in dtypes.momentum),
-                second_moment=zeros_like(params, dtypes.second_moment),
-                row=unused,
-                column=unused,
-            ),
+            accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
             lstm=controller.init_lstm(weights.params, tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
@@ -114,35 +102,23 @@ def celo_adam(
         loss, shared = observe_loss(
             "celo_adam", state.loss, value, state.count, num_steps, (gradients, params)
         )
-        tensors = tensors_of(params, stacked_axes)
         inputs = controller.shared_features(state.step_size.shape[0], shared)
         controls = controller.run_lstm(meta_parameters, inputs, state.lstm)
         sizes = celo_step_size(controls.step_size)
         rate, decay = options.rates(state.count, params)
-        scale = rate * config["step_mult"] * sizes
         count = optax.safe_increment(state.count)
-
-        leaves, treedef = jax.tree.flatten(params)
-        given = treedef.flatten_up_to(gradients)
-        momentum = arrays_like("state: momentum", state.accumulators.momentum[0], params)
-        second_moment = arrays_like(
-            "state: second_moment", state.accumulators.second_moment, params
+        updates, (momentum, second_moment) = step_leaves(
+            lambda g, m, v: adam_step(settings, g, m, v, count),
+            gradients,
+            (state.accumulators.momentum[0], state.accumulators.second_moment),
+            params,
+            stacked_axes,
+            rate * config["step_mult"] * sizes,
+            decay,
         )
-        updates: list = [None] * len(leaves)
-        for i, (entry, p) in enumerate(zip(tensors, leaves, strict=True)):
-            if given[i] is None:
-                continue
-            step, momentum[i], second_moment[i] = adam_step(
-                settings, given[i], momentum[i], second_moment[i], count
-            )
-            total = per_leaf(scale, entry, p) * step + per_leaf(decay, entry, p) * p
-            updates[i] = (-total).astype(p.dtype)
         accumulators = state.accumulators._replace(
-            momentum=(treedef.unflatten(momentum),),
-            second_moment=treedef.unflatten(second_moment),
+            momentum=(momentum,), second_moment=second_moment
         )
-        return treedef.unflatten(updates), CeloAdamState(
-            count, accumulators, controls.state, loss, sizes
-        )
+        return updates, CeloAdamState(count, accumulators, controls.state, loss, sizes)
 
     return common.transformation(init, update, weights.params, CeloAdamState)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from lopt_jax.accumulators import Accumulators
+from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
 from lopt_jax.context import Tracing, holding, is_traced, platform_of, tracing, usual_promotion
@@ -221,12 +221,15 @@ class Options:
 
         Where decays are learned, their initial values count.
         """
-        momenta = config["initial_momentum_decays"]
+        momenta = config.get("initial_momentum_decays", ())
         factored = config.get("initial_adafactor_decays", ())
+        rms = config.get("initial_rms_decays", ())
         squares = functools.partial(stored_dtype, self.accumulator_dtype, are_squares=True)
         return Accumulators(
             momentum=tuple(stored_dtype(self.accumulator_dtype, (d,), False) for d in momenta),
-            second_moment=squares(config["initial_rms_decays"]),
+            second_moment=squares(rms)
+            if len(rms) == 1
+            else SecondMoments(tuple(squares((d,)) for d in rms)),
             row=squares(factored),
             column=squares(factored),
         )

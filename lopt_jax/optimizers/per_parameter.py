@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from lopt_jax import engine
-from lopt_jax.accumulators import Accumulators, Decays
+from lopt_jax.accumulators import Accumulators, Decays, SecondMoments
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
 from lopt_jax.rule import MLP, Rule
@@ -64,7 +64,7 @@ def per_parameter(
     Returns:
       Its functions; they do not read the loss.
     """
-    factored = len(weights.config["initial_adafactor_decays"])
+    factored = len(weights.config.get("initial_adafactor_decays", ()))
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> PerParameterState:
@@ -104,10 +104,14 @@ def per_parameter(
 
 def fixed_decays(config: Any) -> Decays:
     """Decay rates that are not learned, from a config's initial decays."""
+    momentum, rms, factored = (
+        np.asarray(config.get(f"initial_{kind}_decays", ()), np.float32)
+        for kind in ("momentum", "rms", "adafactor")
+    )
     return Decays(
-        momentum=np.asarray(config["initial_momentum_decays"], np.float32),
-        second_moment=np.float32(config["initial_rms_decays"][0]),
-        factored=np.asarray(config["initial_adafactor_decays"], np.float32),
+        momentum=momentum,
+        second_moment=rms[0] if rms.shape == (1,) else SecondMoments(tuple(rms)),
+        factored=factored,
     )
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax.accumulators import Decays
+from lopt_jax.accumulators import Decays, SecondMoments
 from lopt_jax.features import small_fc_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
@@ -92,7 +92,9 @@ def small_fc_rule(
     """
     config = weights.config
     rule = Rule(
-        features=small_fc_features(len(config["initial_momentum_decays"])),
+        features=small_fc_features(
+            len(config["initial_momentum_decays"]), len(config["initial_rms_decays"])
+        ),
         exp_mult=config["exp_mult"],
         precision=options.precision,
     )
@@ -130,8 +132,9 @@ def learned_decays(meta_parameters: Any, config: Any) -> Decays:
         start = jnp.log(1 - jnp.asarray(config[initial], jnp.float32)) / 10
         return 1 - jnp.exp(10 * (start + meta_parameters[offset]))
 
+    rms = jnp.clip(decay("initial_rms_decays", "rms_decays"), 0.0, 1.0)
     return Decays(
         momentum=decay("initial_momentum_decays", "momentum_decays"),
-        second_moment=jnp.clip(decay("initial_rms_decays", "rms_decays")[0], 0.0, 1.0),
+        second_moment=rms[0] if rms.shape == (1,) else SecondMoments(tuple(rms)),
         factored=jnp.clip(decay("initial_adafactor_decays", "adafactor_decays"), 0.0, 1.0),
     )

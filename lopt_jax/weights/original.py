@@ -1,13 +1,14 @@
 """Trees of the original code (google/learned_optimization, amoudgl/celo) to the canonical layout.
 
-References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py) and of HyperV2
-(research/general_lopt/hyper_v2.py) in google/learned_optimization; celo/optimizers/*.py in
-amoudgl/celo.
+References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py), of LearnableSGD and its
+like (learned_optimizers/base.py) and of HyperV2 (research/general_lopt/hyper_v2.py) in
+google/learned_optimization; celo/optimizers/*.py in amoudgl/celo.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -65,6 +66,10 @@ GIN_CLASSES = {
     "Celo": "celo",
     "Celo2": "celo2",
     "Celo2Base": "celo2",
+    "MLPLOpt": "mlp_lopt",
+    "LearnableSGD": "learnable_sgd",
+    "LearnableSGDM": "learnable_sgdm",
+    "LearnableAdam": "learnable_adam",
 }
 _GIN_KEYS = {
     "ff_hidden_size": "hidden_size",
@@ -185,9 +190,14 @@ def convert_original(tree: Any, source: object) -> Converted:
     if "ff_mod_stack" in tree:
         mlp = _mlp(tree["ff_mod_stack"], source)
         return Converted("celo2", {"mlp": mlp}, {}, ("elo_celo2",), notes)
+    if _MODULE + "0" in tree:
+        return Converted("mlp_lopt", {"mlp": _modules(tree, source)}, {}, (), notes)
+    if "log_lr" in tree:
+        return Converted(_learnable_of(tree), dict(tree), {}, (), notes)
     raise weights_error(
         source,
-        expected="meta-parameters with 'nn', 'ff_mod_stack' or 'rnn_params'",
+        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params', 'log_lr' or "
+        f"{_MODULE + '0'!r}",
         found=f"the keys {brief(sorted(tree))}",
     )
 
@@ -208,6 +218,12 @@ def scale_banks(converted: Converted, multiplier: Any, source: object) -> Conver
     mlp = {key: np.asarray(value) * scale for key, value in converted.params["mlp"].items()}
     notes = {**converted.notes, MULTIPLIER_KEY: float(multiplier)}
     return dataclasses.replace(converted, params={**converted.params, "mlp": mlp}, notes=notes)
+
+
+def _learnable_of(tree: Mapping[str, Any]) -> str:
+    if "one_minus_momentum" in tree:
+        return "learnable_sgdm"
+    return "learnable_adam" if "log_epsilon" in tree else "learnable_sgd"
 
 
 def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: object) -> Converted:
@@ -278,6 +294,7 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
         tree = module if isinstance(module, Mapping) else tree
     if not isinstance(tree, Mapping):
         raise weights_error(source, expected="the layers of an MLP", found=type(tree).__name__)
+    tree = _assembled(tree, source)
     layers = {
         key: value for key, value in tree.items() if not re.fullmatch(r"w0__\d{1,4}", str(key))
     }
@@ -290,6 +307,47 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
                 source, expected="w0__0, w0__1, ... without a gap", found=brief(groups)
             )
         layers["w0"] = joined(parts, source)
+    return layers
+
+
+_MODULE = "mlp/~/linear_"  # what Haiku names the layers of a plain MLP
+
+
+def _modules(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Returns w0, b0, w1, ... of an MLP whose layers are Haiku modules {"w", "b"}."""
+    layers: dict[str, Any] = {}
+    for name, layer in tree.items():
+        match = re.fullmatch(re.escape(_MODULE) + r"(\d{1,2})", str(name))
+        if match is None or not isinstance(layer, Mapping) or set(layer) != {"w", "b"}:
+            raise weights_error(
+                source, expected=f"layers {_MODULE}0, ... of w and b alone", found=brief(name)
+            )
+        layers |= {f"{kind}{match[1]}": array for kind, array in layer.items()}
+    return layers
+
+
+def _assembled(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """Joins layers whose weights are scalars of their own: w0_3_1 is w0[3, 1], b0_1 is b0[1]."""
+    layers: dict[str, Any] = {}
+    scalars: dict[str, dict[tuple[int, ...], Any]] = {}
+    for key, value in tree.items():
+        match = re.fullmatch(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})", str(key))
+        if match is None:
+            layers[key] = value
+        else:
+            place = tuple(map(int, match[2][1:].split("_")))
+            scalars.setdefault(match[1], {})[place] = value
+    for name, by_place in scalars.items():
+        rank = 2 if name.startswith("w") else 1
+        complete = all(len(place) == rank and np.ndim(x) == 0 for place, x in by_place.items())
+        shape = [max(axis) + 1 for axis in zip(*by_place, strict=False)]
+        if not complete or len(by_place) != math.prod(shape) or name in layers:
+            raise weights_error(
+                source,
+                expected=f"a scalar for every place of {name}",
+                found=f"{len(by_place)} scalars, up to the place {brief(max(by_place))}",
+            )
+        layers[name] = np.array([by_place[place] for place in sorted(by_place)]).reshape(shape)
     return layers
 
 

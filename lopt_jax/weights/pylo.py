@@ -25,7 +25,7 @@ from lopt_jax.weights.arrays import declared_array
 from lopt_jax.weights.base import Weights, brief, thaw, weights_error
 from lopt_jax.weights.hub import export_card
 from lopt_jax.weights.original import Converted, joined, undecided_error
-from lopt_jax.weights.schema import MAX_BYTES, validate
+from lopt_jax.weights.schema import MAX_BYTES, SMALL_FC_INPUTS, validate
 from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER, local_folder
 
 MODEL = "model.safetensors"
@@ -313,7 +313,7 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
       format: "pylo".
 
     Raises:
-      ValueError: another format, or an architecture that PyLO has not.
+      ValueError: another format, or an architecture or a number of decays that PyLO has not.
       WeightsError: the weights are not valid, or `path` is an address.
     """
     if format != "pylo":
@@ -329,6 +329,11 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
     card = export_card(weights, folder.name)
     sizes = weights.config
     if weights.architecture in META_MLP:
+        if int(params["mlp"]["w0"].shape[0]) != SMALL_FC_INPUTS:
+            raise ValueError(
+                f"weights must have {SMALL_FC_INPUTS} inputs, as PyLO's network has; found "
+                f"{params['mlp']['w0'].shape[0]}"
+            )
         record |= {key: params[key].tolist() for key in DECAYS if key in params}
         model = {
             "input_size": int(params["mlp"]["w0"].shape[0]),

@@ -17,6 +17,7 @@ from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, brief, w
 MAX_BYTES = 256 * 2**20
 MAX_SIZE = 1 << 20  # of one dimension
 MAX_LAYERS = 64
+MAX_DECAYS = 16  # of a kind
 MAX_DEPTH = 16  # of a tree of meta-parameters
 MAX_LEAVES = 4096
 
@@ -26,6 +27,7 @@ Config = Mapping[str, Any]
 # Input features of the per-parameter networks: 28 of the tensor and 11 of the time
 # (small_fc_lopt, arXiv 2203.11860), 30 of the tensor (VeLO, arXiv 2211.09760, and Celo).
 SMALL_FC_INPUTS = 39
+TIME_INPUTS = 11
 HYPER_INPUTS = 30
 # Input features of the LSTMs over tensors.
 VELO_LSTM_INPUTS = 30
@@ -47,12 +49,14 @@ class Schema:
       defaults: a complete config; the type and length of each value are its specification.
       shapes: returns the nested dict of array shapes of a complete config.
       sizes: the keys of config that the arrays determine.
+      any_decays: whether there may be another number of decays than in defaults.
     """
 
     architecture: str
     defaults: StaticMapping
     shapes: Callable[[Config], dict[str, Any]]
     sizes: tuple[str, ...]
+    any_decays: bool = False
 
 
 def _mlp(config: Config, inputs: int, outputs: int, banks: Shape = ()) -> dict[str, Shape]:
@@ -81,12 +85,26 @@ def _lstm(config: Config, inputs: int) -> dict[str, dict[str, Shape]]:
 
 
 def _small_fc_lopt(config: Config) -> dict[str, Any]:
+    kinds = ("momentum", "rms", "adafactor")
+    momenta, squares, factored = (len(config[f"initial_{kind}_decays"]) for kind in kinds)
+    if momenta != factored or squares not in (1, momenta):
+        raise weights_error(
+            "config",
+            expected="as many momentum as adafactor decays, and one rms decay or as many",
+            found=f"{momenta}, {factored} and {squares}",
+        )
+    inputs = 2 + 2 * momenta + 2 * squares + 6 * factored
     return {
-        "mlp": _mlp(config, SMALL_FC_INPUTS, 2),
-        "momentum_decays": (3,),
-        "rms_decays": (1,),
-        "adafactor_decays": (3,),
+        "mlp": _mlp(config, inputs + TIME_INPUTS, 2),
+        "momentum_decays": (momenta,),
+        "rms_decays": (squares,),
+        "adafactor_decays": (factored,),
     }
+
+
+def _mlp_lopt(config: Config) -> dict[str, Any]:
+    inputs = 2 + len(config["initial_momentum_decays"]) + TIME_INPUTS
+    return {"mlp": _mlp(config, inputs, 2)}
 
 
 def _elo(config: Config) -> dict[str, Any]:
@@ -111,6 +129,10 @@ def _celo_adam(config: Config) -> dict[str, Any]:
 
 def _celo2(config: Config) -> dict[str, Any]:
     return {"mlp": _mlp(config, HYPER_INPUTS, 3)}
+
+
+def _scalars(*names: str) -> Callable[[Config], dict[str, Any]]:
+    return lambda config: dict.fromkeys(names, ())
 
 
 _SMALL_FC_DEFAULTS = {
@@ -153,11 +175,22 @@ _CELO2_DEFAULTS = {
     "initial_rms_decays": (0.95,),
 }
 
+_MLP_LOPT_DEFAULTS = {
+    "hidden_size": 32,
+    "hidden_layers": 2,
+    "exp_mult": 0.001,
+    "step_mult": 0.001,
+    "initial_momentum_decays": (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999),  # they are not learned
+}
+# What the original starts meta-training from; it decides which dtypes can hold the averages.
+_LEARNABLE_SGDM_DEFAULTS = {"initial_momentum_decays": (0.9,)}
+_LEARNABLE_ADAM_DEFAULTS = {**_LEARNABLE_SGDM_DEFAULTS, "initial_rms_decays": (0.999,)}
+
 _MLP_SIZES = ("hidden_size", "hidden_layers")
 _HYPER_SIZES = (*_MLP_SIZES, "lstm_hidden_size", "param_inits")
 
 SCHEMAS: dict[str, Schema] = {
-    name: Schema(name, StaticMapping(defaults), shapes, sizes)
+    name: Schema(name, StaticMapping(defaults), shapes, sizes, name == "small_fc_lopt")
     for name, defaults, shapes, sizes in (
         ("small_fc_lopt", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),
         ("mulo", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),
@@ -167,6 +200,20 @@ SCHEMAS: dict[str, Schema] = {
         ("celo_adam", _CELO_ADAM_DEFAULTS, _celo_adam, ("lstm_hidden_size",)),
         ("celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
         ("elo_celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
+        ("mlp_lopt", _MLP_LOPT_DEFAULTS, _mlp_lopt, _MLP_SIZES),
+        ("learnable_sgd", {}, _scalars("log_lr"), ()),
+        (
+            "learnable_sgdm",
+            _LEARNABLE_SGDM_DEFAULTS,
+            _scalars("log_lr", "one_minus_momentum"),
+            (),
+        ),
+        (
+            "learnable_adam",
+            _LEARNABLE_ADAM_DEFAULTS,
+            _scalars("log_lr", "one_minus_beta1", "one_minus_beta2", "log_epsilon"),
+            (),
+        ),
     )
 }
 
@@ -202,12 +249,13 @@ def complete_config(architecture: str, config: Config, source: object) -> Static
             found=brief(unknown),
         )
     merged = {key: config.get(key, default) for key, default in defaults.items()}
+    free = schema_of(architecture, source).any_decays
     return StaticMapping(
-        {key: _config_value(key, merged[key], defaults[key], source) for key in merged}
+        {key: _config_value(key, merged[key], defaults[key], source, free) for key in merged}
     )
 
 
-def _config_value(key: str, value: Any, default: Any, source: object) -> Any:
+def _config_value(key: str, value: Any, default: Any, source: object, any_decays: bool) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(default, bool):
@@ -224,14 +272,14 @@ def _config_value(key: str, value: Any, default: Any, source: object) -> Any:
             return float(value)
         wanted = "a finite number"
     else:
-        count = len(default)
+        counts = range(1, MAX_DECAYS + 1) if any_decays else (len(default),)
         if (
             isinstance(value, list | tuple)
-            and len(value) == count
+            and len(value) in counts
             and all(_is_number(item) and 0.0 <= item < 1.0 for item in value)
         ):
             return tuple(float(item) for item in value)
-        wanted = f"{count} numbers in [0, 1)"
+        wanted = f"{f'1 to {MAX_DECAYS}' if any_decays else len(default)} numbers in [0, 1)"
     raise weights_error(source, expected=f"config[{key!r}] to be {wanted}", found=brief(value))
 
 
