@@ -140,8 +140,17 @@ def tokens(train: str, validation: str | None, cache: Path, name: str) -> Tokens
 
     Returns:
       The tokens.
+
+    Raises:
+      ImportError: the package tokenizers is not installed.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError(
+            "The scale suite learns tokens with the package tokenizers, which is not installed: "
+            "pip install 'lopt_jax[scale]'"
+        ) from error
 
     if validation is None:
         stretches = [train[i : i + _CHUNK] for i in range(0, len(train), _CHUNK)]

@@ -291,11 +291,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="where records go; left out: --records")
     parser.add_argument("--data", type=Path, default=DATA, help="prepared data")
     parser.add_argument("--cache", type=Path, default=CACHE, help="for tokens")
-    parser.add_argument("--show", action="store_true", help="write table and plot, run nothing")
+    parser.add_argument("--show", action="store_true", help="print the table, run nothing")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the curves")
 
 
 def main(options: argparse.Namespace) -> int:
-    """Runs the suite, then writes its table and plot."""
+    """Runs the suite, then prints its table and draws its plot."""
     from lopt_jax.meta.scale import report
 
     unknown = [name for name in options.optimizers.split(",") if name not in CONTENDERS]
@@ -319,6 +320,8 @@ def main(options: argparse.Namespace) -> int:
         say=lambda text: print(text, flush=True),
     )
     print(report.table(current(records)))
+    if options.plot:
+        report.plot(current(records), options.plot)
     if not complete:
         print("Not complete: the same command goes on.")
     return 0
