@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lopt_jax import blocks, groups, sharding
+from lopt_jax.accumulators import Accumulators
 from lopt_jax.partition import Partition
 from lopt_jax.rows import part_taker, unknown_zero
 from lopt_jax.tensors import init_accumulators, tensors_of
@@ -51,9 +52,9 @@ def test_stacks_whose_vectors_are_joined():
 
 def test_kernels(monkeypatch):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
-    from pallas_kernels import choice, mosaic
+    from pallas_kernels import choice, supports
 
-    monkeypatch.setattr(mosaic, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
     tx = optimizers.make("small_fc_lopt", backend="pallas")
     update_of_shapes(tx, "matrix")
     with pytest.raises(NotImplementedError, match="longer than 32 bits count"):
@@ -109,7 +110,10 @@ def test_joined_leaves_keep_the_axis_of_tensors(monkeypatch):
     """Where places along the joined axis would be too large, parts are taken by tensor."""
     params = {"a": jnp.ones((2, 6)), "b": jnp.full((3, 6), 2.0)}
     gradients = jax.tree.leaves(optimizers.random_like(params, seed=0))
-    like = init_accumulators(params, 1, 1, stacked_axes=1)
+    dtypes = Accumulators(
+        momentum=("float32",), second_moment="float32", row="float32", column="float32"
+    )
+    like = init_accumulators(params, dtypes, 1, stacked_axes=1)
     lists = jax.tree.map(jax.tree.leaves, like, is_leaf=lambda x: isinstance(x, dict))
     tensors = tensors_of(params, 1)
     (group,) = groups.make_groups(tensors, gradients, gradients, ["a", "b"])
