@@ -120,6 +120,8 @@ def test_multiples_of_what_is_untuned_are_tried_on_demand():
     tried = [(rate, 0) for rate in (1.0, 0.5, 0.7, 1.4, 2.0)]
     assert wanted(UNTUNED, [], multiples=True) == tried
     assert wanted(TUNED, [], multiples=True) == [(rate, 0) for rate in RATES]
+    # a task of one lane makes its runs one after the other: what is left is still wanted
+    assert wanted(UNTUNED, [record("untuned", 1.0, 2.0)], multiples=True) == tried[1:]
 
 
 def test_versions_follow_recipe_and_weights():

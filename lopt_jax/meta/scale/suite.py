@@ -126,11 +126,11 @@ def wanted(
         if (r["task"], r["steps"], r["optimizer"]) == (task.name, horizon, contender.name)
     }
     of = lambda settings, seed: run_of(task.name, horizon, contender.name, settings, seed)  # noqa: E731
-    settings = list(contender.settings)
-    missing = [of(s, 0) for s in settings if of(s, 0).key not in here]
+    settings: Sequence[Mapping[str, float]] = contender.settings
+    extra = contenders_module.MULTIPLES if multiples and not contender.widen else ()
+    missing = [one for one in (of(s, 0) for s in (*settings, *extra)) if one.key not in here]
     if missing:
-        extra = contenders_module.MULTIPLES if multiples and not contender.widen else ()
-        return missing + [of(s, 0) for s in extra if of(s, 0).key not in here]
+        return missing
     if contender.widen:
         settings, more = _grown(contender, lambda s: here.get(of(s, 0).key))
         if more is not None:
