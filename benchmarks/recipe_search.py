@@ -16,6 +16,7 @@ import optax
 
 from lopt_jax.meta.scale import contenders, run
 from lopt_jax.meta.scale.tasks import stacked_axes, task_named
+from lopt_jax.optimizers.plans import names_of
 
 BASE = {
     # the direction: weights of features of root mean square one, and decays of the momenta
@@ -51,8 +52,7 @@ def prototype(settings, horizon):
     """A linear direction over features, orthogonalised, with every constant traced."""
 
     def is_adam(path, x):
-        names = [str(getattr(k, "key", k)) for k in path]
-        is_named = any(name in contenders.ADAM_LEAVES for name in names)
+        is_named = any(name in contenders.ADAM_LEAVES for name in names_of(path))
         return is_named or x.ndim - stacked_axes(path, x) < 2
 
     def init(params):
@@ -79,7 +79,7 @@ def prototype(settings, horizon):
         schedule = jnp.minimum((count + 1) / warm, down)
 
         def adam(path, g, s, p):
-            names = [str(getattr(k, "key", k)) for k in path]
+            names = names_of(path)
             b1, b2 = settings["ab1"], settings["ab2"]
             m, v = b1 * s["m1"] + (1 - b1) * g, b2 * s["v"] + (1 - b2) * g * g
             step = (m / (1 - b1 ** (count + 1))) / (jnp.sqrt(v / (1 - b2 ** (count + 1))) + 1e-8)

@@ -18,6 +18,7 @@ import optax
 from lopt_jax.meta.scale.run import Build
 from lopt_jax.meta.scale.tasks import stacked_axes
 from lopt_jax.optimizers.lopt import Recipe, lopt
+from lopt_jax.optimizers.plans import names_of
 from lopt_jax.weights import load_weights
 
 _WARM_UP = 0.05
@@ -73,9 +74,8 @@ def _matrices(params: Any) -> Any:
     """Muon's dimension numbers: matrices of hidden layers, convolutions as (fan in, out)."""
 
     def numbers(path: Any, leaf: Any) -> Any:
-        names = [str(getattr(entry, "key", entry)) for entry in path]
         stack = stacked_axes(path, leaf)
-        if leaf.ndim - stack < 2 or any(name in ADAM_LEAVES for name in names):
+        if leaf.ndim - stack < 2 or any(name in ADAM_LEAVES for name in names_of(path)):
             return None
         axes = range(stack, leaf.ndim)
         return optax.contrib.MuonDimensionNumbers(tuple(axes[:-1]), (leaf.ndim - 1,))
