@@ -1,7 +1,7 @@
 """Writes the weights behind `lopt`: a direction that is a weighted sum of two features.
 
 The weights of the sum are what `benchmarks/recipe_search.py` found on the tuning tasks of the scale
-suite: python benchmarks/linear_rule.py checkpoints/lopt --record search.jsonl
+suite: python benchmarks/linear_rule.py checkpoints/lopt --record docs/benchmarks/recipe_search.json
 """
 
 import argparse
