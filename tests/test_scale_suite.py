@@ -51,7 +51,6 @@ TASK = Task(
     items=7,
     horizons=(50,),
     validation_batches=1,
-    stacked=False,
     lanes=2,
 )
 

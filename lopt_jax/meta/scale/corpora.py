@@ -6,7 +6,6 @@ so what one split trains on, no other sees.
 """
 
 import hashlib
-import json
 import lzma
 import sysconfig
 from collections.abc import Iterator
@@ -213,9 +212,3 @@ def images(folder: Path, name: str) -> Images:
         train, validation = train[..., None], validation[..., None]
     digest = hashlib.sha256(train.tobytes() + labels.tobytes() + validation.tobytes()).hexdigest()
     return Images(train, labels, validation, validation_labels, digest)
-
-
-def manifest(folder: Path) -> dict[str, str]:
-    """The sha256 of every prepared file, by name; empty where there is no manifest."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -77,8 +77,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
       records: of the suite.
 
     Returns:
-      The text. A loss is the mean over seeds, with their number; in brackets the best rate of as
-      many as were tried. The last columns say how far the first optimizer is from the others.
+      The text. A loss is the mean over seeds, with their deviation; in brackets the best rate of as
+      many as were tried. The last columns say how far learned optimizers are from the usual ones.
     """
     by_cell = {(c.task, c.steps, c.optimizer): c for c in cells(records)}
     rows = list(dict.fromkeys((task, steps) for task, steps, _ in by_cell))

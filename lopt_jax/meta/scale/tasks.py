@@ -51,7 +51,6 @@ class Task:
       items: tokens or pictures of an example, for records.
       horizons: numbers of steps.
       validation_batches: of a measurement.
-      stacked: whether the blocks have an axis of layers.
       lanes: runs side by side.
     """
 
@@ -65,7 +64,6 @@ class Task:
     items: int
     horizons: tuple[int, ...]
     validation_batches: int = 16
-    stacked: bool = True
     lanes: int = 5
 
     def init(self, key: jax.Array, data: Split) -> Any:
@@ -173,9 +171,7 @@ def _noisy(batch: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angle) * batch["images"] + jnp.sin(angle) * batch["noise"], batch["level"]
 
 
-def picture_task(
-    name: str, model: Any, data: str, batch: int, horizons: tuple[int, ...], stacked: bool
-) -> Task:
+def picture_task(name: str, model: Any, data: str, batch: int, horizons: tuple[int, ...]) -> Task:
     """A classifier of pictures."""
     return Task(
         name=name,
@@ -187,7 +183,6 @@ def picture_task(
         batch=batch,
         items=1,
         horizons=horizons,
-        stacked=stacked,
     )
 
 
@@ -203,7 +198,6 @@ def denoising_task(name: str, width: int, data: str, batch: int, horizons: tuple
         batch=batch,
         items=1,
         horizons=horizons,
-        stacked=False,
     )
 
 
@@ -219,10 +213,8 @@ EVIDENCE = (
     language_task("gpt35m_code", 640, 6, 64, (1000, 4000), _CODE, 2),
     language_task("gpt35m_english", 640, 6, 64, (1000,), _GCIDE, 2),
     language_task("gpt109m_code", 1024, 8, 64, (1000, 4000), _CODE, 1),
-    picture_task("vit_fashion", models.Vit(10, 192, 6), "fashion_mnist", 256, (1000, 5000), True),
-    picture_task(
-        "resnet_fashion", models.ResNet(10, 32), "fashion_mnist", 256, (1000, 5000), False
-    ),
+    picture_task("vit_fashion", models.Vit(10, 192, 6), "fashion_mnist", 256, (1000, 5000)),
+    picture_task("resnet_fashion", models.ResNet(10, 32), "fashion_mnist", 256, (1000, 5000)),
     denoising_task("denoiser_fashion", 64, "fashion_mnist", 128, (1000, 5000)),
 )
 
@@ -230,10 +222,8 @@ TUNING = (
     language_task("tuning_gpt5m", 256, 4, 32, (300, 1000, 4000), _TUNING_CODE),
     language_task("tuning_gpt18m", 512, 5, 32, (300, 1000, 4000), _TUNING_CODE),
     language_task("tuning_gpt66m", 896, 6, 32, (300, 1000), _TUNING_CODE),
-    picture_task("tuning_vit_clipart", models.Vit(22, 128, 4), "clipart", 128, (1000, 4000), True),
-    picture_task(
-        "tuning_resnet_clipart", models.ResNet(22, 24), "clipart", 128, (1000, 4000), False
-    ),
+    picture_task("tuning_vit_clipart", models.Vit(22, 128, 4), "clipart", 128, (1000, 4000)),
+    picture_task("tuning_resnet_clipart", models.ResNet(22, 24), "clipart", 128, (1000, 4000)),
 )
 
 
