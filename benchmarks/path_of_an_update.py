@@ -110,7 +110,7 @@ def main() -> None:
         ("small_fc_lopt, XLA", path_of(lopt_jax.small_fc_lopt(backend="xla"), OURS)),
         ("velo, XLA", path_of(lopt_jax.velo(1000, "velo_small", backend="xla"), OURS)),
     ]
-    with unittest.mock.patch.object(supports, "unsupported_reason", lambda *_: None):
+    with unittest.mock.patch.object(supports, "unsupported_reason", return_value=None):
         for name, tx in (
             ("small_fc_lopt, kernels", lopt_jax.small_fc_lopt(backend="pallas")),
             ("velo, kernels", lopt_jax.velo(1000, "velo_small", backend="pallas")),
