@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import Accumulators, Decays
 from lopt_jax.benchmark import gpu_events
 from lopt_jax.features import small_fc_features, velo_features
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from pallas_kernels import matrix_units, table, tuning
 from pallas_kernels.first_pass import first_sums
 from pallas_kernels.lines import PIECE, pieces

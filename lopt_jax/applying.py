@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from lopt_jax.context import steered
 from lopt_jax.weights import Weights
 from lopt_jax.weights.base import brief
 
@@ -86,6 +87,30 @@ def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransform
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
+
+
+def in_batch(tx: optax.GradientTransformation, size: int) -> LearnedTransformation:
+    """The transformation, told that `jax.vmap` makes this many trainings of one.
+
+    Whether the kernels are worth it, backend "auto" decides by the tensors of all trainings.
+
+    Args:
+      tx: any optax transformation.
+      size: trainings of a batch.
+
+    Returns:
+      The transformation.
+    """
+    update, apply = with_extra_args(tx).update, apply_of(tx)
+
+    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return update(updates, state, params, **steered(extra_args, batch=size))
+
+    def apply_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        assert apply is not None
+        return apply(updates, state, params, **steered(extra_args, batch=size))
+
+    return LearnedTransformation.of(tx.init, update_fn, None if apply is None else apply_fn)
 
 
 def update_params(

@@ -3,36 +3,22 @@
 import functools
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 
 from lopt_jax.accumulators import Accumulators, SecondMoments
-from lopt_jax.context import steering, tracing
+from lopt_jax.batches import Group
+from lopt_jax.context import Tracing
 from lopt_jax.features import NormalizerAxes
-from lopt_jax.groups import Group, GroupInputs
-from lopt_jax.partition import Partition, is_local, say_once
-from lopt_jax.rule import Rule
+from lopt_jax.partition import Partition, say_once
+from lopt_jax.rules.rule import Rule, TensorArrays
 from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
 DECAYS_OF_KERNELS = 3
 
 _logger = logging.getLogger("lopt_jax.engine")  # the name that users know
-
-
-def batch(size: int) -> AbstractContextManager[None]:
-    """Says, while it is traced, that `jax.vmap` makes this many trainings of one.
-
-    Whether the kernels are worth it, "auto" decides by the tensors of all trainings.
-    """
-    return steering(batch=size)
-
-
-def batch_size() -> int:
-    """Trainings of one, as `batch` says."""
-    return tracing().batch
 
 
 @functools.cache
@@ -43,8 +29,9 @@ def _log_once(message: str) -> None:
 def choose_backend(
     rule: Rule,
     backend: str,
+    tracing: Tracing,
     groups: Sequence[Group],
-    inputs: Sequence[GroupInputs],
+    inputs: Sequence[TensorArrays],
     vectors: Sequence[Sequence[int]] = (),
 ) -> list[bool]:
     """For each group, whether the fused kernels update it.
@@ -52,6 +39,7 @@ def choose_backend(
     Args:
       rule: the rule.
       backend: "auto", "xla" or "pallas".
+      tracing: what steers the trace.
       groups: the groups.
       inputs: of the groups.
       vectors: of `alike_vectors`: where the kernels take one of them, they take all.
@@ -62,7 +50,7 @@ def choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
-    reason = supports.unsupported_reason() or _unknown_decays(inputs[0].accumulators)
+    reason = supports.unsupported_reason(tracing) or _unknown_decays(inputs[0].accumulators)
     choices: list[str | None] = [reason] * len(inputs)
     if reason is None:
         from pallas_kernels import choice
@@ -70,13 +58,13 @@ def choose_backend(
         choices = [
             choice.unsupported_group_reason(
                 rule,
-                (batch_size() * x.gradient.shape[0], *x.gradient.shape[1:]),
+                (tracing.batch * x.gradient.shape[0], *x.gradient.shape[1:]),
                 [leaf.dtype for leaf in jax.tree.leaves(x)],
                 must,
             )
             for x in inputs
         ]
-        if is_local():
+        if tracing.is_local:
             choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
@@ -96,10 +84,7 @@ def choose_backend(
             f"Fused kernels update {fused:,} of {elements:,} parameters"
             + ("." if fused == elements else f"; XLA the others, for {_reasons(choices)}.")
         )
-    return [
-        why is None and kernels_split(group, group.partition, x)
-        for why, group, x in zip(choices, groups, inputs, strict=True)
-    ]
+    return [why is None for why in choices]
 
 
 def _unknown_decays(accumulators: Accumulators) -> str | None:
@@ -123,7 +108,7 @@ def leaf_backend(
     Returns:
       "kernels" or "xla", and what of this leaf is a reason for XLA where the kernels run, or "".
     """
-    if backend == "xla" or supports.unsupported_reason() is not None:
+    if backend == "xla" or supports.unsupported_reason(Tracing()) is not None:
         return "xla", ""
     from pallas_kernels import choice
 
@@ -136,7 +121,7 @@ def _reasons(choices: Sequence[str | None]) -> str:
     return "; ".join(dict.fromkeys(filter(None, choices)))
 
 
-def kernels_split(group: Group, partition: Partition | None, x: GroupInputs) -> bool:
+def kernels_split(group: Group, partition: Partition | None, x: TensorArrays) -> bool:
     """Whether the kernels can update shards: they know of no padding."""
     if partition is None or not partition.is_padded(x.gradient.shape[1:]):
         return True

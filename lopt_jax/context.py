@@ -1,27 +1,36 @@
-"""What holds while something is traced."""
+"""What steers a trace beside its arrays: one frozen value, handed down as an argument.
+
+It reaches an optimizer inside other transformations as the extra argument `lopt_tracing` of their
+`update`, which optax's wrappers hand on as they do the loss.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AxisType
 
 LARGEST_INDEX = int(np.iinfo(np.int32).max)  # of what is counted while a program runs
 
+Shards = tuple[tuple[str, Any], ...]  # a `Partition` for each leaf's path: hashable
 
+
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class Tracing:
     """What steers a trace beside the types of its arrays: part of the key of what is compiled.
 
     Attributes:
       device: the device that runs it, or its platform; None: jax's default device.
-      batch: trainings that `jax.vmap` makes of one, see `lopt_jax.backends.batch`.
+      batch: trainings that `jax.vmap` makes of one: whether the kernels are worth it, "auto"
+        decides by the tensors of all trainings.
       constant_weights: whether the weights are constants of the program.
       joined_state: whether the new state's arrays are joined again, see `lopt_jax.packing`.
-      shards: of what the leaves of the params are shards, see `lopt_jax.partition.shards`.
+      shards: of what the leaves of the params are shards, by their paths as `jax.tree_util.keystr`
+        writes them; None: they are whole.
       is_shard: whether it is the code of a shard, which no partitioner will split.
     """
 
@@ -29,31 +38,44 @@ class Tracing:
     batch: int = 1
     constant_weights: bool = False
     joined_state: bool = False
-    shards: Any = None
+    shards: Shards | None = None
     is_shard: bool = False
 
+    def with_device(self) -> "Tracing":
+        """The same, where jax's default device may be another by the time that it is asked for."""
+        return replace(self, device=self._named())
 
-_tracing: ContextVar[Tracing] = ContextVar("tracing", default=Tracing())  # noqa: B039 (frozen)
+    @property
+    def runs_on(self) -> jax.Device:
+        """A device that runs what is traced, as far as that is known: else the default one."""
+        named = self._named()
+        return named if isinstance(named, jax.Device) else jax.local_devices(backend=named)[0]
+
+    @property
+    def platform(self) -> str:
+        """The platform of the device: "cpu", "gpu" or "tpu"."""
+        return jax.default_backend() if self._named() is None else self.runs_on.platform
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no partitioner will split what is traced.
+
+        There is one device, or it is the code of a shard: in `shard_map`, or in a function that
+        `lopt_jax.partition.spread` runs.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
+        return is_manual or self.is_shard or jax.device_count() == 1
+
+    def _named(self) -> jax.Device | str | None:
+        """The device, or only its platform, where one of them was named."""
+        return self.device or jax.config.jax_default_device
 
 
-def tracing() -> Tracing:
-    """What holds now."""
-    return _tracing.get()
-
-
-@contextlib.contextmanager
-def holding(how: Tracing) -> Iterator[None]:
-    """This holds inside, and what held before after."""
-    token = _tracing.set(how)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
-def steering(**changes: Any) -> contextlib.AbstractContextManager[None]:
-    """What holds now holds inside, but for these attributes of `Tracing`."""
-    return holding(replace(tracing(), **changes))
+def steered(extra_args: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Extra arguments of an update with these attributes of their `lopt_tracing` changed."""
+    tracing = extra_args.get("lopt_tracing") or Tracing()
+    return {**extra_args, "lopt_tracing": replace(tracing, **changes)}
 
 
 @contextlib.contextmanager
@@ -63,27 +85,23 @@ def usual_promotion() -> Iterator[None]:
         yield
 
 
-def remembered() -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """How something is traced now, for what is traced later.
+def settings_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """How jax is set now, for what is traced later.
 
     XLA asks for the code of a shard while it compiles: the caller's settings may be others by then,
     and so may the thread.
 
     Returns:
-      A function that returns a context: inside, it is traced as it would be now, but for attributes
-      of `Tracing` that it is given.
+      A function that returns a context, inside which jax is set as it is now.
     """
-    how = replace(tracing(), device=_named())
-    config = jax.config
-    is_wide, precision = config.jax_enable_x64, config.jax_default_matmul_precision
+    is_wide, precision = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
 
     @contextlib.contextmanager
-    def as_now(**changes: Any) -> Iterator[None]:
+    def as_now() -> Iterator[None]:
         with (
             usual_promotion(),
             jax.enable_x64(is_wide),
             jax.default_matmul_precision(precision),
-            holding(replace(how, **changes)),
         ):
             yield
 
@@ -101,19 +119,3 @@ def platform_of(tree: Any) -> str | None:
 def is_traced(tree: Any) -> bool:
     """Whether some of the arrays have no values yet."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
-
-
-def device() -> jax.Device:
-    """A device that runs what is traced, as far as that is known: else the default one."""
-    named = _named()
-    return named if isinstance(named, jax.Device) else jax.local_devices(backend=named)[0]
-
-
-def platform() -> str:
-    """The platform of `device`: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend() if _named() is None else device().platform
-
-
-def _named() -> jax.Device | str | None:
-    """The device, or only its platform, where one of them was named."""
-    return tracing().device or jax.config.jax_default_device

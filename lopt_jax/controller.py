@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.products import product
-from lopt_jax.rule import MLP, Statistics
+from lopt_jax.compiler.products import product
+from lopt_jax.rules.rule import MLP, Statistics
 
 LOSS_DECAYS = 10
 FRACTION_SCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)

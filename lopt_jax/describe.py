@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import leaf_backend
+from lopt_jax.context import Tracing
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix
 from lopt_jax.optimizers.roles import matrix_sizes
 from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
@@ -116,7 +117,7 @@ def describe(tx: Any, params: Any) -> Description:
         _describe(jax.tree_util.keystr(path), leaf, entry, plan, backend, tx.plans is not None)
         for (path, leaf), entry, plan in zip(leaves, tensors, plans, strict=True)
     ]
-    reason = None if backend == "xla" else supports.unsupported_reason()
+    reason = None if backend == "xla" else supports.unsupported_reason(Tracing())
     note = f"No fused kernels here: {reason}." if reason else ""
     return Description(repr(tx), note, tuple(descriptions))
 

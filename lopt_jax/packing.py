@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.applying import LearnedTransformation, update_params, with_extra_args
-from lopt_jax.rows import joined_state
+from lopt_jax.context import steered
 
 PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
 
@@ -58,16 +58,16 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         updates: Any, state: PackedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, updates if params is None else params)
-        with joined_state():
-            updates, inner = tx.update(updates, inner, params, **extra_args)
+        updates, inner = tx.update(updates, inner, params, **steered(extra_args, joined_state=True))
         return updates, pack_state(inner)
 
     def apply(
         updates: Any, state: PackedState, params: Any, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, params)
-        with joined_state():
-            params, inner = update_params(tx, updates, inner, params, **extra_args)
+        params, inner = update_params(
+            tx, updates, inner, params, **steered(extra_args, joined_state=True)
+        )
         return params, pack_state(inner)
 
     return LearnedTransformation.of(init, update, apply, ("packed", {"tx": tx}))

@@ -14,6 +14,7 @@ function in each of JAX's ways of sharding:
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -33,7 +34,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lopt_jax.context import platform, remembered, steering, tracing
+from lopt_jax.context import Shards, Tracing, settings_now
 
 logger = logging.getLogger("lopt_jax")
 
@@ -203,37 +204,19 @@ class Dims:
 BATCH = -1
 
 
-Shards = tuple[tuple[str, Partition], ...]  # partitions of leaves by their paths, hashable
-
-
-def shards(
-    partitions: Mapping[str, Partition] | Shards | None,
-) -> contextlib.AbstractContextManager[None]:
-    """Says of what the leaves of the params are shards, while a transformation is traced.
-
-    Args:
-      partitions: by the leaf's path, as `jax.tree_util.keystr` writes it; None: they are whole.
-    """
-    if isinstance(partitions, Mapping):
-        partitions = tuple(sorted(partitions.items(), key=lambda item: item[0]))
-    return steering(shards=partitions)
-
-
-def current_shards() -> Shards | None:
-    """What `shards` was told: hashable, to be an argument of a compiled function."""
-    return tracing().shards
-
-
-def partitions_of(paths: Sequence[str]) -> list[Partition | None]:
+def partitions_of(paths: Sequence[str], shards: Shards | None) -> list[Partition | None]:
     """The partitions of leaves by their paths; None for whole leaves.
 
+    Args:
+      paths: of the leaves.
+      shards: as in `Tracing`.
+
     Raises:
-      ValueError: inside `shards`, which says nothing of a leaf.
+      ValueError: there are shards, and none is of a leaf's.
     """
-    partitions = current_shards()
-    if partitions is None:
+    if shards is None:
         return [None] * len(paths)
-    known = dict(partitions)
+    known = dict(shards)
     missing = [path for path in paths if path not in known]
     if missing:
         raise ValueError(
@@ -265,12 +248,14 @@ def spread(
     partitions: "Partitions",
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
+    tracing: Tracing,
     settings: Any = None,
 ) -> Any:
     """Runs a function of tensors on the shards of them.
 
     Args:
-      function: takes the partition of each part (None: its arrays are whole) and the operands.
+      function: takes what steers its trace, the partition of each part (None: its arrays are whole)
+        and the operands.
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
@@ -279,14 +264,15 @@ def spread(
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
       names: of the parts, for messages.
-      settings: what of the function is static: its representation differs where the code of a
+      tracing: what steers the trace.
+      settings: what else of the function is static: its representation differs where the code of a
         shard may, also between processes.
 
     Returns:
       The function's result.
     """
     if None not in partitions:
-        return function(partitions, *operands)
+        return function(tracing, partitions, *operands)
     leaves, treedef = jax.tree.flatten(operands)
     leaves = [jnp.asarray(x) for x in leaves]
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
@@ -295,16 +281,19 @@ def spread(
     if any(any(axes.values()) for part in typed for axes in part):
         run: Callable = _in_shard_map
         given: Any = typed
-    elif not any(typed) and not is_local():
+    elif not any(typed) and not tracing.is_local:
         run, given = _partitioned, guides
     else:
-        return function([None] * len(guides), *operands)
+        return function(tracing, [None] * len(guides), *operands)
 
-    as_now = remembered()
+    as_now = settings_now()
+    of_shard = dataclasses.replace(tracing.with_device(), is_shard=True)
+    # devices have other names in other processes
+    static = tracing.platform, dataclasses.replace(tracing, device=None), settings
 
     def run_local(partitions: Partitions, *xs: jax.Array) -> Any:
-        with as_now(is_shard=True):
-            return function(partitions, *treedef.unflatten(xs))
+        with as_now():
+            return function(of_shard, partitions, *treedef.unflatten(xs))
 
     def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.tree.leaves(run_local(partitions, *xs)))
@@ -313,17 +302,7 @@ def spread(
     result = jax.eval_shape(whole, *map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names, settings))
-
-
-def is_local() -> bool:
-    """Whether no partitioner will split what is traced.
-
-    There is one device, or it is the code of a shard: in `shard_map`, or in a function of `spread`.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    is_manual = not mesh.empty and all(kind == AxisType.Manual for kind in mesh.axis_types)
-    return is_manual or tracing().is_shard or jax.device_count() == 1
+    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names, static))
 
 
 def is_explicit(x: jax.Array) -> bool:
@@ -523,7 +502,7 @@ def _fingerprint(program: jax.extend.core.ClosedJaxpr, settings: Any) -> list[np
     """
     from lopt_jax import __version__
 
-    text = f"{__version__} {platform()} {settings!r} {program.jaxpr}"
+    text = f"{__version__} {settings!r} {program.jaxpr}"
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
     for x in _constants_inside(program.jaxpr):
         if not isinstance(x, jax.core.Tracer):

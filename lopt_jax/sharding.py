@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lopt_jax import partition
 from lopt_jax.accumulators import Accumulators, factored_dims
 from lopt_jax.applying import with_extra_args
+from lopt_jax.context import Tracing, steered
 from lopt_jax.elementwise import Kind, NotElementwiseError, kinds_of_outputs
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
@@ -28,8 +29,8 @@ from lopt_jax.partition import (
     Partition,
     checked_axes,
     say_once,
-    shards,
     spec_of_dims,
+    split_names,
     varying_axes,
 )
 from lopt_jax.tensors import StackedAxes, arrays_like, tensors_of
@@ -205,8 +206,7 @@ def _plan(
     params: Any, names: tuple[str, ...], devices: int, stacked_axes: StackedAxes
 ) -> list[Partition]:
     """How each leaf is spread over this many devices."""
-    with shards(None):
-        tensors = tensors_of(params, stacked_axes)
+    tensors = tensors_of(params, stacked_axes)
     return [
         _plan_leaf(tuple(leaf.shape), len(entry.stack), names, devices, path)
         for leaf, entry, path in zip(jax.tree.leaves(params), tensors, _paths(params), strict=True)
@@ -250,12 +250,7 @@ def distributed_specs(
     Returns:
       A tree like the state, of `PartitionSpec`.
     """
-    names = _names(axis_name)
-    entry = names if len(names) > 1 else names[0]
-    specs = [
-        PartitionSpec(*(entry if axes else None for axes in partition.axes))
-        for partition in _plan(params, names, devices, stacked_axes)
-    ]
+    specs = list(map(_spec_of, _plan(params, _names(axis_name), devices, stacked_axes)))
     return state_specs(tx, params, jax.tree.structure(params).unflatten(specs))
 
 
@@ -301,9 +296,7 @@ def distributed(
         return dict(zip(_paths(params), plan, strict=True))
 
     def init(params: Any) -> Any:
-        plan = plan_of(params)
-        with shards(plan):
-            return tx.init(_map(Partition.shard, plan, params, params))
+        return _own_state(tx, params, plan_of(params))
 
     def update(
         updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
@@ -317,14 +310,32 @@ def distributed(
         own = _map(Partition.shard, plan, params, params)
         if value is not None:
             extra_args["value"] = _mean(jnp.asarray(value), names)
-        with shards(plan):
-            new, state = _checked(tx.update, gradients, state, own, extra_args)
+        extra_args = steered(extra_args, shards=tuple(plan.items()))
+        new, state = _checked(tx.update, gradients, state, own, extra_args)
         return _map(Partition.gather, plan, new, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
+def _own_state(tx: optax.GradientTransformation, params: Any, plan: dict[str, Partition]) -> Any:
+    """This device's part of the state of whole params."""
+    treedef = jax.tree.structure(params)
+    specs = [_spec_of(partition) for partition in plan.values()]
+
+    def part(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        axes = tuple(map(split_names, (*spec, *[None] * (jnp.ndim(x) - len(spec)))))
+        return Partition(jnp.shape(x), axes).shard(x)
+
+    return jax.tree.map(part, tx.init(params), state_specs(tx, params, treedef.unflatten(specs)))
+
+
+def _spec_of(partition: Partition) -> PartitionSpec:
+    """The spec of an array that is spread so."""
+    entries = (names if len(names) > 1 else (names or (None,))[0] for names in partition.axes)
+    return PartitionSpec(*entries)
+
+
+def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """`optax.clip_by_global_norm`, right also inside `distributed`.
 
     Args:
@@ -335,11 +346,11 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     """
     clip = common.clip_by_global_norm(max_norm)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        clipped, state = clip.update(updates, state, params)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        clipped, state = clip.update(updates, state, params, **extra_args)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), clipped, updates), state
 
-    return optax.GradientTransformation(clip.init, update)
+    return optax.GradientTransformationExtraArgs(clip.init, update)
 
 
 def apply_if_finite(
@@ -375,7 +386,7 @@ def apply_if_finite(
         updates: Any, state: optax.ApplyIfFiniteState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, optax.ApplyIfFiniteState]:
         common.check_state_type(state, optax.ApplyIfFiniteState)
-        is_finite = common.all_finite(updates)
+        is_finite = common.all_finite(extra_args.get("lopt_tracing") or Tracing(), updates)
         count = optax.safe_increment(state.notfinite_count)
         count = jnp.where(is_finite, jnp.zeros_like(count), count)
         new, inner_state = jax.lax.cond(

@@ -20,8 +20,9 @@ from lopt_jax.accumulators import (
     factored_shapes,
 )
 from lopt_jax.boxes import content, is_box, reboxed
+from lopt_jax.context import Shards
 from lopt_jax.partition import Partition, partitions_of, zeros
-from lopt_jax.rule import Statistics
+from lopt_jax.rules.rule import Statistics
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 
@@ -107,13 +108,16 @@ def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]
     return [int(n) for n in axes]
 
 
-def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
+def tensors_of(
+    params: Any, stacked_axes: StackedAxes = None, shards: Shards | None = None
+) -> list[Tensors]:
     """Sees every leaf of params as tensors.
 
     Args:
       params: pytree of arrays (or of anything with a shape).
       stacked_axes: how many leading axes of a leaf hold tensors: an int, a tree of ints, or a
         function of a leaf's path and the leaf; None means that every leaf is one tensor.
+      shards: of what the leaves are shards, as in `lopt_jax.context.Tracing`.
 
     Returns:
       One entry a leaf, in the order of `jax.tree.leaves`.
@@ -123,7 +127,7 @@ def tensors_of(params: Any, stacked_axes: StackedAxes = None) -> list[Tensors]:
     """
     out, first = [], 0
     leaves = jax.tree.leaves(params)
-    partitions = partitions_of_leaves(params)
+    partitions = partitions_of_leaves(params, shards)
     stacks = _stacked_axes_of_leaves(params, stacked_axes)
     for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
         if partition is not None:
@@ -176,9 +180,9 @@ def paths(params: Any) -> list[str]:
     return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def partitions_of_leaves(params: Any) -> list[Partition | None]:
+def partitions_of_leaves(params: Any, shards: Shards | None) -> list[Partition | None]:
     """How the leaves of a tree like the params are spread; None where they are whole."""
-    return partitions_of(paths(params))
+    return partitions_of(paths(params), shards)
 
 
 def check_params(params: Any) -> Any:

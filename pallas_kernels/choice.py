@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lopt_jax.context import LARGEST_INDEX
 from lopt_jax.features import NormalizerAxes
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from pallas_kernels.launches import launch_kind
 from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.view import view_of

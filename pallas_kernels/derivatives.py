@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays
-from lopt_jax.groups import Factors
 from lopt_jax.partition import Partition
 from lopt_jax.rows import in_order, join_trees, take_rows
-from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.settings import TensorSettings
+from lopt_jax.xla.network import XlaNetwork
 
 
 def differentiated_as[Result](
@@ -62,12 +63,12 @@ def moments(
 
 def updates(
     rule: Rule,
+    platform: str,
     parts: Sequence[Any],
     partition: Partition | None,
     lengths: Sequence[int] | None,
     moments: Moments,
-    factors: Factors,
-    mlp_per_tensor: bool,
+    settings: TensorSettings,
     decays: Decays,
 ) -> tuple[list[TensorUpdate], Statistics | None]:
     """Passes B and C over the tensors of a unit; arguments as in `step.Unit`, `step.second_pass`.
@@ -79,22 +80,24 @@ def updates(
 
     def run(mlp: MLP, rates: tuple[Any, Any], moments: Moments, x: Any) -> TensorUpdate:
         arrays = (x.gradient, x.parameter, x.accumulators)
-        made = rules.second_pass(rule, mlp, moments, *arrays, decays, *rates, partition)
+        made = rules.second_pass(
+            rule, mlp, moments, *arrays, decays, *rates, partition, XlaNetwork(platform)
+        )
         return made._replace(update=made.update.astype(x.parameter.dtype))
 
-    def of_tensors(of: Factors, moments: Moments, x: Any) -> TensorUpdate:
-        over = jax.vmap(run, (0 if mlp_per_tensor else None, 0, 0, 0))
+    def of_tensors(of: TensorSettings, moments: Moments, x: Any) -> TensorUpdate:
+        over = jax.vmap(run, (0 if of.mlp_per_tensor else None, 0, 0, 0))
         return over(of.mlp, (of.scale, of.weight_decay), moments, x)
 
     if lengths is None:
-        made = of_tensors(factors, moments, whole)
+        made = of_tensors(settings, moments, whole)
     else:
         longest, by_length = whole.gradient.shape[1], []
         for n in dict.fromkeys(lengths):
             members = [i for i, other in enumerate(lengths) if other == n]
             own, x = take_rows((moments, whole), members)
             cut = jax.tree.map(lambda x, n=n: x[..., :n] if x.shape[-1] == longest else x, x)
-            of_length = of_tensors(factors.rows(members, mlp_per_tensor), own, cut)
+            of_length = of_tensors(settings.rows(members), own, cut)
             by_length.append((members, _padded(of_length, longest)))
         made = in_order(by_length)
     ends = np.cumsum([part.gradient.shape[0] for part in parts])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lopt_jax import rule as rules
-from lopt_jax.rule import Rule
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import Rule
 from pallas_kernels import early, mosaic
 from pallas_kernels.plan import Plan, group_of, place_of, tile_of
 from pallas_kernels.programs import Registers, split, store_sums, sums_of_programs, walk

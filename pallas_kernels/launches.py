@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.rows import concatenate
+from lopt_jax.rules.rule import TensorArrays
 from pallas_kernels.plan import Plan
 from pallas_kernels.tuning import (
     FIRST,
@@ -19,7 +20,7 @@ from pallas_kernels.tuning import (
     plan_for,
     view_for,
 )
-from pallas_kernels.units import Part, Viewed, take_tensors
+from pallas_kernels.units import Viewed, take_tensors
 from pallas_kernels.view import View
 
 LONG_SUM = 4096  # programs' numbers that are added up apart from those of other tensors
@@ -31,7 +32,7 @@ class InLaunch(NamedTuple):
     """A part, and how a pass sees its tensors."""
 
     view: View
-    part: Part
+    part: TensorArrays
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Launch:
 
     units: Sequence[Viewed]  # of the batch
     members: Sequence[tuple[int, int]]  # positions: of the unit, of the part in it
+    multiprocessors: int  # of the GPU
 
     def of(self, tuning: Tuning) -> list[InLaunch]:
         """The parts, as a pass sees them."""
@@ -50,7 +52,8 @@ class Launch:
     def plan(self, tuning: Tuning, backwards: bool = False) -> Plan:
         """How a pass goes over them."""
         views = tuple(x.view for x in self.of(tuning))
-        return plan_for(views, self.of(tuning)[0].part.gradient.shape[0], tuning, backwards)
+        tensors = self.of(tuning)[0].part.gradient.shape[0]
+        return plan_for(self.multiprocessors, views, tensors, tuning, backwards)
 
     @property
     def tensors(self) -> list[np.ndarray]:
@@ -64,7 +67,7 @@ class Launch:
         return out
 
 
-def launch_kind(part: Part, whole: tuple[int, ...]) -> tuple | None:
+def launch_kind(part: TensorArrays, whole: tuple[int, ...]) -> tuple | None:
     """What parts of different shapes have in common where one launch may take them all.
 
     Args:
@@ -84,18 +87,24 @@ def launch_kind(part: Part, whole: tuple[int, ...]) -> tuple | None:
     return tensors, dtypes, tuple((view.rows, view.width) for view in views)
 
 
-def launches_of(units: Sequence[Viewed]) -> list[Launch]:
+def launches_of(units: Sequence[Viewed], multiprocessors: int) -> list[Launch]:
     """Which parts one launch takes: of equal numbers of tensors, up to `LAUNCH_PARTS`.
 
     Launches of parts of the same shapes share a compiled kernel, so each takes as many of every
     shape, as far as possible. Tensors that have a batch or a middle are not mixed with others.
+
+    Args:
+      units: the tensors.
+      multiprocessors: of the GPU.
     """
     alike: dict[Any, dict[int, list[tuple[int, int]]]] = {}
     for i, unit in enumerate(units):
         for k, part in enumerate(unit.parts):
             key = launch_kind(part, unit.whole.shape) or (i, part.gradient.shape[0])
             alike.setdefault(key, {}).setdefault(i, []).append((i, k))
-    return [Launch(units, x) for by_unit in alike.values() for x in _shares(by_unit)]
+    return [
+        Launch(units, x, multiprocessors) for by_unit in alike.values() for x in _shares(by_unit)
+    ]
 
 
 def _shares(by_unit: dict[int, list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays
-from lopt_jax.rule import MLP, Folded, Rule, Statistics
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import MLP, Folded, Rule, Statistics
 from pallas_kernels import matrix_units, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.matrix_units import Matrices

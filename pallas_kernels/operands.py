@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, update_average
 from lopt_jax.features import Feature, Operands
-from lopt_jax.rule import FactoredVectors, Rule
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import FactoredVectors, Rule
 from pallas_kernels import mosaic
 from pallas_kernels.lines import PIECE, pieces
 from pallas_kernels.matrix_units import Blocks, Matrices

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Accumulators, Decays
-from lopt_jax.groups import Factors
-from lopt_jax.rows import PartTaker, concatenate, join_trees, part_taker, unknown_zero
-from lopt_jax.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.compiler.slices import PartTaker, part_taker, unknown_zero
+from lopt_jax.context import Tracing
+from lopt_jax.rows import concatenate, join_trees
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import MLP, Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.settings import TensorSettings
 from pallas_kernels import batching, derivatives, matrix_units, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.first_pass import first_sums
@@ -21,9 +23,8 @@ from pallas_kernels.launches import Launch, added_up, launches_of, sharing_biase
 from pallas_kernels.networks import Network, centres_of, folded, network_of, statistics_of
 from pallas_kernels.operands import Elements, First, Inputs
 from pallas_kernels.sums_pass import Rates, square_sums
-from pallas_kernels.tuning import FIRST, SUMS, update_tuning
+from pallas_kernels.tuning import FIRST, SUMS, multiprocessors, update_tuning
 from pallas_kernels.units import (
-    Part,
     Unit,
     Viewed,
     arranged,
@@ -44,20 +45,22 @@ class Updates(NamedTuple):
     statistics: Statistics | None  # of all tensors, with a leading axis
 
 
-def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
+def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Moments]:
     """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
 
     Args:
       rule: the rule.
+      tracing: what steers the trace.
       units: the tensors.
 
     Returns:
       Moments of each unit, with a leading axis of tensors.
     """
+    held = multiprocessors(tracing.runs_on)
 
     def passes(parts: Any, *_: Any) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
-        return [[] for _ in parts], _first_pass(rule, list(map(Viewed.of, given))), ()
+        return [[] for _ in parts], _first_pass(rule, list(map(Viewed.of, given)), held), ()
 
     def fused(parts: Any) -> list[Moments]:
         return batching.over_tensors(passes)(parts, [], ())[1]
@@ -71,10 +74,10 @@ def first_pass(rule: Rule, units: Sequence[Unit]) -> list[Moments]:
     return derivatives.differentiated_as(plain, fused)([tuple(unit.parts) for unit in units])
 
 
-def _first_pass(rule: Rule, units: Sequence[Viewed]) -> list[Moments]:
+def _first_pass(rule: Rule, units: Sequence[Viewed], held: int) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
-    launches = launches_of(factored)
+    launches = launches_of(factored, held)
     sums = []
     for launch in launches:
         gradients = tuple(
@@ -110,34 +113,28 @@ def _parameter_moments(rule: Rule, unit: Viewed, needs_parameter: bool) -> Momen
 
 def second_pass(
     rule: Rule,
+    tracing: Tracing,
     units: Sequence[Unit],
     moments: Sequence[Moments],
-    mlp: MLP,
-    mlp_per_tensor: bool,
+    settings: TensorSettings,
     decays: Decays,
-    scale: jax.Array,
-    weight_decay: jax.Array,
-    statistics: Statistics | None,
     zero: jax.Array | None = None,
 ) -> Updates:
     """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
 
     Args:
       rule: the rule.
+      tracing: what steers the trace.
       units: the tensors.
       moments: of `first_pass`.
-      mlp: the network, with a leading axis of all tensors if `mlp_per_tensor`.
-      mlp_per_tensor: whether it has that axis.
+      settings: of all tensors; the statistics are centres of the new ones' sums, None: zeros.
       decays: decay rates.
-      scale: (tensors,).
-      weight_decay: (tensors,).
-      statistics: of the accumulators before this step, with a leading axis of tensors: centres of
-        the new ones' sums. None: zeros.
       zero: that parts are taken by, of `unknown_zero`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
+    held = multiprocessors(tracing.runs_on)
 
     def passes(
         parts: Any,
@@ -149,15 +146,16 @@ def second_pass(
     ) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         of = [Viewed.of(unit) for unit in given]
-        take = part_taker(zero.tree[0] if zero.per_tensor else zero.tree, of_state=True)
-        made, kept = _second_pass(rule, of, moments, networks, rates, *by_tensor, take)
+        own = zero.tree[0] if zero.per_tensor else zero.tree
+        take = part_taker(None if tracing.joined_state else own)
+        made, kept = _second_pass(rule, of, held, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
     def fused(
         parts: Any, moments: Any, by_tensor: Any, mlp: MLP, rates: Decays, zero: Any
     ) -> Updates:
         # nothing is closed over: that `jax.vmap` could not batch
-        shared = Shared(mlp, mlp_per_tensor), Shared(rates, False), Shared(zero, False)
+        shared = Shared(mlp, settings.mlp_per_tensor), Shared(rates, False), Shared(zero, False)
         out, _, kept = batching.over_tensors(passes)(parts, moments, by_tensor, *shared)
         return Updates(out, kept)
 
@@ -165,17 +163,19 @@ def second_pass(
         parts: Any, moments: Any, by_tensor: Any, mlp: MLP, rates: Decays, zero: Any
     ) -> Updates:
         del zero
-        factors, made, kept, first = Factors(mlp, *by_tensor), [], [], 0
+        scale, weight_decay, statistics = by_tensor
+        of_all = TensorSettings(mlp, scale, weight_decay, statistics, settings.mlp_per_tensor)
+        made, kept, first = [], [], 0
         for x, unit, of_unit in zip(parts, units, moments, strict=True):
             own = range(first, first := first + sum(part.gradient.shape[0] for part in x))
             updates, of_unit_kept = derivatives.updates(
                 rule,
+                tracing.platform,
                 x,
                 unit.partition,
                 unit.lengths,
                 of_unit,
-                factors.rows(own, mlp_per_tensor),
-                mlp_per_tensor,
+                of_all.rows(own),
                 rates,
             )
             made.append(updates)
@@ -187,8 +187,8 @@ def second_pass(
     return derivatives.differentiated_as(plain, fused)(
         [tuple(unit.parts) for unit in units],
         list(moments),
-        (scale, weight_decay, statistics),
-        mlp,
+        (settings.scale, settings.weight_decay, settings.statistics),
+        settings.mlp,
         rates,
         zero,
     )
@@ -206,6 +206,7 @@ class _Result(NamedTuple):
 def _second_pass(
     rule: Rule,
     units: Sequence[Viewed],
+    held: int,
     moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
@@ -231,6 +232,7 @@ def _second_pass(
             _passes(
                 rule,
                 [units[i] for i in batch],
+                held,
                 [moments[i] for i in batch],
                 own(networks_of),
                 own(decays_of),
@@ -258,7 +260,7 @@ def _second_pass(
 
 
 def _update_of(
-    view: View, part: Part, new: Elements, vectors: tuple[jax.Array, jax.Array] | None
+    view: View, part: TensorArrays, new: Elements, vectors: tuple[jax.Array, jax.Array] | None
 ) -> TensorUpdate:
     """The update of a part, its arrays arranged as the tensors are."""
     old = part.accumulators
@@ -296,6 +298,7 @@ class _Batch(NamedTuple):
 def _passes(
     rule: Rule,
     units: Sequence[Viewed],
+    held: int,
     moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
@@ -309,7 +312,7 @@ def _passes(
     if units[0].dims is not None:
         vectors = Vectors(units, moments, decays_of.tree.factored, decays_of.per_tensor)
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
-    launches, joined = launches_of(units), lengths is not None
+    launches, joined = launches_of(units, held), lengths is not None
     elements = [[elements_of(*x, joined) for x in launch.of(SUMS)] for launch in launches]
     starts = [starts_of(units, launch, vectors) for launch in launches]
     batch = _Batch(rule, units, launches, elements, starts, vectors, decays_of, lengths)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.accumulators import Decays
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from pallas_kernels import early, mosaic
 from pallas_kernels.operands import Blockwise, Inputs, buffers_of, element_features, rates_of
 from pallas_kernels.plan import Plan, place_of

@@ -11,16 +11,16 @@ from typing import Any
 
 import jax
 
-from lopt_jax import context
+from lopt_jax.context import Tracing
 from lopt_jax.partition import checked_axes
 
 
-def unsupported_reason() -> str | None:
-    """Why no kernel runs here, part of a sentence, or None."""
+def unsupported_reason(tracing: Tracing) -> str | None:
+    """Why no kernel runs where it is traced for, part of a sentence, or None."""
     if is_interpreting():
         reason = import_reason()
     else:
-        reason = device_reason() or import_reason() or lowering_reason()
+        reason = device_reason(tracing.runs_on) or import_reason() or lowering_reason()
     if reason is None and checked_axes():
         return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
     return reason
@@ -36,9 +36,8 @@ def is_interpreting() -> bool:
         return False
 
 
-def device_reason() -> str | None:
-    """Why the device cannot run kernels, or None: they are built for Hopper GPUs."""
-    device = context.device()
+def device_reason(device: jax.Device) -> str | None:
+    """Why a device cannot run kernels, or None: they are built for Hopper GPUs."""
     if device.platform not in ("gpu", "cuda"):
         return f"the default device is a {device.platform.upper()}, not an NVIDIA GPU"
     capability = str(getattr(device, "compute_capability", "unknown"))

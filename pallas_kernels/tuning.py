@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import jax
 
-from lopt_jax import context
-from lopt_jax import rule as rules
-from lopt_jax.rule import Rule
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import Rule
 from pallas_kernels import matrix_units, mosaic
 from pallas_kernels.plan import Plan
 from pallas_kernels.view import View, view_of
@@ -93,27 +92,19 @@ def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | No
     )
 
 
-def multiprocessors() -> int:
-    """How many the device has that runs what is traced (an H100 PCIe has 114, an H20 78)."""
-    device = context.device()
+def multiprocessors(device: jax.Device) -> int:
+    """How many a device has (an H100 PCIe has 114, an H20 78); those of an H200 if it is no GPU."""
     count = getattr(device, "core_count", None) if device.platform == "gpu" else None
     return count or MULTIPROCESSORS
 
 
-def plan_for(
-    views: tuple[View, ...], tensors: int, tuning: Tuning, backwards: bool = False
-) -> Plan:
-    """A plan for the device that runs what is traced; arguments as of `plan_on`."""
-    return plan_on(multiprocessors(), views, tensors, tuning, backwards)
-
-
 @functools.lru_cache(maxsize=1024)
-def plan_on(
+def plan_for(
     multiprocessors: int,
     views: tuple[View, ...],
     tensors: int,
     tuning: Tuning,
-    backwards: bool,
+    backwards: bool = False,
 ) -> Plan:
     """A plan whose programs fill the GPU once, or for large tensors a few times.
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims
+from lopt_jax.accumulators import FactoredDims, factored_dims
 from lopt_jax.partition import Partition
+from lopt_jax.rules.rule import TensorArrays
 from pallas_kernels import mosaic
 from pallas_kernels.lines import Block, totals
 from pallas_kernels.operands import Elements
@@ -24,18 +25,10 @@ from pallas_kernels.tuning import FIRST, SUMS, Tuning, view_for
 from pallas_kernels.view import View
 
 
-class Part(NamedTuple):
-    """Arrays of some tensors, each with a leading axis of tensors."""
-
-    gradient: jax.Array
-    parameter: jax.Array
-    accumulators: Accumulators
-
-
 class Unit(NamedTuple):
     """Equally shaped tensors."""
 
-    parts: Sequence[Part]
+    parts: Sequence[TensorArrays]
     partition: Partition | None = None  # where they are shards, without padding, of what
     lengths: Sequence[int] | None = None  # of all tensors, where they are padded vectors
 
@@ -44,7 +37,7 @@ class Unit(NamedTuple):
 class Viewed:
     """A unit and how the kernels see it."""
 
-    parts: Sequence[Part]
+    parts: Sequence[TensorArrays]
     shape: tuple[int, ...]
     whole: Partition
     lengths: Sequence[int] | None
@@ -100,7 +93,7 @@ class Viewed:
         return Block(self.tensors, lines, length, self.whole.reduced(reduced), axis)
 
 
-def elements_of(view: View, part: Part, are_joined: bool = False) -> Elements:
+def elements_of(view: View, part: TensorArrays, are_joined: bool = False) -> Elements:
     """The arrays of a part for B and C, which share what copies these take.
 
     Joined parameters are whole; behind a barrier, those of pass A would be kept until then.

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays
-from lopt_jax.rule import Folded, Rule
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import Folded, Rule
 from pallas_kernels import early, mosaic
 from pallas_kernels.operands import (
     Blockwise,

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import row_factor, safe_rsqrt, update_average
+from lopt_jax.compiler.slices import PartTaker
 from lopt_jax.features import Operands, Varies
-from lopt_jax.rows import PartTaker, concatenate
-from lopt_jax.rule import Moments
+from lopt_jax.rows import concatenate
+from lopt_jax.rules.rule import Moments
 from pallas_kernels.first_pass import FirstSums
 from pallas_kernels.launches import Launch
 from pallas_kernels.lines import PIECE, Lines, pieces, totals_of

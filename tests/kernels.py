@@ -9,13 +9,14 @@ import pytest
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 
+from lopt_jax.context import Tracing  # noqa: E402
 from pallas_kernels import supports  # noqa: E402
 
 
 @functools.cache
 def are_compiled() -> bool:
     """Whether kernels are compiled; to be asked outside `running`."""
-    return supports.unsupported_reason() is None
+    return supports.unsupported_reason(Tracing()) is None
 
 
 def running() -> contextlib.AbstractContextManager[Any]:

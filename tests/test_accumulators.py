@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import factored_dims
 from lopt_jax.features import small_fc_features
+from lopt_jax.rules import rule as rules
 
 
 @pytest.fixture

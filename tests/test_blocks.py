@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lopt_jax
-from lopt_jax.blocks import map_blocks
+from lopt_jax.xla.blocks import map_blocks
 
 
 def function(x, row, columns):

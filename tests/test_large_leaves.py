@@ -9,11 +9,13 @@ import optimizers
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lopt_jax import blocks, groups, sharding
+from lopt_jax import batches, sharding
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.compiler.slices import part_taker, unknown_zero
 from lopt_jax.partition import Partition
-from lopt_jax.rows import part_taker, unknown_zero
+from lopt_jax.rules.rule import TensorArrays, TensorUpdate
 from lopt_jax.tensors import init_accumulators, tensors_of
+from lopt_jax.xla import blocks
 
 SHAPES = {
     "matrix": (65_536, 40_000),
@@ -54,7 +56,7 @@ def test_kernels(monkeypatch):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     from pallas_kernels import choice, supports
 
-    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
     tx = optimizers.make("small_fc_lopt", backend="pallas")
     update_of_shapes(tx, "matrix")
     with pytest.raises(NotImplementedError, match="longer than 32 bits count"):
@@ -114,13 +116,18 @@ def test_joined_leaves_keep_the_axis_of_tensors(monkeypatch):
         momentum=("float32",), second_moment="float32", row="float32", column="float32"
     )
     like = init_accumulators(params, dtypes, 1, stacked_axes=1)
-    lists = jax.tree.map(jax.tree.leaves, like, is_leaf=lambda x: isinstance(x, dict))
+    by_leaf = [
+        jax.tree.map(lambda x, k=k: x[k], like, is_leaf=lambda x: isinstance(x, dict)) for k in "ab"
+    ]
+    leaves = [TensorArrays(*pair) for pair in zip(gradients, gradients, by_leaf, strict=True)]
     tensors = tensors_of(params, 1)
-    (group,) = groups.make_groups(tensors, gradients, gradients, ["a", "b"])
-    inputs = groups.gather(group, tensors, gradients, gradients, lists)
+    (group,) = batches.make_groups(tensors, gradients, gradients, ["a", "b"])
+    inputs = batches.gather(group, tensors, leaves, True)
     for limit in (7, 1 << 20):
-        monkeypatch.setattr(groups, "LARGEST_INDEX", limit)
-        out = groups.Leaves([jnp.zeros_like(x) for x in gradients], lists)
+        monkeypatch.setattr(batches, "LARGEST_INDEX", limit)
         taker = part_taker(unknown_zero(inputs.gradient))
-        groups.scatter(group, tensors, inputs.gradient, inputs.accumulators, (taker, taker), out)
-        jax.tree.map(np.testing.assert_array_equal, out.updates, gradients)
+        result = TensorUpdate(inputs.gradient, inputs.accumulators, None)
+        parts = batches.scatter(group, tensors, result, leaves, taker, taker, True)
+        for part, leaf in zip(parts, leaves, strict=True):
+            np.testing.assert_array_equal(part.update, leaf.gradient)
+            jax.tree.map(np.testing.assert_array_equal, part.accumulators, leaf.accumulators)

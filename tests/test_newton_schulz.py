@@ -1,6 +1,7 @@
 """Newton-Schulz: singular values against numpy in float64, batches, forms, and edge cases."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def test_gram_matrices_where_they_are_fewer_operations():
     ("platform", "dtypes"), [("cpu", {"float32"}), ("tpu", {"bfloat16"}), ("gpu", {"bfloat16"})]
 )
 def test_auto_is_bfloat16_where_there_are_matrix_units(platform, dtypes, monkeypatch):
-    monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
     run = functools.partial(newton_schulz, precision="auto")
     equations = jax.make_jaxpr(run)(jnp.ones((8, 32))).eqns
     products = [e for e in equations if e.primitive.name == "dot_general"]
@@ -128,17 +129,17 @@ def test_auto_is_bfloat16_where_there_are_matrix_units(platform, dtypes, monkeyp
         assert {e.params["precision"][0] for e in products} == {jax.lax.Precision.HIGHEST}
 
 
-def test_old_gpus_have_no_matrix_units_for_it(monkeypatch):
-    monkeypatch.setattr(module, "platform", lambda: "gpu")
+def test_old_gpus_have_no_matrix_units_for_it():
     for capability, expected in (
         ("7.5", "highest"),
         ("8.0", "bfloat16"),
         ("12.0", "bfloat16"),
         ("gfx942", "bfloat16"),
     ):
-        device = type("Device", (), {"compute_capability": capability})()
-        monkeypatch.setattr(module, "device", lambda device=device: device)
-        assert module.precision_here("auto") == expected
+        gpu = SimpleNamespace(
+            platform="gpu", runs_on=SimpleNamespace(compute_capability=capability)
+        )
+        assert module.precision_on(gpu, "auto") == expected
 
 
 def test_wrong_arguments_are_named():
@@ -166,7 +167,7 @@ def orthogonalised_shapes(params, monkeypatch, **options):
 
 def test_matrices_of_one_shape_are_one_batch(monkeypatch):
     """Of leaves, of stacks, of batch axes, and of kernels of attention."""
-    monkeypatch.setattr("lopt_jax.optimizers.matrices.is_local", lambda: True)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     shapes = {
         "a": (6, 8),
         "b": (6, 8),
@@ -193,7 +194,8 @@ def test_batched_updates_are_those_of_leaves_alone(monkeypatch):
     gradients = optimizers.random_like(params, 1)
     updates = []
     for together in (True, False):
-        monkeypatch.setattr("lopt_jax.optimizers.matrices.is_local", lambda t=together: t)
+        limit = 1 << 20 if together else 0
+        monkeypatch.setattr("lopt_jax.optimizers.matrices._BATCH_ELEMENTS", limit)
         tx = optimizers.make("celo2", learning_rate=1.0)
         updates.append(tx.update(gradients, tx.init(params), params)[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), *updates)

@@ -94,7 +94,7 @@ def test_traced_arguments_are_those_of_python(name, options, params):
 
 
 def test_kernels_refuse_rules_of_other_averages(params, monkeypatch):
-    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
     tx = optimizers.make("mlp_lopt", backend="pallas")
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(NotImplementedError, match="3 momenta and one second moment alone"):

@@ -29,12 +29,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import gpu, one_device  # noqa: F401 (fixtures)
 
 import lopt_jax
-from lopt_jax import backends, context
-from lopt_jax import rule as rules
 from lopt_jax.accumulators import Decays, init_accumulators
+from lopt_jax.applying import in_batch
+from lopt_jax.context import Tracing
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
-from lopt_jax.rule import MLP, Rule, Statistics
+from lopt_jax.rules import rule as rules
+from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays
+from lopt_jax.settings import TensorSettings
+from lopt_jax.xla.network import XlaNetwork
 from pallas_kernels import choice, early, launches, lines, mosaic, step, supports, table, units
 from pallas_kernels.view import view_of
 
@@ -51,7 +54,7 @@ def random_part(shape, tensors, seed, parameter=jnp.float32, gradient=jnp.float3
     accumulators = jax.tree.map(
         lambda x: 1e-2 * jnp.abs(normal(tensors, *x.shape)), init_accumulators(shape, 3, 3)
     )
-    return step.Part(
+    return TensorArrays(
         gradient=(0.3 * normal(tensors, *shape)).astype(gradient),
         parameter=normal(tensors, *shape).astype(parameter),
         accumulators=accumulators._replace(
@@ -73,8 +76,9 @@ def random_mlp(rule, tensors, hidden, seed):
 
 def on_kernels(rule, parts, mlp, scale, weight_decay, statistics=None):
     units = [step.Unit(parts)]
-    moments = step.first_pass(rule, units)
-    out = step.second_pass(rule, units, moments, mlp, True, DECAYS, scale, weight_decay, statistics)
+    moments = step.first_pass(rule, Tracing(), units)
+    settings = TensorSettings(mlp, scale, weight_decay, statistics, True)
+    out = step.second_pass(rule, Tracing(), units, moments, settings, DECAYS)
     join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
     return moments[0], jax.tree.map(join, *out.parts[0])._replace(statistics=out.statistics)
 
@@ -83,7 +87,8 @@ def on_xla(rule, parts, mlp, scale, weight_decay):
     part = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
     first = functools.partial(rules.first_pass, rule)
     moments = jax.vmap(first)(part.gradient, part.parameter)
-    out = jax.vmap(functools.partial(rules.second_pass, rule), in_axes=(0, 0, 0, 0, 0, None, 0, 0))(
+    second = functools.partial(rules.second_pass, rule, network=XlaNetwork(Tracing().platform))
+    out = jax.vmap(second, in_axes=(0, 0, 0, 0, 0, None, 0, 0))(
         mlp, moments, *part, DECAYS, scale, weight_decay
     )
     return moments, out
@@ -136,8 +141,10 @@ def on_mixed_shapes(rule, arguments):
     units = [step.Unit(parts) for parts, *_ in arguments]
     _, *others = zip(*arguments, strict=True)
     of_all = [jax.tree.map(lambda *xs: jnp.concatenate(xs), *x) for x in others]
-    moments = step.first_pass(rule, units)
-    out = step.second_pass(rule, units, moments, of_all[0], True, DECAYS, *of_all[1:], None)
+    moments = step.first_pass(rule, Tracing(), units)
+    out = step.second_pass(
+        rule, Tracing(), units, moments, TensorSettings(*of_all, None, True), DECAYS
+    )
     join = lambda *xs: jnp.concatenate(xs)  # noqa: E731
     return moments, [jax.tree.map(join, *parts) for parts in out.parts], out.statistics
 
@@ -156,7 +163,7 @@ def random_mixed(rule, hidden):
 def test_launches_of_several_shapes(monkeypatch, rule, hidden, limit):
     arguments = random_mixed(rule, hidden)
     viewed = [units.Viewed.of(step.Unit(parts)) for parts, *_ in arguments]
-    made = launches.launches_of(viewed)
+    made = launches.launches_of(viewed, 132)
     assert len(made) == 3
     monkeypatch.setattr(launches, "BIASES", limit)
     assert len(launches.sharing_biases(made, hidden)) == (1 if limit else 3)
@@ -210,8 +217,9 @@ def test_a_batch_is_its_members_one_by_one(rule, shapes, options, per_tensor, to
         if not per_tensor:
             mlp = jax.tree.map(lambda x: x[0], mlp)
         units = [step.Unit(x) for x in parts]
-        moments = step.first_pass(rule, units)
-        out = step.second_pass(rule, units, moments, mlp, per_tensor, decays, *scales, None)
+        moments = step.first_pass(rule, Tracing(), units)
+        of_all = TensorSettings(mlp, *scales, None, per_tensor)
+        out = step.second_pass(rule, Tracing(), units, moments, of_all, decays)
         return moments, out
 
     stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)  # noqa: E731
@@ -230,27 +238,27 @@ def test_auto_takes_the_kernels_for_a_batch_of_trainings(monkeypatch):
     """Weights of each training's own, nested vmap; alone the tensor would be too small."""
     second_pass, shapes = step.second_pass, []
 
-    def spy(rule, units, *arguments):
+    def spy(rule, tracing, units, *arguments):
         shapes.extend(unit.parts[0].gradient.shape for unit in units)
-        return second_pass(rule, units, *arguments)
+        return second_pass(rule, tracing, units, *arguments)
 
     monkeypatch.setattr(step, "second_pass", spy)
     weights = lopt_jax.load_weights("small_fc_lopt_h4")
     factors = jnp.array([[0.9, 1.0], [1.1, 1.2]])
     params = {"w": jnp.linspace(-1.0, 1.0, 256).reshape(16, 16), "b": jnp.ones(3)}
 
-    def update(backend, factor):
+    def update(backend, batch, factor):
         theta = jax.tree.map(lambda x: factor * x, weights.params)
         tx = lopt_jax.small_fc_lopt(replace(weights, params=theta), backend=backend)
+        tx = in_batch(tx, batch)
         own = jax.tree.map(lambda x: factor * x, params)  # every training has parameters of its own
         return tx.update(jax.tree.map(jnp.sin, own), tx.init(own), own)
 
-    def updates(backend):
-        return jax.vmap(jax.vmap(functools.partial(update, backend)))(factors)
+    def updates(backend, batch=1):
+        return jax.vmap(jax.vmap(functools.partial(update, backend, batch)))(factors)
 
     with kernels.running():
-        with backends.batch(64):
-            got = jax.jit(functools.partial(updates, "auto"))()
+        got = jax.jit(functools.partial(updates, "auto", 64))()
         assert shapes == [(1, 16, 16)]
         jax.jit(functools.partial(updates, "auto"))()  # nobody said how many there are
         assert len(shapes) == 1
@@ -464,7 +472,7 @@ def test_vectors_of_different_lengths(monkeypatch):
     ):
         scale = np.max(np.abs(b), initial=1e-9)
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale, err_msg=str(path))
-    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
     traced = jax.jit(tx.update).trace(*arguments, value=jnp.float32(0.9))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4  # two passes, and 100 is too short for 512
@@ -605,7 +613,7 @@ def test_lowered_kernels_are_found():
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
 def test_settings_of_the_caller_change_no_kernel(monkeypatch, name):
     """64 bit, and promotion at its strictest."""
-    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
     tx = optimizers.make(name, backend="pallas")
     shapes = ((40, 256), (40, 256), (7, 13), (130,), (96,), ())
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -834,7 +842,7 @@ def update(backend):
     jax.eval_shape(tx.update, params, state, params)
 
 update("auto")
-supports.device_reason = lambda: None  # as on a Hopper GPU
+supports.device_reason = lambda _: None  # as on a Hopper GPU
 update("auto")
 update("auto")
 try:
@@ -909,7 +917,7 @@ class TestBackend:
             self.update("cuda")
 
     def test_pallas_without_gpu(self):
-        if supports.unsupported_reason() is None:
+        if supports.unsupported_reason(Tracing()) is None:
             pytest.skip("the kernels run here")
         with pytest.raises(NotImplementedError, match=r"backend='pallas'.*not an NVIDIA GPU"):
             self.update("pallas")
@@ -918,13 +926,13 @@ class TestBackend:
         """The default one, unless a device is named or arrays lie elsewhere."""
         cpu, seen = jax.devices("cpu")[0], []
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        assert context.platform() == "gpu"
+        assert Tracing().platform == "gpu"
         for named in (cpu, "cpu"):
             with jax.default_device(named):
-                assert context.platform() == "cpu"
-                assert context.device() == cpu
+                assert Tracing().platform == "cpu"
+                assert Tracing().runs_on == cpu
         monkeypatch.setattr(
-            supports, "unsupported_reason", lambda: seen.append(context.platform()) or "no reason"
+            supports, "unsupported_reason", lambda how: seen.append(how.platform) or "no reason"
         )
         tx, params = lopt_jax.small_fc_lopt(), jax.device_put({"w": jnp.ones((3, 4))}, cpu)
         state = tx.init(params)
@@ -933,7 +941,7 @@ class TestBackend:
         assert seen == ["cpu", "gpu"]
 
     def test_auto_says_why(self, caplog):
-        if supports.unsupported_reason() is None:
+        if supports.unsupported_reason(Tracing()) is None:
             pytest.skip("the kernels run here")
         lopt_jax.backends._log_once.cache_clear()
         with caplog.at_level(logging.INFO, "lopt_jax"):

@@ -72,9 +72,9 @@ def test_gradients(monkeypatch, name, one_step, dtype, tolerance):
     """Along weights, parameters and learning rate, through several steps."""
     second_pass, lengths = step.second_pass, []
 
-    def spy(rule, units, *arguments):
+    def spy(rule, tracing, units, *arguments):
         lengths.extend(unit.lengths for unit in units)
-        return second_pass(rule, units, *arguments)
+        return second_pass(rule, tracing, units, *arguments)
 
     monkeypatch.setattr(step, "second_pass", spy)
     arguments = (optimizers.weights(name).params, draw(dtype), jnp.float32(1.0))

@@ -1,6 +1,5 @@
 """Every step and leaf of the reference trajectories, within the reference module's bound."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -12,8 +11,11 @@ import pytest
 import reference
 
 import lopt_jax
-from lopt_jax import rule, xla
+from lopt_jax.context import Tracing
 from lopt_jax.features import small_fc_features
+from lopt_jax.rules import rule
+from lopt_jax.xla import network, passes
+from lopt_jax.xla.network import XlaNetwork
 
 # The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
 OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
@@ -37,70 +39,79 @@ def test_trajectory(name, record_property):
         ("small_fc_lopt_h4", {}),
         ("small_fc_lopt_h32", {}),
         ("small_fc_lopt_h32", {"block_elements": 100}),
-        ("small_fc_lopt_h32", {"write_out": True}),
+        ("small_fc_lopt_h32", {"unrolled": True}),
         ("velo", {}),
         ("celo2_base", {}),
     ],
 )
 def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
     """The same through the passes of large tensors: the fixtures' own are small."""
-    second_pass, calls = rule.second_pass, []
-
-    def as_if_large(of, *arguments, **options):
-        calls.append(of)
-        large = dataclasses.replace(of, small_elements=0, **form)
-        return second_pass(large, *arguments, **options)
-
-    xla._passes.cache_clear()  # traced, maybe, with the rule as it is
-    monkeypatch.setattr(rule, "second_pass", as_if_large)
+    calls = every_network(XlaNetwork("cpu", small_elements=0, **form), monkeypatch)
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
-    xla._passes.cache_clear()
+    assert calls
+
+
+def every_network(chosen, monkeypatch):
+    """Has every group's network run so; returns a list with an entry for each update traced."""
+    calls = []
+
+    def networks_of(tracing, groups):
+        calls.append(tracing)
+        return [chosen] * len(groups)
+
+    monkeypatch.setattr(passes, "networks_of", networks_of)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["small_fc_lopt_h4", "velo"])
+def test_trajectory_of_the_specification(name, monkeypatch, record_property):
+    """The rule as it is written, without anything that is done for XLA."""
+    calls = every_network(rule.PLAIN, monkeypatch)
+    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
     assert calls
 
 
 def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     """The same update as by `small_tensor_step`; programs of many shapes keep that."""
-    small_tensor_step, calls = rule.small_tensor_step, []
+    small_tensor_step, calls = network.small_tensor_step, []
 
     def spy(*arguments):
         calls.append(arguments)
         return small_tensor_step(*arguments)
 
-    monkeypatch.setattr(rule, "small_tensor_step", spy)
+    monkeypatch.setattr(network, "small_tensor_step", spy)
     params = {"w": jnp.linspace(-1.0, 1.0, 60).reshape(5, 12), "b": jnp.linspace(0.1, 1.0, 12)}
 
-    def update():
-        xla._passes.cache_clear()
+    def update(batch=1):
+        passes._of_whole_tensors.cache_clear()
         tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
+        of_batch = functools.partial(tx.update, lopt_tracing=Tracing(batch=batch))
         # compiled here: arrays with values would tell where they lie
-        return jax.jit(lambda: tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params))()
+        return jax.jit(lambda: of_batch(jax.tree.map(jnp.sin, params), tx.init(params), params))()
 
     expected, of_cpu = update(), len(calls)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     update()
     assert len(calls) == 2 * of_cpu == 4  # alone, it would take long to compile
     calls.clear()
-    monkeypatch.setattr(xla, "batch_size", lambda: 2)
-    got = update()
+    got = update(batch=2)
     assert not calls
-    monkeypatch.setattr(xla, "FUSED_SMALL_GROUPS", 1)
-    update()
+    monkeypatch.setattr(passes, "FUSED_SMALL_GROUPS", 1)
+    update(batch=2)
     assert len(calls) == of_cpu
-    xla._passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 
 @pytest.mark.parametrize(("elements", "is_summed"), [(1, False), (2, True)])
-def test_products_with_a_vector_are_float32(elements, is_summed, monkeypatch):
+def test_products_with_a_vector_are_float32(elements, is_summed):
     """A GPU takes six bfloat16 products for a matrix, but for a vector one of them (seen: 3e-3)."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     of = rule.Rule(small_fc_features(), precision=jax.lax.Precision.HIGH)
     sizes = (4, 16, 16, 2)
     mlp = rule.MLP(
         tuple(jnp.ones(pair) for pair in itertools.pairwise(sizes)),
         tuple(jnp.zeros(n) for n in sizes[1:]),
     )
-    step = functools.partial(rule.small_tensor_step, of)
+    step = functools.partial(network.small_tensor_step, "gpu", of)
     traced = str(jax.make_jaxpr(step)(mlp, jnp.ones((5, elements))))
     assert ("X6" in traced) == is_summed, traced
     assert ("HIGHEST" in traced) != is_summed, traced
@@ -108,18 +119,17 @@ def test_products_with_a_vector_are_float32(elements, is_summed, monkeypatch):
 
 def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
     """One pass of it for all shapes; the same update as by one each."""
-    small_tensor_step, inputs = rule.small_tensor_step, []
+    small_tensor_step, inputs = network.small_tensor_step, []
 
-    def spy(of, mlp, x):
+    def spy(platform, of, mlp, x):
         inputs.append(x.shape)
-        return small_tensor_step(of, mlp, x)
+        return small_tensor_step(platform, of, mlp, x)
 
-    monkeypatch.setattr(rule, "small_tensor_step", spy)
+    monkeypatch.setattr(passes, "small_tensor_step", spy)
     shapes = {"w": (5, 12), "stack": (2, 12), "more": (2, 12), "b": (7,), "none": (3,), "s": ()}
     params = optimizers.random_like({k: jnp.zeros(shape) for k, shape in shapes.items()}, 0)
 
     def update(stacked):
-        xla._passes.cache_clear()
         tx = lopt_jax.small_fc_lopt(
             reference.weights("small_fc_lopt_h32"),
             weight_decay=0.1,
@@ -137,11 +147,10 @@ def test_small_tensors_share_a_wide_network_on_a_gpu(monkeypatch):
 
     expected = update(None), update("stack")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(xla, "is_local", lambda: True)  # as with one device
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     inputs.clear()
     got = update(None), update("stack")
     assert inputs == 2 * [(29, 128)]  # 116 elements, and zeros up to a multiple of 16
-    xla._passes.cache_clear()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-8), got, expected)
 
 

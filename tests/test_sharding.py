@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt_jax
-from lopt_jax import groups, sharding
+from lopt_jax import batches, sharding
 
 STEPS = 20
 TOLERANCE = 2e-6
@@ -34,7 +34,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def small_limits(monkeypatch):
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 64)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
     monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 32)
 
 

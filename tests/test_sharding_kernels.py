@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from kernels import gpu  # noqa: F401 (a fixture)
 
-from lopt_jax import groups, sharding
+from lopt_jax import batches, sharding
 from pallas_kernels import mosaic, supports
 
 SHAPES = {"rows": (16, 24), "square": (16, 16), "tall": (24, 8), "vector": (32,)}
@@ -126,14 +126,14 @@ def check_against_xla(kind, specs, params, gradients):
 
 def test_explicit_equal_shapes(monkeypatch):
     """Parts of one operation, each split in its own way: those split alike run together."""
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 0)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 0)
     check_equal_shapes_split_differently(AxisType.Explicit)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_automatic_equal_shapes(monkeypatch):
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 0)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 0)
     check_equal_shapes_split_differently(AxisType.Auto)
 
 
@@ -245,7 +245,7 @@ def test_automatic_without_its_kernels(name, monkeypatch):
         return tuple(jnp.full(x.shape, some, x.dtype) for x in outputs)
 
     monkeypatch.setattr(mosaic, "call", not_run)
-    monkeypatch.setattr(supports, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
     sizes, specs = LAYOUTS["halves"]
     mesh = mesh_of(sizes)
     shardings = {k: NamedSharding(mesh, specs[k]) for k in SHAPES}

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt_jax
-from lopt_jax import groups, sharding, xla
+from lopt_jax import batches, sharding
+from lopt_jax.xla import passes
 
 SHAPES = {"wide": (6, 10), "square": (8, 8)}
 SPECS = {"wide": P(None, "data"), "square": P("data")}
@@ -109,7 +110,7 @@ def is_program(x):
 @pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
 def test_devices_that_are_not_used_make_no_program_larger(name, monkeypatch):
     """Leaves of one shape share their code where a partitioner might split them, too."""
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 64)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where leaves take turns
     shapes = {f"{i}": (8, 12) for i in range(18)} | {"bias": (12,)}
     params = draw(shapes)
@@ -125,15 +126,15 @@ def test_devices_that_are_not_used_make_no_program_larger(name, monkeypatch):
 
 def test_shards_take_turns(monkeypatch):
     """Equal leaves that are split in different ways, some of them in turn."""
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 64)
-    monkeypatch.setattr(groups, "LARGE_GROUPS", 2)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
+    monkeypatch.setattr(batches, "LARGE_GROUPS", 2)
     shapes = {str(i): (8, 12) for i in range(5)}
     specs = {str(i): P("data") if i < 3 else P(None, "data") for i in range(5)}
     params = draw(shapes)
     tx = optimizers.make("small_fc_lopt", backend="xla")
     expected = step_of(tx)(draw(shapes, 1), tx.init(params), params)
-    calls, in_turn = [], xla.in_turn
-    monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or in_turn(*xs))
+    calls, in_turn = [], passes.in_turn
+    monkeypatch.setattr(passes, "in_turn", lambda *xs: calls.append(len(xs[1])) or in_turn(*xs))
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
     got = step_of(tx)(*arguments_of(tx, make_mesh(), shapes, specs))
     assert set(calls) == {5, 3}  # whole, and the shards that are alike

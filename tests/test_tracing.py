@@ -1,9 +1,11 @@
-"""What steers a trace is part of the key under which it is kept."""
+"""What steers a trace is an argument, and part of the key under which the trace is kept."""
 
+import ast
 import gc
 import re
 import types
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,58 @@ import optimizers
 import pytest
 
 import lopt_jax
-from lopt_jax import backends, context, xla
+from lopt_jax.applying import in_batch
+from lopt_jax.context import Tracing
+from lopt_jax.xla import passes
+
+ROOT = Path(lopt_jax.__file__).parents[1]
+AMBIENT = ("threading.local", "contextvars.ContextVar")
+# Public names; warnings that were given once, and kernels that early compilation has seen. They
+# change no trace.
+MUTABLE = {
+    ("lopt_jax/__init__.py", "__all__"),
+    ("lopt_jax/partition.py", "_said"),
+    ("pallas_kernels/early.py", "_seen"),
+}
 
 PARAMS = {
     **{f"bias_{i}": jnp.linspace(-1.0, 1.0, 6) for i in range(3)},
     "kernel": jnp.linspace(-1.0, 1.0, 40).reshape(5, 8),
 }
+
+
+def own_modules():
+    """Names and syntax trees of all modules that an update may run."""
+    for package in ("lopt_jax", "pallas_kernels"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if not name.startswith(("lopt_jax/meta/", "lopt_jax/weights/")):
+                yield name, ast.parse(path.read_text())
+
+
+def test_nothing_ambient_steers_a_trace():
+    """No variable of a context or a thread, and no global one that is set or filled anew."""
+    found = set()
+    for name, tree in own_modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported = {alias.name for alias in node.names}
+                assert not imported & {"ContextVar", "contextvars", "local"}, name
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in AMBIENT, f"{name}:{node.lineno}"
+            assert not isinstance(node, ast.Global), f"{name}:{node.lineno}: global"
+        for node in tree.body:
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            is_constant = getattr(target, "id", "").strip("_").isupper()
+            if is_constant or isinstance(target, ast.Attribute):
+                continue
+            kinds = ast.Set | ast.List | ast.Dict | ast.ListComp | ast.SetComp | ast.DictComp
+            made = isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "")
+            if isinstance(node.value, kinds) or made in ("set", "list", "dict"):
+                found.add((name, target.id))
+    assert found == MUTABLE
 
 
 def small_fc_lopt():
@@ -40,13 +88,11 @@ def packed(tx):
 
 
 def in_a_batch(tx):
-    with backends.batch(8):
-        return program(tx)
+    return program(in_batch(tx, 8))
 
 
 def on_another_device(tx):
-    with context.steering(device="cpu"):
-        return program(tx)
+    return program(tx, lopt_tracing=Tracing(device="cpu"))
 
 
 @pytest.mark.parametrize("ways", [(as_it_is, packed), (packed, as_it_is), (as_it_is, in_a_batch)])
@@ -68,14 +114,14 @@ def test_a_default_device_is_part_of_the_key(monkeypatch):
 
 def test_equal_optimizers_share_traces():
     program(small_fc_lopt())
-    caches = xla._passes, xla._first_pass
+    caches = passes._of_whole_tensors, passes._first_pass
     before = [cache.cache_info() for cache in caches]
     program(small_fc_lopt())
     for old, new in zip(before, [cache.cache_info() for cache in caches], strict=True):
         assert new.misses == old.misses
         assert new.hits > old.hits
     program(optimizers.make("small_fc_lopt", backend="xla", precision="default"))
-    assert xla._passes.cache_info().misses == before[0].misses + 1
+    assert passes._of_whole_tensors.cache_info().misses == before[0].misses + 1
 
 
 def test_no_cache_keeps_an_optimizer():
@@ -94,15 +140,16 @@ def test_no_cache_keeps_an_optimizer():
 
 
 @pytest.mark.parametrize("multiprocessors", [78, 114, 132])
-def test_kernels_are_cut_for_the_device(multiprocessors, monkeypatch):
+def test_kernels_are_cut_for_the_device(multiprocessors):
     """Whole waves of programs on GPUs of any size."""
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     from pallas_kernels import tuning
 
     gpu = types.SimpleNamespace(platform="gpu", core_count=multiprocessors)
-    monkeypatch.setattr(context, "device", lambda: gpu)
+    held = tuning.multiprocessors(gpu)
+    assert held == multiprocessors
     for chosen in (tuning.FIRST, tuning.SUMS, tuning.UPDATE):
         view = tuning.view_for((4096, 4096), chosen)
-        programs = tuning.plan_for((view,), 1, chosen).programs
+        programs = tuning.plan_for(held, (view,), 1, chosen).programs
         waves = programs / (multiprocessors * chosen.programs)
         assert 0.9 < waves / np.ceil(waves) <= 1

@@ -9,8 +9,9 @@ import optimizers
 import pytest
 from kernels import one_device  # noqa: F401 (fixture)
 
-from lopt_jax import groups, turns, xla
-from lopt_jax.turns import in_turn
+from lopt_jax import batches
+from lopt_jax.xla import passes, turns
+from lopt_jax.xla.turns import in_turn
 
 
 @pytest.mark.parametrize("stored_at_once", [1, 3, 9])
@@ -72,13 +73,13 @@ def test_turns_change_nothing(name, stacked_axes, monkeypatch):
             updates, state = tx.update(gradients, state, params, value=jnp.float32(1.5))
         return updates, state
 
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 8)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 8)
     expected = jax.jit(steps)(gradients)
     jax.clear_caches()
-    monkeypatch.setattr(groups, "LARGE_GROUPS", 4)
+    monkeypatch.setattr(batches, "LARGE_GROUPS", 4)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
-    take_turns, calls = xla.in_turn, []
-    monkeypatch.setattr(xla, "in_turn", lambda *xs: calls.append(len(xs[1])) or take_turns(*xs))
+    take_turns, calls = passes.in_turn, []
+    monkeypatch.setattr(passes, "in_turn", lambda *xs: calls.append(len(xs[1])) or take_turns(*xs))
     got = jax.jit(lambda xs: steps(xs))(gradients)
     assert calls.count(3) == 3  # three kinds of leaves, traced once for both steps
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, expected)
@@ -97,8 +98,8 @@ def test_arrays_that_vary_in_different_ways_take_no_turns(monkeypatch):
 
     gradients = jax.tree.map(jnp.sin, params)
     expected, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
-    monkeypatch.setattr(groups, "STACKED_LEAF_ELEMENTS", 8)
-    monkeypatch.setattr(groups, "LARGE_GROUPS", 2)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 8)
+    monkeypatch.setattr(batches, "LARGE_GROUPS", 2)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     varying = jax.tree.map(lambda x: jnp.tile(x, (jax.device_count(), 1)), gradients)
     p = jax.sharding.PartitionSpec("d")

@@ -7,6 +7,7 @@ unroll. All estimate the gradient of the mean, over a life, of the meta-loss.
 Reference: https://arxiv.org/abs/2112.13835 (persistent evolution strategies), algorithms 1 and 2.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax import backends
+from lopt_jax.applying import in_batch
 from lopt_jax.meta.rules import MetaParameters
 from lopt_jax.meta.unroll import Guidance, Unroll, UnrollMetrics, UnrollState
 
@@ -177,6 +178,10 @@ def _truncated_evolution(
     resumes = resumption.probability > 0
     if resumes != bool(unroll.watched):
         raise ValueError("resumption: expected where the unroll watches losses, and there alone")
+    make_optimizer = unroll.make_optimizer
+    unroll = dataclasses.replace(
+        unroll, make_optimizer=lambda *args: in_batch(make_optimizer(*args), 2 * num_pairs)
+    )
     # Axes (pair, sign): the two of a pair share keys, and pairs shard over devices unmoved.
     signs = jnp.array([1.0, -1.0])
     start = jax.vmap(jax.vmap(unroll.init, (0, None)))
@@ -190,8 +195,7 @@ def _truncated_evolution(
         def one(theta: MetaParameters, key: jax.Array, state: UnrollState) -> Any:
             return unroll.advance(theta, key, state, guidance)
 
-        with backends.batch(2 * num_pairs):
-            return jax.vmap(jax.vmap(one, (0, None, 0)))(perturbed, keys, particles)
+        return jax.vmap(jax.vmap(one, (0, None, 0)))(perturbed, keys, particles)
 
     def begin(
         perturbed: MetaParameters, key: jax.Array, keys: jax.Array, state: EstimatorState

@@ -48,7 +48,12 @@ def accumulate_gradients(
 
     @common.surrounded
     def update(
-        updates: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
+        updates: Any,
+        state: AccumulationState,
+        params: Any = None,
+        *,
+        value: Any = None,
+        **extra_args: Any,
     ) -> tuple[Any, AccumulationState]:
         common.require_params(params)
         common.check_state_type(state, AccumulationState)
@@ -64,7 +69,7 @@ def accumulate_gradients(
         def apply(inner_state: Any) -> tuple[Any, Any]:
             means = [None if g is None else s / every for s, g in zip(sums, given, strict=True)]
             return inner.update(
-                treedef.unflatten(means), inner_state, params, value=loss_sum / every
+                treedef.unflatten(means), inner_state, params, value=loss_sum / every, **extra_args
             )
 
         def skip(inner_state: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from lopt_jax import controller
 from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.controlled import controlled
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import WeightsLike, resolve
 

@@ -8,6 +8,7 @@ import optax
 
 from lopt_jax import controller
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.context import Tracing
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
@@ -97,8 +98,14 @@ def celo_adam(
         )
 
     def update(
-        meta_parameters: Any, gradients: Any, state: CeloAdamState, params: Any, value: Any
+        tracing: Tracing,
+        meta_parameters: Any,
+        gradients: Any,
+        state: CeloAdamState,
+        params: Any,
+        value: Any,
     ) -> tuple[Any, CeloAdamState]:
+        del tracing
         loss, shared = observe_loss(
             "celo_adam", state.loss, value, state.count, num_steps, (gradients, params)
         )

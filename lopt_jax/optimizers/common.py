@@ -14,8 +14,8 @@ from optax._src.base import NO_PARAMS_MSG
 from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
-from lopt_jax.context import Tracing, holding, is_traced, platform_of, tracing, usual_promotion
-from lopt_jax.partition import current_shards, mesh_of, say_once, shards, varying_axes
+from lopt_jax.context import Tracing, is_traced, platform_of, usual_promotion
+from lopt_jax.partition import mesh_of, say_once, varying_axes
 from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
@@ -266,7 +266,7 @@ def surrounded[Result](function: Callable[..., Result]) -> Callable[..., Result]
     return wrapped
 
 
-def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:
+def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformationExtraArgs:
     """As `optax.clip_by_global_norm`, but in float32 whatever the gradients' dtype.
 
     Args:
@@ -277,31 +277,42 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     """
 
     @surrounded
-    def lopt_clip(shards_of_leaves: Any, gradients: Any) -> Any:
+    def lopt_clip(tracing: Tracing, gradients: Any) -> Any:
         wide = jax.tree.map(lambda g: to_float32(g) if has_values(g) else None, gradients)
-        squares = sums_of_leaves(jnp.square, shards_of_leaves, wide)
+        squares = sums_of_leaves(jnp.square, tracing, wide)
         norm = jnp.sqrt(sum(squares))
         return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
 
     compiled = jax.jit(lopt_clip, static_argnums=0)
-    return optax.stateless(lambda gradients, params=None: compiled(current_shards(), gradients))
+
+    def update(
+        gradients: Any,
+        state: optax.EmptyState,
+        params: Any = None,
+        *,
+        lopt_tracing: Tracing | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.EmptyState]:
+        del params, extra_args
+        return compiled(lopt_tracing or Tracing(), gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def sums_of_leaves(
-    function: Callable[[jax.Array], jax.Array], shards_of_leaves: Any, tree: Any
+    function: Callable[[jax.Array], jax.Array], tracing: Tracing, tree: Any
 ) -> list[jax.Array]:
     """Sums of an elementwise function over the leaves of a tree, whole or in shards.
 
     Args:
       function: from an array to one of its shape.
-      shards_of_leaves: of `current_shards`, where the leaves are shards.
+      tracing: what steers the trace: of what the leaves are shards.
       tree: pytree of arrays; paths are the parameters'.
 
     Returns:
       A scalar a leaf, the same on every device that holds a shard.
     """
-    with shards(shards_of_leaves):
-        partitions = partitions_of_leaves(tree)
+    partitions = partitions_of_leaves(tree, tracing.shards)
     sums = []
     for x, partition in zip(jax.tree.leaves(tree), partitions, strict=True):
         total = jnp.sum(function(x))
@@ -315,15 +326,15 @@ def _count_not_finite(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def lopt_all_finite(shards_of_leaves: Any, tree: Any) -> jax.Array:
+def lopt_all_finite(tracing: Tracing, tree: Any) -> jax.Array:
     """As `all_finite`, compiled; the name is one of `elementwise.OWN_FUNCTIONS`."""
-    counts = sums_of_leaves(_count_not_finite, shards_of_leaves, tree)
+    counts = sums_of_leaves(_count_not_finite, tracing, tree)
     return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tracing: Tracing, tree: Any) -> jax.Array:
     """Whether all elements of a tree are finite, on all devices that hold shards of it: () bool."""
-    return surrounded(lopt_all_finite)(current_shards(), tree)
+    return surrounded(lopt_all_finite)(tracing, tree)
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -379,13 +390,14 @@ def check_state_type(state: Any, state_type: type) -> None:
     )
 
 
-def check_state_shapes(state: Any, expected: Any) -> None:
+def check_state_shapes(state: Any, expected: Any, ranks_alone: bool = False) -> None:
     """Raises ValueError, naming the first array that differs, unless the shapes are the expected.
 
     Args:
       state: the state.
       expected: tree of what has a shape, in the order of the state's arrays. Metadata boxes may
         differ, and so may dtypes: a state keeps its own.
+      ranks_alone: of shards the sizes are those that `lopt_jax.sharding.distributed` gave them.
     """
     leaves = jax.tree.leaves(state)
     wanted = jax.tree_util.tree_leaves_with_path(expected)
@@ -399,7 +411,7 @@ def check_state_shapes(state: Any, expected: Any) -> None:
             f"{len(leaves)}. {belongs}"
         )
     for leaf, (path, like) in zip(leaves, wanted, strict=True):
-        if jnp.shape(leaf) != like.shape:
+        if jnp.shape(leaf) != like.shape and not (ranks_alone and jnp.ndim(leaf) == like.ndim):
             raise ValueError(
                 f"state: expected the shape {like.shape} at {jax.tree_util.keystr(path)}, as init "
                 f"makes for these params, found {jnp.shape(leaf)}. {belongs}"
@@ -420,7 +432,7 @@ def transformation(
 
     Args:
       init: from params to the state.
-      update: (meta_parameters, updates, state, params, value) -> (updates, state).
+      update: (tracing, meta_parameters, updates, state, params, value) -> (updates, state).
       meta_parameters: pytree of arrays that the update reads.
       state_type: what init returns.
       apply: as update, but it returns the new params in place of the updates; None where there is
@@ -449,7 +461,13 @@ def transformation(
         return initial(params)
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        value: Any = None,
+        lopt_tracing: Tracing | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, Any]:
         """Updates like the params, to be added to them, and the new state.
 
@@ -459,23 +477,30 @@ def transformation(
           state: of init.
           params: the parameters.
           value: the loss, a scalar, where the optimizer reads it.
+          lopt_tracing: what steers the trace, from this library's own wrappers.
           **extra_args: not read.
 
         Returns:
           The updates, None where there is no gradient, and the state.
         """
         del extra_args
-        return step(updates, state, params, value)
+        return step(updates, state, params, value, lopt_tracing or Tracing())
 
     if apply is None:
         return LearnedTransformation(init_fn, update_fn)
     applied = step_of(apply, applies=True)
 
     def apply_fn(
-        updates: Any, state: Any, params: Any = None, *, value: Any = None, **extra_args: Any
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        value: Any = None,
+        lopt_tracing: Tracing | None = None,
+        **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
-        return applied(updates, state, params, value)
+        return applied(updates, state, params, value, lopt_tracing or Tracing())
 
     return LearnedTransformation.of(init_fn, update_fn, apply_fn)
 
@@ -493,7 +518,7 @@ def _compiled(
     """
 
     def lopt_update(
-        how: Tracing,
+        tracing: Tracing,
         meta_parameters: Any,
         updates: Any,
         state: Any,
@@ -502,15 +527,15 @@ def _compiled(
     ) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(params)
         gradients = arrays_like("updates", updates, params)
-        check_state_shapes(state, expected_state(params))
-        with holding(how):
-            made, new_state = function(
-                meta_parameters,
-                treedef.unflatten(gradients),
-                state,
-                treedef.unflatten(numbers_of(params, gradients)),
-                value,
-            )
+        check_state_shapes(state, expected_state(params), ranks_alone=tracing.shards is not None)
+        made, new_state = function(
+            tracing,
+            meta_parameters,
+            treedef.unflatten(gradients),
+            state,
+            treedef.unflatten(numbers_of(params, gradients)),
+            value,
+        )
         results = [
             result if gradient is not None else leaf if applies else None
             for result, gradient, leaf in zip(
@@ -532,16 +557,17 @@ def _step(
     state: Any,
     params: Any,
     value: Any,
+    tracing: Tracing,
 ) -> tuple[Any, Any]:
     require_params(params)
     check_state_type(state, state_type)
-    how = replace(
-        tracing(),
-        device=platform_of(updates) or tracing().device or jax.config.jax_default_device,
+    tracing = replace(
+        tracing,
+        device=platform_of(updates) or tracing.device or jax.config.jax_default_device,
         # in a program of the caller's, arrays that have values are its constants
         constant_weights=is_traced(updates) and not is_traced(meta_parameters),
     )
-    return compiled(how, meta_parameters, updates, state, params, value)
+    return compiled(tracing, meta_parameters, updates, state, params, value)
 
 
 def described[**P](

@@ -11,10 +11,11 @@ import optax
 
 from lopt_jax import controller, engine
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.compiler.products import may_work
+from lopt_jax.context import Tracing
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
-from lopt_jax.products import may_work
-from lopt_jax.rule import Rule, Statistics
+from lopt_jax.rules.rule import Rule, Statistics
 from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
 
@@ -117,6 +118,7 @@ def controlled(
 
     def update(
         rule: Rule,
+        tracing: Tracing,
         meta_parameters: Any,
         gradients: Any,
         state: ControlledState,
@@ -127,7 +129,7 @@ def controlled(
             name, state.loss, value, state.count, num_steps, (gradients, params), loss_horizon
         )
         prepared = engine.first_pass(
-            rule, gradients, params, state.accumulators, stacked_axes, options.backend
+            rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
         quickly = may_work(
             max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.accumulators import Accumulators, each_second_moment, second_moments
+from lopt_jax.context import Tracing
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.leafwise import step_leaves
@@ -207,9 +208,14 @@ def _learnable(
         return LearnableState(jnp.zeros((), jnp.int32), accumulators)
 
     def update(
-        meta_parameters: Any, gradients: Any, state: LearnableState, params: Any, value: Any
+        tracing: Tracing,
+        meta_parameters: Any,
+        gradients: Any,
+        state: LearnableState,
+        params: Any,
+        value: Any,
     ) -> tuple[Any, LearnableState]:
-        del value
+        del tracing, value
         rate, decay = options.rates(state.count, params)
         count = optax.safe_increment(state.count)
         old = state.accumulators

@@ -14,6 +14,7 @@ import optax
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.boxes import content, is_box, reboxed
+from lopt_jax.context import Tracing
 from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
@@ -25,11 +26,11 @@ from lopt_jax.optimizers.per_parameter import (
     per_parameter,
 )
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
-from lopt_jax.partition import Partition, is_local, on_whole
+from lopt_jax.partition import Partition, on_whole
 from lopt_jax.reductions import mean
 from lopt_jax.rows import concatenate
-from lopt_jax.rule import Rule
 from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision, newton_schulz
+from lopt_jax.rules.rule import Rule
 from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
@@ -94,9 +95,7 @@ def matrix_optimizer(
     common.check_number("adam_epsilon", adamw.adam.epsilon)
     if max_gradient_norm is not None:
         common.check_number("max_gradient_norm", max_gradient_norm)
-    orthogonalize = functools.partial(
-        newton_schulz, coefficients=coefficients, precision=check_precision(precision)
-    )
+    check_precision(precision)
     stacked_axes = options.stacked_axes
     learned_step = functools.cache(functools.partial(_learned_step, weights, options))
 
@@ -112,11 +111,16 @@ def matrix_optimizer(
         return state._replace(accumulators=_with_adam_dtypes(accumulators, of_leaves, dtypes))
 
     def update(
-        meta_parameters: Any, gradients: Any, state: PerParameterState, params: Any, value: Any
+        tracing: Tracing,
+        meta_parameters: Any,
+        gradients: Any,
+        state: PerParameterState,
+        params: Any,
+        value: Any,
     ) -> tuple[Any, PerParameterState]:
         del value
-        of_leaves = plans_of(plans, params, stacked_axes)
-        tensors = tensors_of(params, stacked_axes)
+        tensors = tensors_of(params, stacked_axes, tracing.shards)
+        of_leaves = _plans_of(plans, params, tensors)
         leaves, treedef = jax.tree.flatten(params)
         given = jax.tree.map(common.to_float32, treedef.flatten_up_to(gradients))
         # leaves without a gradient may be anything, such as random keys
@@ -125,7 +129,9 @@ def matrix_optimizer(
         ]
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
-            given = treedef.flatten_up_to(clip.update(treedef.unflatten(given), None)[0])
+            given = treedef.flatten_up_to(
+                clip.update(treedef.unflatten(given), None, lopt_tracing=tracing)[0]
+            )
         rate, decay_of_learned = options.rates(state.count, params)
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
         _, decay_of_adam = adam_options.rates(state.count, params)
@@ -135,10 +141,16 @@ def matrix_optimizer(
                 value_now, options.weight_decay_mask, params, stacked_axes
             )
         steps, accumulators = _learned_steps(
-            learned_step, meta_parameters, treedef, given, state, wide, tensors, of_leaves
+            learned_step, tracing, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
         if orthogonal:
-            steps = _orthogonalized(steps, of_leaves, tensors, orthogonalize)
+            orthogonalize = functools.partial(
+                newton_schulz,
+                coefficients=coefficients,
+                precision=precision,
+                tracing=tracing,
+            )
+            steps = _orthogonalized(steps, of_leaves, tensors, orthogonalize, tracing.is_local)
         count = optax.safe_increment(state.count)
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
@@ -175,8 +187,12 @@ def matrix_optimizer(
 
 
 def plans_of(plans: Plans, params: Any, stacked_axes: StackedAxes) -> list[LeafPlan]:
-    """The plan of every leaf, in the order of the leaves; of shards, that of the whole leaf."""
-    tensors = tensors_of(params, stacked_axes)
+    """The plan of every leaf, in the order of the leaves."""
+    return _plans_of(plans, params, tensors_of(params, stacked_axes))
+
+
+def _plans_of(plans: Plans, params: Any, tensors: Sequence[Tensors]) -> list[LeafPlan]:
+    """The same, of leaves that may be shards."""
     leaves, treedef = jax.tree.flatten(params)
     whole = [
         leaf
@@ -253,6 +269,7 @@ def _learned_step(
 
 def _learned_steps(
     learned_step: Callable[[NormalizerAxes], Functions],
+    tracing: Tracing,
     meta_parameters: Any,
     treedef: Any,
     gradients: Sequence[Any],
@@ -272,6 +289,7 @@ def _learned_steps(
     for kind in kinds:
         of_kind = [g if x == kind else None for g, x in zip(gradients, axes, strict=True)]
         updates, new = learned_step(kind).update(
+            tracing,
             meta_parameters,
             treedef.unflatten(of_kind),
             PerParameterState(state.count, accumulators),
@@ -314,6 +332,7 @@ def _orthogonalized(
     plans: Sequence[LeafPlan],
     tensors: Sequence[Tensors],
     orthogonalize: NewtonSchulz,
+    is_local: bool,
 ) -> list[Any]:
     """The steps of learned leaves with their matrices made nearly orthogonal; others as they are.
 
@@ -325,7 +344,7 @@ def _orthogonalized(
     for i, (step, plan, entry) in enumerate(zip(steps, plans, tensors, strict=True)):
         if step is None or plan.rule != LEARNED:
             continue
-        if not is_local() or entry.partition is not None:
+        if not is_local or entry.partition is not None:
             alone = functools.partial(_orthogonal_leaf, orthogonalize, plan.matrix)
             out[i] = on_whole(alone, step, entry.leaf_partition)
             continue

@@ -8,7 +8,7 @@ import optax
 from lopt_jax.features import mlp_lopt_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays, per_parameter, timed_network
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
 

@@ -12,9 +12,10 @@ import optax
 
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, Decays, SecondMoments
+from lopt_jax.context import Tracing
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
-from lopt_jax.rule import MLP, Rule
+from lopt_jax.rules.rule import MLP, Rule
 from lopt_jax.tensors import init_accumulators
 from lopt_jax.weights import Weights
 
@@ -31,7 +32,7 @@ class Functions(NamedTuple):
 
     init: Callable[[Any], PerParameterState]  # from the params
     update: Callable[..., tuple[Any, PerParameterState]]
-    # from (meta_parameters, gradients, state, params, value) to (updates, state)
+    # from (tracing, meta_parameters, gradients, state, params, value) to (updates, state)
     apply: Callable[..., tuple[Any, PerParameterState]]  # the same to (new params, state)
 
     def bound(self, weights: Weights) -> optax.GradientTransformationExtraArgs:
@@ -76,6 +77,7 @@ def per_parameter(
 
     def update(
         rule: Rule,
+        tracing: Tracing,
         meta_parameters: Any,
         gradients: Any,
         state: PerParameterState,
@@ -85,7 +87,7 @@ def per_parameter(
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
         prepared = engine.first_pass(
-            rule, gradients, params, state.accumulators, stacked_axes, options.backend
+            rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
         results, accumulators, _ = engine.second_pass(
             rule,

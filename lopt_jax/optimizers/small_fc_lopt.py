@@ -11,7 +11,7 @@ from lopt_jax.accumulators import Decays, SecondMoments
 from lopt_jax.features import small_fc_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import per_parameter, timed_network
-from lopt_jax.rule import Rule
+from lopt_jax.rules.rule import Rule
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import Weights, WeightsLike, resolve
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.context import device, platform
-from lopt_jax.rule import product_precision
+from lopt_jax.compiler.precision import product_precision
+from lopt_jax.context import Tracing
 
 Coefficients = Sequence[tuple[float, float, float]]  # (a, b, c) of each iteration, c not zero
 Form = Literal["auto", "matrix", "gram"]
@@ -69,6 +69,7 @@ def newton_schulz(
     coefficients: Coefficients = QUINTIC,
     precision: str = "highest",
     form: Form = "auto",
+    tracing: Tracing = Tracing(),  # noqa: B008 (frozen)
 ) -> jax.Array:
     """Nearly orthogonal matrices with the singular vectors of the given ones.
 
@@ -80,6 +81,7 @@ def newton_schulz(
         device has matrix units for it, else "highest". float64 is as if "highest" was given.
       form: "matrix": every iteration on the whole matrix; "gram": on its Gram matrix where that is
         fewer operations; "auto": that for bfloat16 alone, as float32 is there for parity.
+      tracing: for which device.
 
     Returns:
       (..., m, n), dtype of x. Zeros stay zeros.
@@ -94,8 +96,12 @@ def newton_schulz(
         raise ValueError(f"form: expected 'auto', 'matrix' or 'gram', found {form!r}.")
     if not x.size:
         return x
-    chosen = "highest" if x.dtype == jnp.float64 else precision_here(precision)
+    chosen = "highest" if x.dtype == jnp.float64 else precision_on(tracing, precision)
     in_bfloat16 = chosen == "bfloat16"
+    of_products = chosen
+    if not in_bfloat16:
+        precision_of_jax = jax.lax.Precision(chosen)
+        of_products = product_precision(precision_of_jax, x.dtype, tracing.platform)
     short, long = sorted(x.shape[-2:])
     on_gram = form == "gram" or (form == "auto" and in_bfloat16)
     blocks = gram_blocks(short, long, len(coefficients)) if on_gram else (1,) * len(coefficients)
@@ -106,7 +112,7 @@ def newton_schulz(
         y = y.astype(jnp.bfloat16)
     first = 0
     for steps in blocks:
-        y = _iterations(y, coefficients[first : first + steps], chosen)
+        y = _iterations(y, coefficients[first : first + steps], of_products)
         first += steps
     return y.astype(x.dtype)
 
@@ -119,15 +125,15 @@ def check_precision(precision: Any) -> str:
     return precision
 
 
-def precision_here(precision: str) -> str:
+def precision_on(tracing: Tracing, precision: str) -> str:
     """What "auto" is on the device that runs what is traced; others as they are."""
     if check_precision(precision) != "auto":
         return precision
-    if platform() == "gpu":
-        capability = str(getattr(device(), "compute_capability", ""))
+    if tracing.platform == "gpu":
+        capability = str(getattr(tracing.runs_on, "compute_capability", ""))
         is_number = capability.replace(".", "", 1).isdigit()  # CUDA's; ROCm has names there
         return "bfloat16" if not is_number or float(capability) >= _TENSOR_CORES else "highest"
-    return "bfloat16" if platform() == "tpu" else "highest"
+    return "bfloat16" if tracing.platform == "tpu" else "highest"
 
 
 def gram_blocks(short: int, long: int, steps: int) -> tuple[int, ...]:
@@ -152,8 +158,11 @@ def operations(short: int, long: int, blocks: Sequence[int]) -> int:
     return sum(2 * whole + (4 * steps - 3) * short**3 for steps in blocks)
 
 
-def _iterations(y: jax.Array, coefficients: Coefficients, precision: str) -> jax.Array:
-    """Some iterations on matrices (..., m, n), on one Gram matrix; the precision is not "auto"."""
+def _iterations(y: jax.Array, coefficients: Coefficients, precision: Any) -> jax.Array:
+    """Some iterations on matrices (..., m, n), on one Gram matrix.
+
+    The precision is "bfloat16" or one that XLA's products take.
+    """
     product = functools.partial(_product, precision)
     rows_are_short = y.shape[-2] <= y.shape[-1]
     transposed = jnp.swapaxes(y, -2, -1)
@@ -167,7 +176,7 @@ def _iterations(y: jax.Array, coefficients: Coefficients, precision: str) -> jax
     return product(total, y) if rows_are_short else product(y, total)
 
 
-def _factor(gram: jax.Array, coefficients: tuple[float, float, float], precision: str) -> jax.Array:
+def _factor(gram: jax.Array, coefficients: tuple[float, float, float], precision: Any) -> jax.Array:
     """The polynomial a + b g + c g g of matrices (..., m, m), in their dtype."""
     a, b, c = coefficients
     size = gram.shape[-1]
@@ -182,8 +191,7 @@ def _factor(gram: jax.Array, coefficients: tuple[float, float, float], precision
     return c * _product(precision, shifted, shifted) + diagonal * (a - b * b / (4 * c))
 
 
-def _product(precision: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(precision: Any, a: jax.Array, b: jax.Array) -> jax.Array:
     if precision == "bfloat16":
         return jnp.matmul(a, b)  # summed in float32, written as it is read: half of the bytes
-    of_product = product_precision(jax.lax.Precision(precision), a.dtype)
-    return jnp.matmul(a, b, precision=of_product)
+    return jnp.matmul(a, b, precision=precision)

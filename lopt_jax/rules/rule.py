@@ -1,5 +1,7 @@
 """The per-parameter MLP rule on one tensor, in plain jnp: the specification of every backend.
 
+It knows no device and no compiler. What runs its network otherwise is handed in: `Network`.
+
 A step makes three passes over the tensor, because each needs a statistic of the one before:
 
   A  `first_pass`: means of the squared gradient over rows and columns;
@@ -12,10 +14,9 @@ the column alone become two vectors of biases. No (elements x features) array ex
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +32,11 @@ from lopt_jax.accumulators import (
     update_momentum,
     update_second_moment,
 )
-from lopt_jax.blocks import map_blocks
-from lopt_jax.context import platform
 from lopt_jax.features import Feature, FeatureSet, Operands, Varies
 from lopt_jax.partition import Partition
 from lopt_jax.reductions import mean, means
 
-WIDE_HIDDEN_SIZE = 16
+WIDE_HIDDEN_SIZE = 16  # from which on a layer is worth a product of matrices
 _PARAMETER_SCALE_EPSILON = 1e-9
 
 
@@ -54,11 +53,6 @@ class Rule:
       accumulator_statistics: return means and variances of the new accumulators.
       precision: of the matrix products of wide hidden layers: HIGHEST is float32 throughout, HIGH
         and DEFAULT allow matrix units. HIGH keeps within the bounds that float32 meets.
-      block_elements: elements that a hidden layer that is an array takes at a time; None: what
-        suits the default device (on a CPU, a block's hidden layers stay in the cache).
-      small_elements: tensors up to this size are updated by `small_tensor_step`.
-      write_out: write wide hidden layers out too, as elementwise operations: on CPUs half the time
-        of matrix products, but a tensor takes seconds to compile.
       applies: a step's results are the new parameters, not what is to be added to the old ones.
     """
 
@@ -69,9 +63,6 @@ class Rule:
     parameter_scale: bool = False
     accumulator_statistics: bool = False
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
-    block_elements: int | None = None
-    small_elements: int = 1 << 13
-    write_out: bool = False
     applies: bool = False
 
 
@@ -115,12 +106,64 @@ class Folded(NamedTuple):
     layers: tuple[tuple[jax.Array, jax.Array], ...]  # the following (weight, bias)
 
 
+class TensorArrays(NamedTuple):
+    """What a step reads of one tensor; of several, each array has a leading axis of tensors."""
+
+    gradient: Any
+    parameter: Any
+    accumulators: Accumulators
+
+
 class TensorUpdate(NamedTuple):
     """What a step makes of one tensor."""
 
     update: Any  # to be added to the parameter; where the rule applies it, the new parameter
     accumulators: Accumulators
     statistics: Statistics | None
+
+
+class Network(Protocol):
+    """Passes B and C up to the step: the network on every element of a tensor.
+
+    `network_step` is the specification. Others run it as suits a device; they differ in rounding.
+    """
+
+    def step(
+        self,
+        rule: Rule,
+        mlp: MLP,
+        features: Sequence[Feature],
+        operands: Operands,
+        partition: Partition | None,
+    ) -> jax.Array:
+        """The step of a tensor, or of a shard of one."""
+
+    def store(self, x: jax.Array) -> jax.Array:
+        """The array, as something that is stored and not computed anew where it is read."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The network as the specification has it."""
+
+    def step(
+        self,
+        rule: Rule,
+        mlp: MLP,
+        features: Sequence[Feature],
+        operands: Operands,
+        partition: Partition | None,
+    ) -> jax.Array:
+        """The step: normalise, fold, and the network element by element."""
+        normalizers = normalize(rule, features, operands, partition)
+        return network_step(rule, features, fold(mlp, features, normalizers, operands), operands)
+
+    def store(self, x: jax.Array) -> jax.Array:
+        """The array as it is."""
+        return x
+
+
+PLAIN = Plain()
 
 
 def prepare_gradient(rule: Rule, gradient: jax.Array) -> jax.Array:
@@ -170,6 +213,7 @@ def second_pass(
     scale: jax.Array,
     weight_decay: jax.Array,
     partition: Partition | None = None,
+    network: Network = PLAIN,
 ) -> TensorUpdate:
     """Passes B and C: the update and the new accumulators of one tensor.
 
@@ -185,6 +229,7 @@ def second_pass(
       scale: (), multiplies the step (learning rate included).
       weight_decay: (), multiplies the parameter (learning rate included).
       partition: where the arrays are shards of a tensor, how it is spread.
+      network: how the network runs.
 
     Returns:
       The update, -(scale * step + weight_decay * parameter), or its sum with the parameter, in
@@ -193,19 +238,10 @@ def second_pass(
     """
     dims = factored_dims(gradient.shape if partition is None else partition.shape)
     operands, row, column = operands_after(
-        rule, moments, gradient, parameter, accumulators, decays, dims, partition
+        rule, moments, gradient, parameter, accumulators, decays, dims, partition, network.store
     )
     features = rule.features.for_tensor(dims is not None)
-    # a shard's means need the other shards, which only the longer way knows how to ask
-    if partition is None and gradient.size <= rule.small_elements:
-        step = small_tensor_step(rule, mlp, small_tensor_inputs(rule, features, operands))
-    else:
-        normalizers = normalize(rule, features, operands, partition)
-        folded = fold(mlp, features, normalizers, operands)
-        # The two passes share subexpressions (the reciprocal root of the second moment and its
-        # products); the barrier keeps XLA from storing those, each as large as the tensor, between.
-        operands = separate(operands)
-        step = network_step(rule, features, folded, operands)
+    step = network.step(rule, mlp, features, operands, partition)
     new = Accumulators(operands.momentum, operands.second_moment, row, column)
     return TensorUpdate(
         update=tensor_update(rule, moments, step, operands.parameter, scale, weight_decay),
@@ -236,55 +272,6 @@ def as_stored(new: Accumulators, old: Accumulators) -> Accumulators:
     return jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
 
 
-def small_tensor_inputs(rule: Rule, features: Sequence[Feature], operands: Operands) -> jax.Array:
-    """Pass B of a small tensor: its normalised features in one array.
-
-    Args:
-      rule: the rule.
-      features: the features of this tensor.
-      operands: the features' operands, shape S.
-
-    Returns:
-      (features + 1, *S); the last is one everywhere, for the bias.
-    """
-    shape = operands.gradient.shape
-    axes = [axis + 1 for axis in normalizer_axes(rule, len(shape))]
-    values = jnp.stack([jnp.broadcast_to(f.formula(operands), shape) for f in features])
-    mean_squares = jnp.mean(jnp.square(values), axes, keepdims=True)
-    values = values * jax.lax.rsqrt(mean_squares + rule.features.normalizer_epsilon)
-    return jnp.concatenate([values, jnp.ones((1, *shape), values.dtype)])
-
-
-def small_tensor_step(rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
-    """Pass C of small tensors.
-
-    Written out as `network_outputs` is, a rule is thousands of operations, which take long to
-    compile and, on a small tensor, longer to launch than to run. Here they are a few dozen.
-
-    Args:
-      rule: the rule.
-      mlp: the network.
-      inputs: (features + 1, *S), of `small_tensor_inputs`; of one tensor, or of several that share
-        the network.
-
-    Returns:
-      direction * exp(magnitude * exp_mult), shape S.
-    """
-    ones = (1,) * (inputs.ndim - 1)
-    is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
-    precision = jax.lax.Precision.HIGHEST  # a narrow network is not worth matrix units
-    # of a product with a vector XLA takes one of the six products on a GPU, not their sum
-    if is_wide and math.prod(inputs.shape[1:]) > 1:
-        precision = product_precision(rule.precision, inputs.dtype)
-    # as a product's last row the first bias takes no pass over memory of its own
-    first = jnp.concatenate([mlp.weights[0], mlp.biases[0][None]])
-    hidden = jnp.einsum("kh,k...->h...", first, inputs, precision=precision)
-    for weight, bias in zip(mlp.weights[1:], mlp.biases[1:], strict=True):
-        hidden = jnp.einsum("kh,k...->h...", weight, jnp.maximum(hidden, 0), precision=precision)
-        hidden = hidden + bias.reshape((-1, *ones))
-    return output_step(hidden[0], hidden[1], rule.exp_mult)
-
-
 def parameter_update(
     rule: Rule,
     step: jax.Array,
@@ -295,13 +282,6 @@ def parameter_update(
     """What is added to the parameter, or their sum; all shapes broadcast."""
     update = -(scale * step + weight_decay * parameter)
     return parameter + update if rule.applies else update
-
-
-def separate(operands: Operands) -> Operands:
-    """The operands, whose elementwise expressions XLA will not share with those before."""
-    tensors = (operands.gradient, operands.momentum, operands.second_moment)
-    gradient, momentum, second_moment = jax.lax.optimization_barrier(tensors)
-    return operands._replace(gradient=gradient, momentum=momentum, second_moment=second_moment)
 
 
 def parameter_scale(mean_square: jax.Array) -> jax.Array:
@@ -318,6 +298,7 @@ def operands_after(
     decays: Decays,
     dims: FactoredDims | None,
     partition: Partition | None = None,
+    store: Callable[[jax.Array], jax.Array] = PLAIN.store,
 ) -> tuple[Operands, Any, Any]:
     """The operands of the features after this step's update of the accumulators.
 
@@ -330,6 +311,7 @@ def operands_after(
       decays: decay rates.
       dims: factored dims of the tensor.
       partition: where S is a shard of a tensor, how it is spread.
+      store: as `Network.store`.
 
     Returns:
       The operands (float32), and the new row and column accumulators, None where there are none.
@@ -349,7 +331,7 @@ def operands_after(
     else:
         row = update_factored(wide(accumulators.row), moments.row, decays.factored)
         column = update_factored(wide(accumulators.column), moments.column, decays.factored)
-        vectors = factored_vectors(row, column, dims, partition)
+        vectors = factored_vectors(row, column, dims, partition, store)
     operands = element_operands(
         gradient,
         wide(parameter),
@@ -411,7 +393,11 @@ class FactoredVectors(NamedTuple):
 
 
 def factored_vectors(
-    row: jax.Array, column: jax.Array, dims: FactoredDims, partition: Partition | None = None
+    row: jax.Array,
+    column: jax.Array,
+    dims: FactoredDims,
+    partition: Partition | None = None,
+    store: Callable[[jax.Array], jax.Array] = PLAIN.store,
 ) -> FactoredVectors:
     """Row and column vectors and their preconditioners, broadcastable against the tensor.
 
@@ -420,18 +406,16 @@ def factored_vectors(
       column: (n, *S without d1).
       dims: factored dims of the tensor.
       partition: where S is a shard of a tensor, how it is spread.
+      store: as `Network.store`.
 
     Returns:
       Vectors with size 1 along the reduced dimension.
     """
     row_partition = None if partition is None else partition.reduced(dims.d0)
     row_mean = functools.partial(mean, partition=row_partition)
-    # all decays at once: on a GPU, each of them apart would be kernels of its own
     rows, columns = jnp.expand_dims(row, dims.d0 + 1), jnp.expand_dims(column, dims.d1 + 1)
-    row_factors = jax.vmap(lambda x: row_factor(x, dims.d1, row_mean))(rows)
-    # XLA makes a Triton kernel of what divides by its own mean, and would try its tilings on all
-    # that reads it, the written out network too: half of a small model's time to compile for GPUs
-    row_factors = jax.lax.optimization_barrier(row_factors)
+    # all decays at once, which is fewer operations
+    row_factors = store(jax.vmap(lambda x: row_factor(x, dims.d1, row_mean))(rows))
     return FactoredVectors(*map(tuple, (rows, columns, row_factors, safe_rsqrt(columns))))
 
 
@@ -538,12 +522,10 @@ def fold(
       The folded network.
     """
     first, bias = mlp.weights[0], mlp.biases[0]
-    # all rows at once: on a GPU, each of them apart would be a kernel of its own
     rows = _expand(first, normalizers.ndim + 1) * normalizers[:, None]
 
     def vector_bias(varies: Varies) -> jax.Array:
         """Contribution of the features of this kind: (H, *vector's shape)."""
-        # written out: a product of matrices would be a kernel of its own
         parts = (
             along(varies, rows[k]) * feature.formula(operands)
             for k, feature in enumerate(features)
@@ -580,15 +562,7 @@ def network_step(
     Returns:
       direction * exp(magnitude * exp_mult), shape S.
     """
-    element = tuple(feature for feature in features if feature.varies == "element")
-    hidden = folded.row_bias.shape[0]
-    per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
-    if hidden >= WIDE_HIDDEN_SIZE and per_tensor and not rule.write_out:
-        return _step_by_blocks(rule, element, folded, operands)
-    if hidden >= WIDE_HIDDEN_SIZE:
-        # parts of one array they would be read anew for every element: six times the time on CPUs
-        folded = folded._replace(weights=tuple(map(jax.lax.optimization_barrier, folded.weights)))
-    inputs = [feature.formula(operands) for feature in element]
+    inputs = [feature.formula(operands) for feature in features if feature.varies == "element"]
     return output_step(*network_outputs(inputs, folded), rule.exp_mult)
 
 
@@ -632,63 +606,6 @@ def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> I
     inputs = [jnp.maximum(h, 0) for h in inputs]
     for j in range(bias.shape[0]):
         yield sum((h * weight[k, j] for k, h in enumerate(inputs)), bias[j])
-
-
-def product_precision(precision: jax.lax.Precision, dtype: Any) -> Any:
-    """The precision of XLA's products.
-
-    With JAX's own HIGH a GPU takes tf32, which errs by 16 times the bound that float32 meets on a
-    reference trajectory. Sums of six products of bfloat16 parts err as float32 there (emulated),
-    and took an eighth longer on an H200 (docs/kernels.md).
-    """
-    is_high = precision == jax.lax.Precision.HIGH and dtype == jnp.float32
-    if is_high and platform() == "gpu":
-        return jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-    return precision
-
-
-def _product(rule: Rule, weight: jax.Array, values: Sequence[jax.Array] | jax.Array) -> jax.Array:
-    """A layer without its bias, as a matrix product: (outputs, inputs) by (inputs, *S)."""
-    x = values if isinstance(values, jax.Array) else jnp.stack(values)
-    return jnp.tensordot(weight, x, axes=1, precision=product_precision(rule.precision, x.dtype))
-
-
-def _step_by_blocks(
-    rule: Rule,
-    element: Sequence[Feature],
-    folded: Folded,
-    operands: Operands,
-) -> jax.Array:
-    """Pass C with hidden layers as matrix products, (H, *block), a block of the tensor at a time.
-
-    Args:
-      rule: the rule.
-      element: the features that vary with the element.
-      folded: the folded network, one for the whole tensor.
-      operands: the features' operands, shape S.
-
-    Returns:
-      The step, S.
-    """
-    # (outputs, inputs): a product with rows along memory, faster by a tenth on CPUs
-    first = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights], axis=1)
-    layers = [(weight.T, bias) for weight, bias in folded.layers]
-
-    def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
-        shape = operands.gradient.shape
-        inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
-        hidden = _product(rule, first, inputs) + row_bias
-        if column_bias is not None:
-            hidden = hidden + column_bias
-        for weight, bias in layers:
-            hidden = _product(rule, weight, jnp.maximum(hidden, 0))
-            hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
-        return output_step(hidden[0], hidden[1], rule.exp_mult)
-
-    arguments = (operands, folded.row_bias, folded.column_bias)
-    of_device = 1 << 16 if platform() == "cpu" else 1 << 18
-    elements = rule.block_elements or of_device
-    return map_blocks(step, arguments, operands.gradient.shape, elements)
 
 
 def accumulator_statistics(

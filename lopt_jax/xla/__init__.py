@@ -1,0 +1,1 @@
+"""The rule on XLA: how its network runs, and how many tensors take the passes of a step."""

@@ -1,0 +1,196 @@
+"""How the rule's network runs on XLA: small tensors at once, wide layers as products or unrolled.
+
+The specification is `lopt_jax.rules.rule.network_step`. What is fastest differs between devices,
+sizes and widths; all forms compute the same up to rounding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lopt_jax.compiler.precision import product_precision
+from lopt_jax.features import Feature, Operands
+from lopt_jax.partition import Partition
+from lopt_jax.rules.rule import (
+    MLP,
+    WIDE_HIDDEN_SIZE,
+    Folded,
+    Rule,
+    fold,
+    network_step,
+    normalize,
+    normalizer_axes,
+    output_step,
+)
+from lopt_jax.xla.blocks import map_blocks
+
+_CPU_BLOCK, _BLOCK = 1 << 16, 1 << 18  # elements: on a CPU, hidden layers stay in the cache
+
+
+@dataclass(frozen=True)
+class XlaNetwork:
+    """A `lopt_jax.rules.rule.Network` of XLA's.
+
+    Attributes:
+      platform: of the device: "cpu", "gpu" or "tpu".
+      unrolled: whether wide hidden layers are elementwise operations, as narrow ones are: on CPUs
+        half the time of matrix products, but a tensor takes seconds to compile.
+      small_elements: tensors up to this size are updated by `small_tensor_step`.
+      block_elements: elements that a hidden layer that is an array takes at a time; None: what
+        suits the platform.
+    """
+
+    platform: str
+    unrolled: bool = False
+    small_elements: int = 1 << 13
+    block_elements: int | None = None
+
+    def step(
+        self,
+        rule: Rule,
+        mlp: MLP,
+        features: Sequence[Feature],
+        operands: Operands,
+        partition: Partition | None,
+    ) -> jax.Array:
+        """Passes B and C up to the step, as `rule.network_step` on normalised features."""
+        # a shard's means need the other shards, which only the longer way knows how to ask
+        if partition is None and operands.gradient.size <= self.small_elements:
+            inputs = small_tensor_inputs(rule, features, operands)
+            return small_tensor_step(self.platform, rule, mlp, inputs)
+        normalizers = normalize(rule, features, operands, partition)
+        folded = fold(mlp, features, normalizers, operands)
+        operands = _computed_anew(operands)
+        hidden = folded.row_bias.shape[0]
+        if hidden < WIDE_HIDDEN_SIZE:
+            return network_step(rule, features, folded, operands)
+        one_per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
+        if one_per_tensor and not self.unrolled:
+            elements = self.block_elements or (_CPU_BLOCK if self.platform == "cpu" else _BLOCK)
+            return _step_by_blocks(self.platform, rule, features, folded, operands, elements)
+        # parts of one array they would be read anew for every element: six times the time on CPUs
+        folded = folded._replace(weights=tuple(map(jax.lax.optimization_barrier, folded.weights)))
+        return network_step(rule, features, folded, operands)
+
+    def store(self, x: jax.Array) -> jax.Array:
+        """Behind a barrier.
+
+        XLA makes a Triton kernel of what divides by its own mean, and would try its tilings on all
+        that reads it, an unrolled network too: half of a small model's time to compile for GPUs.
+        """
+        return jax.lax.optimization_barrier(x)
+
+
+def _computed_anew(operands: Operands) -> Operands:
+    """The operands, whose elementwise expressions XLA will not share with those before.
+
+    Passes B and C share subexpressions (the reciprocal root of the second moment and its products).
+    Without the barrier XLA stores those between the two, each as large as the tensor.
+    """
+    tensors = (operands.gradient, operands.momentum, operands.second_moment)
+    gradient, momentum, second_moment = jax.lax.optimization_barrier(tensors)
+    return operands._replace(gradient=gradient, momentum=momentum, second_moment=second_moment)
+
+
+def small_tensor_inputs(rule: Rule, features: Sequence[Feature], operands: Operands) -> jax.Array:
+    """Pass B of a small tensor: its normalised features in one array.
+
+    Args:
+      rule: the rule.
+      features: the features of this tensor.
+      operands: the features' operands, shape S.
+
+    Returns:
+      (features + 1, *S); the last is one everywhere, for the bias.
+    """
+    shape = operands.gradient.shape
+    axes = [axis + 1 for axis in normalizer_axes(rule, len(shape))]
+    values = jnp.stack([jnp.broadcast_to(f.formula(operands), shape) for f in features])
+    mean_squares = jnp.mean(jnp.square(values), axes, keepdims=True)
+    values = values * jax.lax.rsqrt(mean_squares + rule.features.normalizer_epsilon)
+    return jnp.concatenate([values, jnp.ones((1, *shape), values.dtype)])
+
+
+def small_tensor_step(platform: str, rule: Rule, mlp: MLP, inputs: jax.Array) -> jax.Array:
+    """Pass C of small tensors.
+
+    Unrolled as `network_outputs` is, a rule is thousands of operations, which take long to
+    compile and, on a small tensor, longer to launch than to run. Here they are a few dozen.
+
+    Args:
+      platform: of the device.
+      rule: the rule.
+      mlp: the network.
+      inputs: (features + 1, *S), of `small_tensor_inputs`; of one tensor, or of several that share
+        the network.
+
+    Returns:
+      direction * exp(magnitude * exp_mult), shape S.
+    """
+    ones = (1,) * (inputs.ndim - 1)
+    is_wide = mlp.biases[0].shape[0] >= WIDE_HIDDEN_SIZE
+    precision = jax.lax.Precision.HIGHEST  # a narrow network is not worth matrix units
+    # of a product with a vector XLA takes one of the six products on a GPU, not their sum
+    if is_wide and math.prod(inputs.shape[1:]) > 1:
+        precision = product_precision(rule.precision, inputs.dtype, platform)
+    # as a product's last row the first bias takes no pass over memory of its own
+    first = jnp.concatenate([mlp.weights[0], mlp.biases[0][None]])
+    hidden = jnp.einsum("kh,k...->h...", first, inputs, precision=precision)
+    for weight, bias in zip(mlp.weights[1:], mlp.biases[1:], strict=True):
+        hidden = jnp.einsum("kh,k...->h...", weight, jnp.maximum(hidden, 0), precision=precision)
+        hidden = hidden + bias.reshape((-1, *ones))
+    return output_step(hidden[0], hidden[1], rule.exp_mult)
+
+
+def _product(
+    precision: Any, weight: jax.Array, values: Sequence[jax.Array] | jax.Array
+) -> jax.Array:
+    """A layer without its bias, as a matrix product: (outputs, inputs) by (inputs, *S)."""
+    x = values if isinstance(values, jax.Array) else jnp.stack(values)
+    return jnp.tensordot(weight, x, axes=1, precision=precision)
+
+
+def _step_by_blocks(
+    platform: str,
+    rule: Rule,
+    features: Sequence[Feature],
+    folded: Folded,
+    operands: Operands,
+    elements: int,
+) -> jax.Array:
+    """Pass C with hidden layers as matrix products, (H, *block), a block of the tensor at a time.
+
+    Args:
+      platform: of the device.
+      rule: the rule.
+      features: the features of this tensor.
+      folded: the folded network, one for the whole tensor.
+      operands: the features' operands, shape S.
+      elements: of a block.
+
+    Returns:
+      The step, S.
+    """
+    element = [feature for feature in features if feature.varies == "element"]
+    precision = product_precision(rule.precision, operands.gradient.dtype, platform)
+    # (outputs, inputs): a product with rows along memory, faster by a tenth on CPUs
+    first = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights], axis=1)
+    layers = [(weight.T, bias) for weight, bias in folded.layers]
+
+    def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
+        shape = operands.gradient.shape
+        inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
+        hidden = _product(precision, first, inputs) + row_bias
+        if column_bias is not None:
+            hidden = hidden + column_bias
+        for weight, bias in layers:
+            hidden = _product(precision, weight, jnp.maximum(hidden, 0))
+            hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
+        return output_step(hidden[0], hidden[1], rule.exp_mult)
+
+    arguments = (operands, folded.row_bias, folded.column_bias)
+    return map_blocks(step, arguments, operands.gradient.shape, elements)
