@@ -5,6 +5,7 @@ python benchmarks/recipe_search.py benchmarks/recipe_plan.json --seconds 540 --o
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import time
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import lopt_jax
 from lopt_jax.meta.scale import contenders, run
 from lopt_jax.meta.scale.tasks import stacked_axes, task_named
 from lopt_jax.optimizers.plans import names_of
@@ -135,7 +137,24 @@ def prototype(settings, horizon):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+RECIPE = tuple(
+    field.name for field in dataclasses.fields(lopt_jax.Recipe) if field.name != "adam_windows"
+)
+
+
+def recipe(settings, horizon):
+    """`lopt` with the constants of its recipe traced."""
+    constants = lopt_jax.Recipe(**{name: settings[name] for name in RECIPE})
+    return lopt_jax.lopt(horizon, recipe=constants, stacked_axes=stacked_axes)
+
+
+def recipe_base():
+    """The recipe as it is."""
+    return {name: getattr(lopt_jax.Recipe(), name) for name in RECIPE}
+
+
 BUILDS = {
+    "recipe": (recipe, RECIPE),
     "lopt": (contenders.LOPT.build, ("rate",)),
     "prototype": (prototype, tuple(BASE)),
     "muon": (contenders.MUON.build, ("rate",)),
@@ -211,7 +230,8 @@ def main():
     for job in plan["jobs"]:
         task, build = job["task"], job["build"]
         compiled = programs[task, build].result()
-        settings = settings_of(job, search.base if build == "prototype" else {})
+        bases = {"prototype": search.base, "recipe": recipe_base()}
+        settings = settings_of(job, bases.get(build, {}))
         curves = []
         for i in range(0, len(settings), compiled.lanes):
             if time.perf_counter() - begin > options.seconds:

@@ -1,6 +1,10 @@
-"""Constants of `lopt`'s recipe on the small training tasks: one at a time, beside AdamW and Muon.
+"""Whole recipes of `lopt` side by side on the small training tasks, beside AdamW and Muon.
 
-python benchmarks/small_search.py --out small.json
+python benchmarks/small_search.py benchmarks/small_settings.json --out small.json
+
+The file is a list of mappings from the recipe's fields to numbers, in place of the recipe's own.
+With `--matrix-heads` they run once more with heads under the learned rule. All settings of a task
+run in one program.
 """
 
 import argparse
@@ -9,82 +13,138 @@ import json
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 import lopt_jax
 from lopt_jax.meta import evaluate
-from lopt_jax.meta.tasks import held_out_tasks, training_tasks
+from lopt_jax.meta.networks import Mlp
+from lopt_jax.meta.noise_free import noise_free_tasks, noise_free_tuning_tasks
+from lopt_jax.meta.tasks import (
+    SupervisedTask,
+    Tables,
+    cross_entropy,
+    held_out_tasks,
+    squared_error,
+    training_tasks,
+)
 
 TASKS = (
     "digits_mlp_64",
+    "digits_mlp_norm_32x3",
     "digits_conv_8",
     "china_autoencoder",
     "teacher_regression",
     "tables_few_mlp_32x2",
+    "teacher_few_mlp_32x2",
     "bytes_rnn_32",
 )
-VALUES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 
 
-def lopt_with(name):
-    """`lopt` with one constant of its recipe multiplied."""
+def wide_tasks():
+    """Wide networks on little data, others than the held-out ones."""
+    plain = {"activation": 0, "log_init_spread": 0.0}
+    wine = Tables(("wine",), 13, 3, disguise=False)
+    digits = Tables(("digits",), 64, 10, disguise=False)
+    china = Tables(("china",), 64, 0, disguise=False)
+    tasks = (
+        SupervisedTask(
+            "digits_mlp_256x2", digits, Mlp((64, 256, 256, 10)), cross_entropy, 64, **plain
+        ),
+        SupervisedTask("wine_mlp_48x2", wine, Mlp((13, 48, 48, 3)), cross_entropy, 32, **plain),
+        SupervisedTask(
+            "china_autoencoder_128", china, Mlp((64, 128, 24, 128, 64)), squared_error, 64, **plain
+        ),
+    )  # fmt: skip
+    return {task.name: task for task in tasks}
 
-    def build(multiple, steps):
-        if name == "rate":
-            return lopt_jax.lopt(steps, learning_rate=multiple)
-        base = lopt_jax.Recipe()
-        recipe = dataclasses.replace(base, **{name: multiple * getattr(base, name)})
-        return lopt_jax.lopt(steps, recipe=recipe)
 
-    values = VALUES if name != "decay" else (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-    return evaluate.Contender(f"lopt_{name}", build, values)
+def tuning_tasks():
+    """All tasks that constants may be chosen on, by name."""
+    chosen = {name: training_tasks()[name] for name in TASKS}
+    return {**chosen, **wide_tasks(), **noise_free_tuning_tasks()}
+
+
+def lopt_of(settings, name="lopt", label_fn=None):
+    """`lopt` with the recipe of a number: a contender whose "rates" are places in `settings`."""
+    base = lopt_jax.Recipe()
+    fields = sorted({name for one in settings for name in one})
+    table = {
+        name: jnp.asarray([one.get(name, _own(base, name)) for one in settings], jnp.float32)
+        for name in fields
+    }
+
+    def build(place, steps):
+        index = jnp.asarray(place, jnp.int32)
+        chosen = {name: values[index] for name, values in table.items()}
+        rate = chosen.pop("rate", 1.0)
+        recipe = dataclasses.replace(base, **chosen)
+        return lopt_jax.lopt(steps, learning_rate=rate, recipe=recipe, label_fn=label_fn)
+
+    return evaluate.Contender(name, build, tuple(float(i) for i in range(len(settings))))
+
+
+def _own(base, name):
+    return 1.0 if name == "rate" else getattr(base, name)
 
 
 def main():
     """Runs the search and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("settings", type=Path, nargs="?", help="left out: the recipe as it is")
     parser.add_argument("--out", type=Path, default=Path("outputs/small.json"))
-    parser.add_argument("--names", default="rate,decay,vector,head_limit")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--horizons", default="200,1000")
-    parser.add_argument("--held-out", action="store_true", help="lopt as it comes, held-out tasks")
+    parser.add_argument("--tasks", help="names with commas; left out: all of the kind")
+    parser.add_argument("--held-out", action="store_true", help="the held-out tasks, for evidence")
+    parser.add_argument(
+        "--noise-free", action="store_true", help="those with nothing to regularise"
+    )
+    parser.add_argument("--matrix-heads", action="store_true", help="heads are matrices, too")
+    parser.add_argument("--baselines", default="adamw,muon", help="names with commas; may be empty")
     options = parser.parse_args()
     begin = time.perf_counter()
-    known = evaluate.baselines()
-    if options.held_out:
-        tasks = held_out_tasks()
-        build = lambda rate, steps: lopt_jax.lopt(steps, learning_rate=rate)  # noqa: E731
-        contenders = [evaluate.Contender("lopt", build, (1.0,))]
-    else:
-        tasks = {name: training_tasks()[name] for name in TASKS}
-        contenders = [lopt_with(name) for name in options.names.split(",")]
-        contenders += [known["adamw"], known["muon"]]
-    curves = evaluate.run_curves(
-        tasks,
-        contenders,
-        [int(h) for h in options.horizons.split(",")],
-        options.seeds,
-        ahead=14,
+    settings = json.loads(options.settings.read_text()) if options.settings else [{}]
+    tasks = (
+        held_out_tasks()
+        if options.held_out
+        else noise_free_tasks()
+        if options.noise_free
+        else tuning_tasks()
     )
+    if options.tasks:
+        tasks = {name: tasks[name] for name in options.tasks.split(",")}
+    known = evaluate.baselines()
+    contenders = [lopt_of(settings)]
+    if options.matrix_heads:
+        learned = lambda path, leaf: "learned" if leaf.ndim > 1 else None  # noqa: E731
+        contenders.append(lopt_of(settings, "lopt_matrix_heads", learned))
+    contenders += [known[n] for n in options.baselines.split(",") if n]
+    horizons = [int(h) for h in options.horizons.split(",")]
+    curves = evaluate.run_curves(
+        tasks, contenders, horizons, options.seeds, ahead=14,
+        on_progress=lambda text: print(f"{time.perf_counter() - begin:5.0f} s {text}", flush=True),
+    )  # fmt: skip
     records = []
     for (task, name, horizon), found in curves.items():
         contender = next(c for c in contenders if c.name == name)
         valid = np.asarray(found.valid)[..., -1].mean(-1)
-        train = np.asarray(found.train)[..., -1].mean(-1)
         records.append(
             {
                 "task": task, "optimizer": name, "horizon": horizon,
-                "rates": list(contender.learning_rates),
-                "valid": valid.tolist(), "train": train.tolist(),
+                "settings": settings if name.startswith("lopt") else list(contender.learning_rates),
+                "valid": [float(f"{x:.5g}") for x in valid],
+                "train": [float(f"{x:.5g}") for x in np.asarray(found.train)[..., -1].mean(-1)],
             }
         )  # fmt: skip
-        cells = [f"{x:.4g}" for x in valid]
-        if name in known:
-            best = int(np.nanargmin(valid))
-            cells = [f"best {valid[best]:.4g} (train {train[best]:.3g})"]
-        print(f"{task:22} {horizon:5} {name:16} {' '.join(cells)}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(records))
+    for record in records:
+        losses = record["valid"]
+        best = int(np.nanargmin(losses))
+        name = f"{record['task']:24} {record['horizon']:5} {record['optimizer']:6}"
+        found = record["settings"][best]
+        print(f"{name} first {losses[0]:.4g} best {losses[best]:.4g} by {found}")
     print(f"{time.perf_counter() - begin:.0f} s")
 
 

@@ -14,7 +14,7 @@ import optimizers
 import pytest
 
 import lopt_jax
-from lopt_jax.optimizers.lopt import schedule
+from lopt_jax.optimizers.lopt import adam_betas, schedule
 
 RECIPE = lopt_jax.Recipe()
 NUM_STEPS = 40
@@ -130,7 +130,7 @@ def growth(num_steps):
 
 
 def decay_at(step, num_steps):
-    return 9 / max(num_steps, 450) * schedule_by_numpy(step, num_steps)
+    return 12 / max(num_steps, 600) * schedule_by_numpy(step, num_steps)
 
 
 def matrix_by_numpy(p, gradients, num_steps):
@@ -138,7 +138,9 @@ def matrix_by_numpy(p, gradients, num_steps):
     for step, g in enumerate(gradients):
         momentum = 0.9 * momentum + 0.1 * g
         direction = unit(orthogonal(unit(g) + unit(momentum)))
-        size = 0.04 / np.sqrt(min(p.shape)) * growth(num_steps) * schedule_by_numpy(step, num_steps)
+        inputs, outputs = p.shape
+        size = 0.038 / np.sqrt(min(p.shape)) * min(outputs / inputs, 1) ** 0.25
+        size = size * schedule_by_numpy(step, num_steps)
         decay = np.where(direction * p >= 0, decay_at(step, num_steps) * p, 0)
         p = p - size * direction - decay
     return p
@@ -170,7 +172,7 @@ ADAM_LEAVES = {  # rate of each, and whether it decays
 
 def test_the_rest_is_adamw():
     got = trajectory(3)
-    adam = optax.scale_by_adam(0.9, 0.99, eps=1e-8)
+    adam = optax.scale_by_adam(0.9, 0.995, eps=1e-8)
     expected, state = params(), adam.init(params())
     for step in range(3):
         updates, state = adam.update(clipped(gradients_at(step)), state)
@@ -188,8 +190,29 @@ def test_the_rest_is_adamw():
 
 def test_rates_of_wide_heads_fall_with_their_inputs():
     wide = {"head": {"kernel": jax.ShapeDtypeStruct((600, 10), jnp.float32)}}
-    (plan,) = plain().plans(wide)
+    (plan,) = lopt_jax.lopt(1000).plans(wide)
     assert plan.scale == pytest.approx(3 / 600)
+    (plan,) = lopt_jax.lopt(125).plans(wide)  # an eighth of 1000: its cube root is a half
+    assert plan.scale == pytest.approx(2 * 3 / 600)
+
+
+def test_matrices_of_fewer_outputs_than_inputs_make_smaller_steps():
+    of = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}  # noqa: E731
+    layers = {"a": of(16, 256), "b": of(256, 16), "c": of(16, 16), "head": of(16, 2)}
+    wide, narrow, square, _ = (plan.scale for plan in plain().plans(layers))
+    assert square == pytest.approx(0.038 / 4)
+    assert wide == pytest.approx(square)
+    assert narrow == pytest.approx(square / 2)  # the fourth root of 16 / 256
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "window"), [(10, 200), (1000, 200), (2500, 500), (5000, 1000), (10**6, 1000)]
+)
+def test_windows_of_adam(num_steps, window):
+    for steps in (num_steps, jnp.int32(num_steps)):
+        first, second = adam_betas(steps, RECIPE)
+        assert first == 0.9
+        assert 1 / (1 - second) == pytest.approx(window, rel=1e-4)
 
 
 def test_accumulators_of_adam_leaves_are_two():
@@ -299,10 +322,10 @@ def test_label_fn_and_matrix_axes():
     )
     plans = dict(zip(tree, tx.plans(tree), strict=True))
     assert [plan.rule for plan in plans.values()] == ["learned", "adamw", "learned"]
-    assert plans["y"].scale == RECIPE.embedding
-    assert plans["z"].scale == pytest.approx(0.04 / 2)  # matrices of (6, 4)
-    for role, size in (("norm", 0.008), ("head", 0.016), ("matrix", 0.02)):
-        labelled = lopt_jax.lopt(9, label_fn=lambda path, leaf, role=role: role)
+    assert plans["y"].scale == pytest.approx(RECIPE.embedding * growth(NUM_STEPS))
+    assert plans["z"].scale == pytest.approx(0.038 / 2 * (4 / 6) ** 0.25)  # matrices of (6, 4)
+    for role, size in (("norm", 0.008), ("head", 0.016), ("matrix", 0.019)):
+        labelled = lopt_jax.lopt(1000, label_fn=lambda path, leaf, role=role: role)
         (plan,) = labelled.plans({"x": tree["x"]})
         assert plan.scale == pytest.approx(size)
         assert plan.decay == (role != "norm")
@@ -332,7 +355,7 @@ def test_wrong_arguments_are_named(arguments, error, says):
 
 
 def test_another_recipe():
-    tx = lopt_jax.lopt(NUM_STEPS, weight_decay=0, recipe=lopt_jax.Recipe(matrix=0.08))
+    tx = lopt_jax.lopt(NUM_STEPS, weight_decay=0, recipe=lopt_jax.Recipe(matrix=0.076))
     double, _ = tx.update(gradients_at(0), tx.init(params()), params())
     single, _ = update(gradients_at(0), weight_decay=0.0)
     kernel = single["Dense_0"].pop("kernel")

@@ -163,6 +163,28 @@ def load_patches(photograph: str, side: int = 8) -> Dataset:
 
 
 @functools.cache
+def load_picture(photograph: str, side: int) -> np.ndarray:
+    """The middle of a sample photograph, grey, each pixel the mean of a square of 4 x 4.
+
+    Args:
+      photograph: "china" or "flower".
+      side: height and width of the result, in pixels; at most 106.
+
+    Returns:
+      (side, side) float32 with zero mean and unit variance.
+
+    Raises:
+      ModuleNotFoundError: without scikit-learn.
+    """
+    pixels = _sklearn_datasets().load_sample_image(f"{photograph}.jpg")
+    image = pixels.astype(np.float32).mean(-1)
+    top, left = ((size - 4 * side) // 2 for size in image.shape)
+    middle = image[top : top + 4 * side, left : left + 4 * side]
+    small = middle.reshape(side, 4, side, 4).mean((1, 3))
+    return (small - small.mean()) / small.std()
+
+
+@functools.cache
 def load_source_code(num_bytes: int = 400_000) -> Text:
     """Reads source files of the Python standard library as one sequence of tokens.
 

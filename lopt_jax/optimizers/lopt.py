@@ -47,7 +47,8 @@ class Recipe:
     """The constants of `lopt`, chosen on the tuning tasks of the scale suite.
 
     Attributes:
-      matrix: the step of a matrix has a root mean square of this over the root of its shorter side.
+      matrix: the root mean square of a matrix step is this over the root of the shorter side, ...
+      narrowing: ... times (outputs / inputs) to this power where it has fewer outputs than inputs.
       embedding: Adam's rate for embeddings.
       head: Adam's rate for heads is this over the number of inputs, ...
       head_limit: ... but at most this.
@@ -55,27 +56,32 @@ class Recipe:
       decay: a full step takes the fraction decay / num_steps off matrices, embeddings and heads.
       shortest: num_steps counts as at least so many where decay is divided by it.
       horizon: trainings of fewer steps make larger ones, ...
-      growth: ... by (horizon / num_steps) to this power.
+      growth: ... by (horizon / num_steps) to this power, where they are Adam's.
       warm_up: the fraction of the training over which steps grow.
       floor: the smallest size of a step after the warm-up: what training past num_steps goes on
         with, as a fraction of a full step.
       max_gradient_norm: gradients are scaled down to this global norm.
-      adam_betas: decays of Adam's moments.
+      adam_momentum: decay of Adam's first moment.
+      adam_window: Adam's second moment averages over this fraction of the training, ...
+      adam_windows: ... but over at least and at most so many steps.
     """
 
-    matrix: Number = 0.04
+    matrix: Number = 0.038
+    narrowing: Number = 0.25
     embedding: Number = 0.02
     head: Number = 3.0
     head_limit: Number = 0.016
     vector: Number = 0.008
-    decay: Number = 9.0
-    shortest: Number = 450.0
+    decay: Number = 12.0
+    shortest: Number = 600.0
     horizon: Number = 1000.0
     growth: Number = 1 / 3
     warm_up: Number = 0.1
     floor: Number = 0.01
     max_gradient_norm: Number = 1.0
-    adam_betas: tuple[Number, Number] = (0.9, 0.99)
+    adam_momentum: Number = 0.9
+    adam_window: Number = 0.2
+    adam_windows: tuple[Number, Number] = (200.0, 1000.0)
 
 
 @common.described
@@ -151,8 +157,8 @@ def lopt(
     return matrix_optimizer(
         resolve(weights, ARCHITECTURES),
         options,
-        AdamW(1.0, 0.0, AdamSettings(constants.adam_betas, 1e-8)),
-        plans=lopt_plans(constants, label_fn, matrix_axes),
+        AdamW(1.0, 0.0, AdamSettings(adam_betas(num_steps, constants), 1e-8)),
+        plans=lopt_plans(num_steps, constants, label_fn, matrix_axes),
         max_gradient_norm=constants.max_gradient_norm,
         orthogonal=True,
         decay=lambda count: per_step * schedule(count, num_steps, constants),
@@ -180,22 +186,41 @@ def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> ja
     return jnp.minimum(jnp.minimum(up, 1.0), jnp.maximum(down, recipe.floor))
 
 
+def adam_betas(num_steps: int | jax.Array, recipe: Recipe) -> tuple[Number, Number]:
+    """Decays of Adam's moments.
+
+    Where a long training has learned its examples, gradients vanish. A second moment that forgets
+    quickly would make steps of full size of them.
+
+    Args:
+      num_steps: updates of the whole training.
+      recipe: the constants.
+
+    Returns:
+      Two numbers in [0, 1).
+    """
+    shortest, longest = recipe.adam_windows
+    window = _smaller(_larger(recipe.adam_window * num_steps, shortest), longest)
+    return recipe.adam_momentum, 1 - 1 / window
+
+
 def _scheduled(
     learning_rate: common.ScalarOrSchedule, num_steps: int | jax.Array, recipe: Recipe
 ) -> Any:
-    short = jnp.maximum(recipe.horizon / jnp.asarray(num_steps, jnp.float32), 1.0)
-
     def rate(count: jax.Array) -> jax.Array:
         multiplier = learning_rate(count) if callable(learning_rate) else learning_rate
-        return multiplier * short**recipe.growth * schedule(count, num_steps, recipe)
+        return multiplier * schedule(count, num_steps, recipe)
 
     return rate
 
 
-def lopt_plans(recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
+def lopt_plans(
+    num_steps: int | jax.Array, recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes
+) -> Plans:
     """The plans of `lopt`: what is done with each leaf follows from its role.
 
     Args:
+      num_steps: updates of the whole training.
       recipe: the constants.
       label_fn: as `lopt`'s.
       matrix_axes: as `lopt`'s.
@@ -204,6 +229,7 @@ def lopt_plans(recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes
       The function; it raises ValueError or TypeError naming argument and leaf.
     """
     check_functions(label_fn, matrix_axes)
+    short = _larger(recipe.horizon / num_steps, 1.0)
 
     def plans(params: Any, stacked: Sequence[int]) -> list[LeafPlan]:
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -216,7 +242,7 @@ def lopt_plans(recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes
             if matrix_axes is not None and role.name in (MATRIX, HEAD):
                 matrix, reason = matrix_of(matrix_axes, path, leaf, count)
                 role = role._replace(matrix=matrix, reason=reason)
-            plans_of_leaves.append(_plan(role, leaf.shape[count:], recipe))
+            plans_of_leaves.append(_plan(role, leaf.shape[count:], recipe, short))
         return plans_of_leaves
 
     return plans
@@ -225,6 +251,11 @@ def lopt_plans(recipe: Recipe, label_fn: LabelFn | None, matrix_axes: MatrixAxes
 def _smaller(a: Number, b: Number) -> Number:
     """The smaller of two numbers, one of which may be traced."""
     return jnp.minimum(a, b) if isinstance(a * b, jax.Array) else min(a, b)
+
+
+def _larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers, one of which may be traced."""
+    return jnp.maximum(a, b) if isinstance(a * b, jax.Array) else max(a, b)
 
 
 def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
@@ -242,16 +273,27 @@ def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
     return Role(name, "label_fn says so", matrix)
 
 
-def _plan(role: Role, shape: Sequence[int], recipe: Recipe) -> LeafPlan:
-    """What is done with a leaf of a role; `shape` is that of one tensor."""
+def _plan(role: Role, shape: Sequence[int], recipe: Recipe, short: Number) -> LeafPlan:
+    """What is done with a leaf of a role.
+
+    Args:
+      role: of the leaf.
+      shape: of one tensor.
+      recipe: the constants.
+      short: how many times shorter than the recipe's horizon the training is; at least 1.
+    """
     reason = f"{role.name}: {role.reason}"
     if role.name == MATRIX:
-        shorter = max(min(matrix_sizes(role.matrix, shape)), 1)  # an empty leaf has none
-        return LeafPlan(LEARNED, role.matrix, recipe.matrix / shorter**0.5, reason=reason)
+        inputs, outputs = matrix_sizes(role.matrix, shape)
+        shorter = max(min(inputs, outputs), 1)  # an empty leaf has none
+        narrow = min(outputs / max(inputs, 1), 1.0) ** recipe.narrowing
+        scale = recipe.matrix / shorter**0.5 * narrow
+        return LeafPlan(LEARNED, role.matrix, scale, reason=reason)
+    growth = short**recipe.growth
     if role.name == HEAD:
         inputs, _ = matrix_sizes(role.matrix, shape)
         rate = _smaller(recipe.head / max(inputs, 1), recipe.head_limit)
-        return LeafPlan(ADAMW, role.matrix, rate, reason=reason)
+        return LeafPlan(ADAMW, role.matrix, rate * growth, reason=reason)
     if role.name == EMBEDDING:
-        return LeafPlan(ADAMW, scale=recipe.embedding, reason=reason)
-    return LeafPlan(ADAMW, scale=recipe.vector, decay=0.0, reason=reason)
+        return LeafPlan(ADAMW, scale=recipe.embedding * growth, reason=reason)
+    return LeafPlan(ADAMW, scale=recipe.vector * growth, decay=0.0, reason=reason)

@@ -1,5 +1,6 @@
 """The table and the plot of the scale suite, from its records alone."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,6 +119,8 @@ def _loss(cell: Cell | None) -> str:
 def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Validation losses by step, a panel a task and horizon, the best setting of each optimizer.
 
+    An optimizer has one colour in all panels. Cells with nothing to compare are left out.
+
     Args:
       records: of the suite.
       path: of the picture to write.
@@ -131,9 +134,12 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     chosen = cells(records)
-    panels = list(dict.fromkeys((c.task, c.steps) for c in chosen))
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
+    counts = collections.Counter((c.task, c.steps) for c in chosen)
+    panels = [panel for panel, count in counts.items() if count > 1]
+    names = sorted({c.optimizer for c in chosen}, key=lambda name: (name in _USUAL, name))
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    columns = max(min(4, len(panels)), 1)
+    rows = max(-(-len(panels) // columns), 1)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
     )
@@ -142,7 +148,8 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, (task, steps) in zip(axes.flat, panels, strict=False):
         for cell in chosen:
             if (cell.task, cell.steps) == (task, steps):
-                axis.plot(cell.record["at"], cell.record["validation"], label=cell.optimizer)
+                name, record = cell.optimizer, cell.record
+                axis.plot(record["at"], record["validation"], label=name, color=colours[name])
         axis.set(title=f"{task}, {steps:,} steps", xlabel="steps", ylabel="validation loss")
         axis.legend()
     figure.savefig(path, dpi=110)
