@@ -32,6 +32,8 @@ class Tracing:
       shards: of what the leaves of the params are shards, by their paths as `jax.tree_util.keystr`
         writes them; None: they are whole.
       is_shard: whether it is the code of a shard, which no partitioner will split.
+      axes: the mesh axes of the devices that run the code of a shard, where the types of arrays do
+        not tell them.
     """
 
     device: jax.Device | str | None = None
@@ -40,6 +42,7 @@ class Tracing:
     joined_state: bool = False
     shards: Shards | None = None
     is_shard: bool = False
+    axes: tuple[str, ...] = ()
 
     def with_device(self) -> "Tracing":
         """The same, where jax's default device may be another by the time that it is asked for."""

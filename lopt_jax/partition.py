@@ -291,12 +291,15 @@ def spread(
     # devices have other names in other processes
     static = tracing.platform, dataclasses.replace(tracing, device=None), settings
 
-    def run_local(partitions: Partitions, *xs: jax.Array) -> Any:
+    def run_local(partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()) -> Any:
         with as_now():
-            return function(of_shard, partitions, *treedef.unflatten(xs))
+            steered = dataclasses.replace(of_shard, axes=axes)
+            return function(steered, partitions, *treedef.unflatten(xs))
 
-    def local(partitions: Partitions, *xs: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(jax.tree.leaves(run_local(partitions, *xs)))
+    def local(
+        partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()
+    ) -> tuple[jax.Array, ...]:
+        return tuple(jax.tree.leaves(run_local(partitions, *xs, axes=axes)))
 
     whole = functools.partial(run_local, [None] * len(guides))
     result = jax.eval_shape(whole, *map(_bare, leaves))
@@ -446,7 +449,7 @@ def _partitioned(
         ]
         return (
             mesh,
-            lambda *xs: local(how, *xs[len(added) :]),
+            lambda *xs: local(how, *xs[len(added) :], axes=tuple(mesh.axis_names)),
             tuple(named(d) for d in out_dims),
             tuple(named(d) for d in in_dims),
         )
@@ -557,29 +560,6 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
         )
 
     return ", ".join(map(names, dims)) + " -> " + ", ".join(map(names, out_dims))
-
-
-def on_whole(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, partition: Partition | None
-) -> jax.Array:
-    """Runs on every device a function of a tensor that cannot be split, and keeps its part.
-
-    Args:
-      function: from the tensor to one of the same shape.
-      x: the tensor or, with a partition, a shard of it.
-      partition: how it is spread, inside `shard_map`.
-
-    Returns:
-      The function's result, spread as x.
-    """
-    if partition is not None:
-        return (
-            partition.shard(function(partition.gather(x))) if partition.is_split() else function(x)
-        )
-    sharding = _explicit_sharding(x)
-    if sharding is None:
-        return function(x)
-    return match_sharding(function(jax.sharding.reshard(x, PartitionSpec())), x)
 
 
 # Arrays of the state

@@ -2,13 +2,11 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lopt_jax.accumulators import Accumulators
@@ -18,6 +16,7 @@ from lopt_jax.context import Tracing
 from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
+from lopt_jax.optimizers.orthogonal import NewtonSchulz, orthogonal_leaves
 from lopt_jax.optimizers.per_parameter import (
     Functions,
     PerParameterState,
@@ -26,20 +25,16 @@ from lopt_jax.optimizers.per_parameter import (
     per_parameter,
 )
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
-from lopt_jax.partition import Partition, on_whole
+from lopt_jax.partition import Partition
 from lopt_jax.reductions import mean
-from lopt_jax.rows import concatenate
-from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision, newton_schulz
+from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision
 from lopt_jax.rules.rule import Rule
 from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
 
-NewtonSchulz = Callable[[jax.Array], jax.Array]  # of matrices in the last two axes
-
 _NORMALIZER_EPSILON = 1e-9
-_BATCH_ELEMENTS = 1 << 25  # of matrices that are orthogonalised together: bounds the temporaries
 
 
 class AdamW(NamedTuple):
@@ -144,13 +139,9 @@ def matrix_optimizer(
             learned_step, tracing, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
         if orthogonal:
-            orthogonalize = functools.partial(
-                newton_schulz,
-                coefficients=coefficients,
-                precision=precision,
-                tracing=tracing,
-            )
-            steps = _orthogonalized(steps, of_leaves, tensors, orthogonalize, tracing.is_local)
+            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+            how = NewtonSchulz(coefficients, precision)
+            steps = _orthogonalized(steps, of_leaves, tensors, paths, how, tracing)
         count = optax.safe_increment(state.count)
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
@@ -331,44 +322,26 @@ def _orthogonalized(
     steps: Sequence[Any],
     plans: Sequence[LeafPlan],
     tensors: Sequence[Tensors],
-    orthogonalize: NewtonSchulz,
-    is_local: bool,
+    paths: Sequence[Any],
+    how: NewtonSchulz,
+    tracing: Tracing,
 ) -> list[Any]:
-    """The steps of learned leaves with their matrices made nearly orthogonal; others as they are.
-
-    It takes whole matrices: what one device holds of a split matrix has other singular vectors.
-    Where no array is split, all matrices of one shape are one batch, whatever leaf they are of.
-    """
-    out = list(steps)
-    batches: dict[Any, list[list[int]]] = {}
-    for i, (step, plan, entry) in enumerate(zip(steps, plans, tensors, strict=True)):
-        if step is None or plan.rule != LEARNED:
-            continue
-        if not is_local or entry.partition is not None:
-            alone = functools.partial(_orthogonal_leaf, orthogonalize, plan.matrix)
-            out[i] = on_whole(alone, step, entry.leaf_partition)
-            continue
-        shape = jax.eval_shape(functools.partial(_as_matrices, matrix=plan.matrix), step).shape
-        alike = batches.setdefault((shape[-2:], step.dtype), [[]])
-        if sum(steps[j].size for j in alike[-1]) + step.size > _BATCH_ELEMENTS and alike[-1]:
-            alike.append([])
-        alike[-1].append(i)
-    for members in (members for alike in batches.values() for members in alike):
-        if len(members) == 1:
-            (i,) = members
-            out[i] = _orthogonal_leaf(orthogonalize, plans[i].matrix, steps[i])
-            continue
-        matrices = [_as_matrices(steps[i], plans[i].matrix) for i in members]
-        flat = [x.reshape((-1, *x.shape[-2:])) for x in matrices]
-        made = orthogonalize(concatenate(flat))
-        ends = np.cumsum([len(x) for x in flat])[:-1]
-        for i, x, part in zip(members, matrices, jnp.split(made, ends), strict=True):
-            out[i] = _from_matrices(part.reshape(x.shape), plans[i].matrix, steps[i].shape)
-    return out
-
-
-def _orthogonal_leaf(orthogonalize: NewtonSchulz, matrix: Matrix, step: jax.Array) -> jax.Array:
-    return _from_matrices(orthogonalize(_as_matrices(step, matrix)), matrix, step.shape)
+    """The steps, those of learned leaves with their matrices made nearly orthogonal."""
+    learned = [
+        i
+        for i, (step, plan) in enumerate(zip(steps, plans, strict=True))
+        if step is not None and plan.rule == LEARNED
+    ]
+    orthogonal = orthogonal_leaves(
+        [steps[i] for i in learned],
+        [plans[i].matrix for i in learned],
+        [tensors[i] for i in learned],
+        [jax.tree_util.keystr(paths[i]) for i in learned],
+        how,
+        tracing,
+    )
+    by_position = dict(zip(learned, orthogonal, strict=True))
+    return [by_position.get(i, step) for i, step in enumerate(steps)]
 
 
 def _still_where_zero(
@@ -378,28 +351,6 @@ def _still_where_zero(
     is_other = (gradient != 0).astype(jnp.float32)  # NaN is other than zero
     share = mean(is_other, matrix.axes(gradient.ndim), partition, keepdims=True)
     return jnp.where(share > 0, step, 0)
-
-
-def _order(matrix: Matrix, rank: int) -> tuple[int, ...]:
-    """The axes of a leaf: batch axes, then those of rows, then those of columns."""
-    rows, columns = (tuple(a % rank for a in axes) for axes in matrix)
-    batch = tuple(a for a in range(rank) if a not in (*rows, *columns))
-    return (*batch, *rows, *columns)
-
-
-def _as_matrices(x: jax.Array, matrix: Matrix) -> jax.Array:
-    """The matrices of a leaf in the last two axes: (*batch axes, rows, columns)."""
-    x = jnp.transpose(x, _order(matrix, x.ndim))
-    first, second = x.ndim - len(matrix.rows) - len(matrix.columns), x.ndim - len(matrix.columns)
-    batch, rows, columns = x.shape[:first], x.shape[first:second], x.shape[second:]
-    return x.reshape((*batch, math.prod(rows), math.prod(columns)))
-
-
-def _from_matrices(x: jax.Array, matrix: Matrix, shape: Sequence[int]) -> jax.Array:
-    """The inverse of `_as_matrices`, for a leaf of this shape."""
-    order = _order(matrix, len(shape))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return jnp.transpose(x.reshape([shape[a] for a in order]), back)
 
 
 def rule_precision(precision: str) -> str:
