@@ -8,34 +8,12 @@ import argparse
 import hashlib
 from pathlib import Path
 
-import jax.numpy as jnp
+import numpy as np
 
 import lopt_jax
-from lopt_jax.features import velo_features
 
-WEIGHTS = {"gradient": 1.0, "momentum_0": 1.0}  # of features of root mean square one
-CONFIG = {
-    "hidden_size": 2,
-    "hidden_layers": 1,
-    "exp_mult": 0.0,
-    "initial_momentum_decays": (0.9, 0.99, 0.999),
-    "initial_rms_decays": (0.95,),
-    "initial_adafactor_decays": (0.9, 0.99, 0.999),
-}
-
-
-def linear_network(weights):
-    """An MLP of two hidden units whose first output is the weighted sum: relu(x) - relu(-x)."""
-    names = [feature.name for feature in velo_features().factored]
-    column = jnp.zeros((len(names),))
-    for name, weight in weights.items():
-        column = column.at[names.index(name)].set(weight)
-    return {
-        "w0": jnp.stack([column, -column], axis=1),
-        "b0": jnp.zeros((2,)),
-        "w1": jnp.zeros((2, 3)).at[:, 0].set(jnp.asarray([1.0, -1.0])),
-        "b1": jnp.zeros((3,)),
-    }
+MOMENTUM_DECAYS = (0.9,)
+WEIGHTS = {"gradient": 1.0, "momentum": 1.0}  # of features of root mean square one
 
 
 def main():
@@ -59,7 +37,9 @@ def main():
             "records_sha256": hashlib.sha256(record.read_bytes()).hexdigest() if record else "",
         },
     }
-    weights = lopt_jax.Weights("celo2", CONFIG, {"mlp": linear_network(WEIGHTS)}, metadata)
+    params = {"weights": np.asarray(list(WEIGHTS.values()), np.float32)}
+    config = {"initial_momentum_decays": MOMENTUM_DECAYS}
+    weights = lopt_jax.Weights("linear", config, params, metadata)
     lopt_jax.save_weights(options.target, weights)
     print(f"{options.target}: {WEIGHTS}")
 

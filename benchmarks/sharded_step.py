@@ -38,6 +38,7 @@ import lopt_jax
 from lopt_jax import sharding
 from lopt_jax.benchmark import busy_ms, gpu_events, random_weights
 from lopt_jax.collectives import Collective, collectives, moved_bytes
+from lopt_jax.optimizers.plans import LEARNED
 
 STEPS_OF_PARITY = 20
 STEPS_OF_LOOP = 40  # in one program: what the devices take, whatever the host's dispatch does
@@ -69,7 +70,39 @@ def adamw(backend: str) -> optax.GradientTransformation:
     return optax.with_extra_args_support(optax.adamw(1e-3))
 
 
-OPTIMIZERS = {"velo": velo, "optax.adamw": adamw, "small_fc_lopt_h32": small_fc_lopt_h32}
+def lopt(backend: str) -> optax.GradientTransformation:
+    return lopt_jax.lopt(10_000, backend=backend)
+
+
+def celo2(backend: str) -> optax.GradientTransformation:
+    return lopt_jax.celo2(1e-3, backend=backend)
+
+
+def muon(backend: str) -> optax.GradientTransformation:
+    """Muon with the matrices that `lopt` finds."""
+    del backend
+
+    def dimensions(params: Any) -> Any:
+        numbers = [
+            optax.contrib.MuonDimensionNumbers(*plan.matrix) if plan.rule == LEARNED else None
+            for plan in lopt("auto").plans(params)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), numbers)
+
+    transformation = optax.contrib.muon(
+        1e-3, muon_weight_dimension_numbers=dimensions, consistent_rms=0.2
+    )
+    return optax.with_extra_args_support(transformation)
+
+
+OPTIMIZERS = {
+    "lopt": lopt,
+    "velo": velo,
+    "celo2": celo2,
+    "optax.contrib.muon": muon,
+    "optax.adamw": adamw,
+    "small_fc_lopt_h32": small_fc_lopt_h32,
+}
 TINY = models.GPT2(layers=2, width=64, heads=4, vocabulary=515, positions=32)
 MODULES = {"gpt2_355m": models.GPT2(dtype=jnp.bfloat16), "tiny": TINY}
 

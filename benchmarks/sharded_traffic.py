@@ -2,8 +2,9 @@
 
     python benchmarks/sharded_traffic.py --model gpt2_355m --devices 8
 
-prints, for FSDP under jit and for `distributed`, the bytes of the collectives in the compiled
-program, as a share of the parameters' bytes, and the state on each device.
+prints, for FSDP and tensor parallelism under jit and for `distributed`, the bytes that collectives
+move, as a share of the parameters' bytes, the state on each device, and the floating-point
+operations of all devices over those of one.
 """
 
 import argparse
@@ -35,6 +36,15 @@ def abstract(tree: Any, mesh: Any, specs: Any) -> Any:
     )
 
 
+def last_spec(shape: tuple[int, ...], devices: int) -> P:
+    """Splits the last dimension that the devices divide, as tensor parallelism splits outputs."""
+    for d in reversed(range(len(shape))):
+        is_large = math.prod(shape) > sharding.REPLICATED_ELEMENTS
+        if devices > 1 and shape[d] % devices == 0 and is_large:
+            return P(*[None] * d, "data")
+    return P()
+
+
 def traffic(optimizer: str, model: str, mode: str, devices: int) -> dict[str, Any]:
     """Compiles one update and reads its collectives."""
     start = time.perf_counter()
@@ -50,9 +60,10 @@ def traffic(optimizer: str, model: str, mode: str, devices: int) -> dict[str, An
         updates, state = inner.update(gradients, state, params, value=loss)
         return state, updates
 
-    if mode == "fsdp":
+    if mode in ("fsdp", "tensor"):
         inner = tx
-        specs = jax.tree.map(lambda x: sharded_step.fsdp_spec(x.shape, devices), shapes)
+        split = sharded_step.fsdp_spec if mode == "fsdp" else last_spec
+        specs = jax.tree.map(lambda x: split(x.shape, devices), shapes)
         state_specs = sharding.state_specs(tx, shapes, specs)
         out = (sharded_step.named(mesh, state_specs), sharded_step.named(mesh, specs))
         step = jax.jit(update, out_shardings=out)
@@ -66,7 +77,11 @@ def traffic(optimizer: str, model: str, mode: str, devices: int) -> dict[str, An
         )
         params = abstract(shapes, mesh, jax.tree.map(lambda _: P(), shapes))
     placed = abstract(state, mesh, state_specs)
-    found = collectives(step.lower(placed, params, params, loss).compile(OPTIONS))
+    compiled = step.lower(placed, params, params, loss).compile(OPTIONS)
+    found = collectives(compiled)
+    alone = jax.jit(lambda s, g, p, v: tx.update(g, s, p, value=v)[::-1])
+    of_one = alone.lower(state, shapes, shapes, loss).compile(OPTIONS)
+    flops = lambda program: float(program.cost_analysis()["flops"])  # noqa: E731
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
     per_device = sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -83,6 +98,7 @@ def traffic(optimizer: str, model: str, mode: str, devices: int) -> dict[str, An
         "collective_bytes": kinds,
         "share": moved_bytes(found) / size(shapes),
         "largest": max((c.largest for c in found), default=0),
+        "flops_over_one_device": devices * flops(compiled) / flops(of_one),
         "state_bytes": size(state),
         "state_bytes_per_device": per_device,
         "state_share": per_device / size(state),
@@ -96,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sharded_step.MODULES, default="gpt2_355m")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--optimizers", nargs="+", default=list(sharded_step.OPTIMIZERS))
-    parser.add_argument("--modes", nargs="+", default=["fsdp", "distributed"])
+    parser.add_argument("--modes", nargs="+", default=["fsdp", "tensor", "distributed"])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

@@ -80,8 +80,8 @@ OPTIMIZERS = {
     "elo_celo2": Case(lopt_jax.elo_celo2, "elo_celo2", MLP, EXACT),
     "lopt": Case(
         lopt_jax.lopt,
-        "celo2",
-        MLP,
+        "linear",
+        {},
         {"num_steps": NUM_STEPS, "label_fn": kernels_are_learned, **EXACT},
         has_recipe=True,
     ),

@@ -14,6 +14,7 @@ import optimizers
 import pytest
 
 import lopt_jax
+from lopt_jax.features import velo_features
 from lopt_jax.optimizers.lopt import adam_betas, schedule
 
 RECIPE = lopt_jax.Recipe()
@@ -215,13 +216,31 @@ def test_windows_of_adam(num_steps, window):
         assert 1 / (1 - second) == pytest.approx(window, rel=1e-4)
 
 
-def test_accumulators_of_adam_leaves_are_two():
-    state = plain().init(params())
-    sizes = jax.tree.map(jnp.size, state.accumulators)
-    first, second, third = (momentum["Embed_0"]["embedding"] for momentum in sizes.momentum)
-    assert (first, second, third) == (28, 1, 1)
-    assert sizes.second_moment["Embed_0"]["embedding"] == 28
-    assert sizes.momentum[2]["Dense_0"]["kernel"] == 24
+def test_what_the_state_keeps():
+    """Of a matrix its momentum, of an embedding two moments, and of what is not read one number."""
+    sizes = jax.tree.map(jnp.size, plain().init(params()).accumulators)
+    (momentum,) = sizes.momentum
+    assert (momentum["Dense_0"]["kernel"], sizes.second_moment["Dense_0"]["kernel"]) == (24, 1)
+    embedding = momentum["Embed_0"]["embedding"], sizes.second_moment["Embed_0"]["embedding"]
+    assert embedding == (28, 28)
+    assert jax.tree.leaves((sizes.row, sizes.column)) == []
+
+
+def test_weights_of_the_celo2_family_say_the_same():
+    """A network of two hidden units whose output is the same sum: relu(x) - relu(-x)."""
+    names = [feature.name for feature in velo_features().factored]
+    column = np.zeros(len(names), np.float32)
+    column[[names.index("gradient"), names.index("momentum_0")]] = 1.0
+    mlp = {
+        "w0": np.stack([column, -column], axis=1),
+        "b0": np.zeros(2, np.float32),
+        "w1": np.float32([[1, 0, 0], [-1, 0, 0]]),
+        "b1": np.zeros(3, np.float32),
+    }
+    config = {"hidden_size": 2, "hidden_layers": 1, "exp_mult": 0.0}
+    network = lopt_jax.Weights("celo2", config, {"mlp": mlp})
+    got = trajectory_of(lopt_jax.lopt(NUM_STEPS, network), 3)
+    assert_close(got, trajectory_of(plain(), 3), 1e-5, 1e-6)
 
 
 # -- what is left alone ---------------------------------------------------------------------------

@@ -301,4 +301,6 @@ def test_a_description_prints_as_a_table():
     (gate,) = [line for line in lines if all(x in line for x in ("Block_0", "gate_up", "kernel"))]
     assert f"{WIDTH} x {6 * WIDTH}" in gate
     assert "learned" in gate
-    np.testing.assert_allclose(float(gate.split("learned")[1].split()[0]), 0.04 / WIDTH**0.5, 0.01)
+    np.testing.assert_allclose(
+        float(gate.split("learned")[1].split()[0]), lopt_jax.Recipe().matrix / WIDTH**0.5, 0.01
+    )

@@ -12,6 +12,7 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import (
     ARCHITECTURES,
+    LINEAR,
     AdamW,
     matrix_optimizer,
     rule_precision,
@@ -102,18 +103,19 @@ def lopt(
 ) -> optax.GradientTransformationExtraArgs:
     """This library's own optimizer: nothing to give but the number of steps.
 
-    A learned rule proposes the direction of every matrix; Newton-Schulz iterations make it nearly
-    orthogonal. Embeddings, heads, norms and biases are Adam's. The recipe decides the size of every
-    leaf's step by its role and shape, warm-up, schedule, clipping and decay. Embeddings and heads
-    are found by the names of Flax's layers and by shapes; `lopt_jax.describe(tx, params)` shows
-    what was found.
+    A rule proposes the direction of every matrix; that of the library's own weights is a sum of
+    the gradient and its momentum. Newton-Schulz iterations make it nearly orthogonal. Embeddings,
+    heads, norms and biases are Adam's. The recipe decides the size of every leaf's step by its role
+    and shape, warm-up, schedule, clipping and decay. Embeddings and heads are found by the names of
+    Flax's layers and by shapes; `lopt_jax.describe(tx, params)` shows what was found.
 
     A parameter whose gradient is zero does not move, decay aside. After `num_steps` the training
     goes on with a hundredth of a full step.
 
     Args:
       num_steps: updates of the whole training; an integer, or a traced array.
-      weights: a registered name, a path to a checkpoint, or `Weights` of the Celo2 family.
+      weights: a registered name, a path to a checkpoint, or `Weights` of the linear rule or of the
+        Celo2 family.
       learning_rate: multiplies every step; a number or an optax schedule of multipliers.
       weight_decay: multiplies the recipe's decay; 0 turns it off.
       weight_decay_mask: which parameters may decay, as `optax.adamw`'s `mask`; norms and biases do
@@ -125,7 +127,8 @@ def lopt(
       accumulator_dtype: dtype of momentum and second moments in the state.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
-      backend: "auto", "xla" or "pallas".
+      backend: "auto", "xla" or "pallas", for weights of the Celo2 family; the linear rule needs no
+        kernels.
       precision: of the products of Newton-Schulz, as `celo2`'s.
 
     Returns:
@@ -155,7 +158,7 @@ def lopt(
     common.check_learning_rate(learning_rate)
     per_step = weight_decay * constants.decay / jnp.maximum(num_steps, constants.shortest)
     return matrix_optimizer(
-        resolve(weights, ARCHITECTURES),
+        resolve(weights, (LINEAR, *ARCHITECTURES), has_own=False),
         options,
         AdamW(1.0, 0.0, AdamSettings(adam_betas(num_steps, constants), 1e-8)),
         plans=lopt_plans(num_steps, constants, label_fn, matrix_axes),

@@ -16,6 +16,7 @@ from lopt_jax.context import Tracing
 from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
+from lopt_jax.optimizers.linear import linear_rule
 from lopt_jax.optimizers.orthogonal import NewtonSchulz, orthogonal_leaves
 from lopt_jax.optimizers.per_parameter import (
     Functions,
@@ -27,14 +28,22 @@ from lopt_jax.optimizers.per_parameter import (
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix, Plans
 from lopt_jax.partition import Partition
 from lopt_jax.reductions import mean
+from lopt_jax.rules.linear import NORMALIZER_EPSILON, normalized
 from lopt_jax.rules.newton_schulz import QUINTIC, Coefficients, check_precision
 from lopt_jax.rules.rule import Rule
-from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, per_leaf, tensors_of
+from lopt_jax.tensors import (
+    StackedAxes,
+    Tensors,
+    arrays_like,
+    check_shapes,
+    leaves_like,
+    per_leaf,
+    tensors_of,
+)
 from lopt_jax.weights import Weights
 
 ARCHITECTURES = ("celo2", "elo_celo2")  # one rule: their weights are of one kind
-
-_NORMALIZER_EPSILON = 1e-9
+LINEAR = "linear"
 
 
 class AdamW(NamedTuple):
@@ -92,12 +101,14 @@ def matrix_optimizer(
         common.check_number("max_gradient_norm", max_gradient_norm)
     check_precision(precision)
     stacked_axes = options.stacked_axes
-    learned_step = functools.cache(functools.partial(_learned_step, weights, options))
+    is_linear = weights.architecture == LINEAR
+    of_axes = linear_rule if is_linear else _learned_step
+    learned_step = functools.cache(functools.partial(of_axes, weights, options))
 
     def init(params: Any) -> PerParameterState:
         state = learned_step("matrix").init(params)
         of_leaves = plans_of(plans, params, stacked_axes)
-        accumulators = _without_unused(state.accumulators, of_leaves)
+        accumulators = _without_unused(state.accumulators, of_leaves, is_linear)
         beta1, beta2 = adamw.adam.betas
         dtypes = [
             common.stored_dtype(options.accumulator_dtype, (beta,), are_squares)
@@ -145,7 +156,12 @@ def matrix_optimizer(
         count = optax.safe_increment(state.count)
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
-        second_moment = arrays_like("state: second_moment", accumulators.second_moment, params)
+        second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
+        read = [
+            None if is_linear and plan.rule == LEARNED else x
+            for plan, x in zip(of_leaves, second_moment, strict=True)
+        ]
+        check_shapes("state: second_moment", read, params)
 
         updates: list = []
         for i, (plan, entry) in enumerate(zip(of_leaves, tensors, strict=True)):
@@ -168,7 +184,10 @@ def matrix_optimizer(
             updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = accumulators._replace(
             momentum=(treedef.unflatten(momentum), *others),
-            second_moment=treedef.unflatten(second_moment),
+            # its boxes have other names where a matrix keeps one number
+            second_moment=jax.tree.unflatten(
+                jax.tree.structure(accumulators.second_moment), second_moment
+            ),
         )
         return treedef.unflatten(updates), PerParameterState(count, accumulators)
 
@@ -194,25 +213,34 @@ def _plans_of(plans: Plans, params: Any, tensors: Sequence[Tensors]) -> list[Lea
     return plans(treedef.unflatten(whole), [len(entry.stack) for entry in tensors])
 
 
-def _without_unused(accumulators: Accumulators, plans: Sequence[LeafPlan]) -> Accumulators:
-    """One element in place of what AdamW does not read; boxes lose their axes' names with it."""
+def _without_unused(
+    accumulators: Accumulators, plans: Sequence[LeafPlan], is_linear: bool
+) -> Accumulators:
+    """One element in place of what a leaf's rule does not read; boxes lose their axes' names.
 
-    def shrink(plan: LeafPlan, x: Any) -> Any:
-        if plan.rule == LEARNED:
-            return x
+    The linear rule reads momenta alone.
+    """
+
+    def shrink(x: Any) -> Any:
         if not is_box(x):
             return jnp.zeros((1,), x.dtype)
         return reboxed(x, jnp.zeros((1,), content(x).dtype), (None,))
 
-    def shrink_tree(tree: Any) -> Any:
+    def only_of(is_read: Callable[[LeafPlan], bool], tree: Any) -> Any:
         of_leaf = iter(plans)
-        return jax.tree.map(lambda x: shrink(next(of_leaf), x), tree, is_leaf=is_box)
+        return jax.tree.map(
+            lambda x: x if is_read(next(of_leaf)) else shrink(x), tree, is_leaf=is_box
+        )
 
+    of_learned = functools.partial(only_of, lambda plan: plan.rule == LEARNED)
+    of_second_moment = functools.partial(only_of, lambda plan: plan.rule != LEARNED)
     first, *others = accumulators.momentum
+    second_moment = accumulators.second_moment
     return accumulators._replace(
-        momentum=(first, *map(shrink_tree, others)),
-        row=shrink_tree(accumulators.row),
-        column=shrink_tree(accumulators.column),
+        momentum=(first, *map(of_learned, others)),
+        second_moment=of_second_moment(second_moment) if is_linear else second_moment,
+        row=of_learned(accumulators.row),
+        column=of_learned(accumulators.column),
     )
 
 
@@ -241,7 +269,7 @@ def _learned_step(
         features=velo_features(
             len(config["initial_momentum_decays"]),
             rsqrt_epsilon=1e-8,
-            normalizer_epsilon=_NORMALIZER_EPSILON,
+            normalizer_epsilon=NORMALIZER_EPSILON,
             normalizer_axes=normalizer_axes,
         ),
         exp_mult=config["exp_mult"],
@@ -362,6 +390,4 @@ def normalize_matrices(
     step: jax.Array, matrix: Matrix, partition: Partition | None = None
 ) -> jax.Array:
     """The step of a leaf, its matrices of root mean square one; also from shards of them."""
-    axes = matrix.axes(step.ndim)
-    mean_square = mean(jnp.square(step), axes, partition, keepdims=True)
-    return step * jax.lax.rsqrt(mean_square + _NORMALIZER_EPSILON)
+    return normalized(step, matrix.axes(step.ndim), partition)

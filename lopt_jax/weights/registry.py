@@ -307,7 +307,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def resolve(weights: WeightsLike, architectures: Sequence[str]) -> Weights:
+def resolve(weights: WeightsLike, architectures: Sequence[str], *, has_own: bool = True) -> Weights:
     """Returns the weights that an optimizer's constructor was given.
 
     Logs once where they are of another architecture than the optimizer's own.
@@ -315,6 +315,7 @@ def resolve(weights: WeightsLike, architectures: Sequence[str]) -> Weights:
     Args:
       weights: a registered name, a path, an address, or `Weights` (whose leaves may be traced).
       architectures: those that the optimizer can run; its own first.
+      has_own: whether the first is the optimizer's own; otherwise it is made for all of them.
 
     Returns:
       Weights of one of `architectures`, with a complete config and the right shapes.
@@ -339,7 +340,7 @@ def resolve(weights: WeightsLike, architectures: Sequence[str]) -> Weights:
             advice="Take the optimizer of that architecture, or other weights.",
         )
     own = architectures[0]
-    if found.architecture != own:
+    if has_own and found.architecture != own:
         name = "the weights" if source == "weights" else f"the weights {source!r}"
         say_once(
             f"{own}: {name} were meta-trained for {found.architecture}, whose arrays are alike: "

@@ -102,6 +102,10 @@ def _small_fc_lopt(config: Config) -> dict[str, Any]:
     }
 
 
+def _linear(config: Config) -> dict[str, Any]:
+    return {"weights": (1 + len(config["initial_momentum_decays"]),)}
+
+
 def _mlp_lopt(config: Config) -> dict[str, Any]:
     inputs = 2 + len(config["initial_momentum_decays"]) + TIME_INPUTS
     return {"mlp": _mlp(config, inputs, 2)}
@@ -182,6 +186,7 @@ _MLP_LOPT_DEFAULTS = {
     "step_mult": 0.001,
     "initial_momentum_decays": (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999),  # they are not learned
 }
+_LINEAR_DEFAULTS = {"initial_momentum_decays": (0.9,)}  # they are not learned
 # What the original starts meta-training from; it decides which dtypes can hold the averages.
 _LEARNABLE_SGDM_DEFAULTS = {"initial_momentum_decays": (0.9,)}
 _LEARNABLE_ADAM_DEFAULTS = {**_LEARNABLE_SGDM_DEFAULTS, "initial_rms_decays": (0.999,)}
@@ -200,6 +205,7 @@ SCHEMAS: dict[str, Schema] = {
         ("celo_adam", _CELO_ADAM_DEFAULTS, _celo_adam, ("lstm_hidden_size",)),
         ("celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
         ("elo_celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
+        ("linear", _LINEAR_DEFAULTS, _linear, ()),
         ("mlp_lopt", _MLP_LOPT_DEFAULTS, _mlp_lopt, _MLP_SIZES),
         ("learnable_sgd", {}, _scalars("log_lr"), ()),
         (
