@@ -14,8 +14,7 @@ import optimizers
 import pytest
 
 import lopt_jax
-from lopt_jax.applying import in_batch
-from lopt_jax.context import Tracing
+from lopt_jax.applying import in_batch, steering
 from lopt_jax.xla import passes
 
 ROOT = Path(lopt_jax.__file__).parents[1]
@@ -92,7 +91,7 @@ def in_a_batch(tx):
 
 
 def on_another_device(tx):
-    return program(tx, lopt_tracing=Tracing(device="cpu"))
+    return program(steering(tx, device="cpu"))
 
 
 @pytest.mark.parametrize("ways", [(as_it_is, packed), (packed, as_it_is), (as_it_is, in_a_batch)])
