@@ -14,7 +14,7 @@ import numpy as np
 
 from lopt_jax import runs as of_runs
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment, second_moments
-from lopt_jax.backends import choose_backend
+from lopt_jax.backends import GroupMoments, choose_backend
 from lopt_jax.batches import (
     Group,
     Run,
@@ -29,7 +29,6 @@ from lopt_jax.compiler.slices import part_taker, unknown_zero
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate
 from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays, TensorUpdate
-from lopt_jax.runs import GroupMoments
 from lopt_jax.settings import TensorSettings
 from lopt_jax.tensors import (
     StackedAxes,
