@@ -32,6 +32,7 @@ class Tracing:
       shards: of what the leaves of the params are shards, by their paths as `jax.tree_util.keystr`
         writes them; None: they are whole.
       is_shard: whether it is the code of a shard, which no partitioner will split.
+      without: names of `lopt_jax.compiler.quirks` that nothing is done about.
     """
 
     device: jax.Device | str | None = None
@@ -40,6 +41,7 @@ class Tracing:
     joined_state: bool = False
     shards: Shards | None = None
     is_shard: bool = False
+    without: tuple[str, ...] = ()
 
     def with_device(self) -> "Tracing":
         """The same, where jax's default device may be another by the time that it is asked for."""

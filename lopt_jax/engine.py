@@ -25,7 +25,7 @@ from lopt_jax.batches import (
     make_runs,
     scatter,
 )
-from lopt_jax.compiler.slices import part_taker, unknown_zero
+from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate
 from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays, TensorUpdate
@@ -100,7 +100,7 @@ def first_pass(
     groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
     on_kernels = [chosen[i] for i in kept]
     inputs = [
-        x if on else xla.joined_once(x, len(group.leaves))
+        x if on else xla.joined_once(tracing, x, len(group.leaves))
         for x, on, group in zip(inputs, on_kernels, groups, strict=True)
     ]
     runs = make_runs(tracing, on_kernels, groups, inputs)
@@ -162,7 +162,7 @@ def second_pass(
     networks = xla.networks_of(tracing, groups)
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
-    zero = unknown_zero(min(gradients, key=lambda x: x.size)) if gradients else None
+    zero = opaque_zero(tracing, min(gradients, key=lambda x: x.size)) if gradients else None
     results: dict[int, TensorUpdate] = {}  # of each group
     order, new_statistics = [], []
     small = xla.joined_runs(rule, tracing, runs, groups, networks, settings)
@@ -257,7 +257,7 @@ def _trees(
       rule: the rule.
       prepared: the step.
       results: of each group.
-      zero: of `unknown_zero`.
+      zero: of `opaque_zero`.
 
     Returns:
       Updates like the params, or where the rule applies them the new params; the accumulators.
@@ -267,8 +267,7 @@ def _trees(
     for k, result in results.items():
         group = prepared.groups[k]
         old = [prepared.leaves[i] for i in group.leaves]
-        is_local = prepared.tracing.is_local
-        parts = scatter(group, prepared.tensors, result, old, take, take_state, is_local)
+        parts = scatter(group, prepared.tensors, result, old, take, take_state, prepared.tracing)
         of_leaves |= dict(zip(group.leaves, parts, strict=True))
     updates, accumulators = [], []
     for i, leaf in enumerate(prepared.leaves):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays
-from lopt_jax.compiler.slices import PartTaker, part_taker, unknown_zero
+from lopt_jax.compiler.slices import PartTaker, opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate, join_trees
 from lopt_jax.rules import rule as rules
@@ -56,11 +56,10 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
     Returns:
       Moments of each unit, with a leading axis of tensors.
     """
-    held = multiprocessors(tracing.runs_on)
 
     def passes(parts: Any, *_: Any) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
-        return [[] for _ in parts], _first_pass(rule, list(map(Viewed.of, given)), held), ()
+        return [[] for _ in parts], _first_pass(rule, tracing, list(map(Viewed.of, given))), ()
 
     def fused(parts: Any) -> list[Moments]:
         return batching.over_tensors(passes)(parts, [], ())[1]
@@ -74,10 +73,10 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
     return derivatives.differentiated_as(plain, fused)([tuple(unit.parts) for unit in units])
 
 
-def _first_pass(rule: Rule, units: Sequence[Viewed], held: int) -> list[Moments]:
+def _first_pass(rule: Rule, tracing: Tracing, units: Sequence[Viewed]) -> list[Moments]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
-    launches = launches_of(factored, held)
+    launches = launches_of(factored, multiprocessors(tracing.runs_on))
     sums = []
     for launch in launches:
         gradients = tuple(
@@ -129,12 +128,11 @@ def second_pass(
       moments: of `first_pass`.
       settings: of all tensors; the statistics are centres of the new ones' sums, None: zeros.
       decays: decay rates.
-      zero: that parts are taken by, of `unknown_zero`; None: made here.
+      zero: that parts are taken by, of `opaque_zero`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
-    held = multiprocessors(tracing.runs_on)
 
     def passes(
         parts: Any,
@@ -148,7 +146,7 @@ def second_pass(
         of = [Viewed.of(unit) for unit in given]
         own = zero.tree[0] if zero.per_tensor else zero.tree
         take = part_taker(None if tracing.joined_state else own)
-        made, kept = _second_pass(rule, of, held, moments, networks, rates, *by_tensor, take)
+        made, kept = _second_pass(rule, tracing, of, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
     def fused(
@@ -183,7 +181,7 @@ def second_pass(
         return Updates(made, join_trees(kept))
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
-    zero = unknown_zero(units[0].parts[0].gradient) if zero is None else zero
+    zero = opaque_zero(tracing, units[0].parts[0].gradient) if zero is None else zero
     return derivatives.differentiated_as(plain, fused)(
         [tuple(unit.parts) for unit in units],
         list(moments),
@@ -205,8 +203,8 @@ class _Result(NamedTuple):
 
 def _second_pass(
     rule: Rule,
+    tracing: Tracing,
     units: Sequence[Viewed],
-    held: int,
     moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
@@ -231,8 +229,8 @@ def _second_pass(
         of_batches.append(
             _passes(
                 rule,
+                tracing,
                 [units[i] for i in batch],
-                held,
                 [moments[i] for i in batch],
                 own(networks_of),
                 own(decays_of),
@@ -281,6 +279,7 @@ class _Batch(NamedTuple):
     """What passes B and C take together: factored units, or one that is not factored."""
 
     rule: Rule
+    tracing: Tracing
     units: Sequence[Viewed]
     launches: Sequence[Launch]
     elements: Sequence[Sequence[Elements]]  # of each launch, of each part
@@ -297,8 +296,8 @@ class _Batch(NamedTuple):
 
 def _passes(
     rule: Rule,
+    tracing: Tracing,
     units: Sequence[Viewed],
-    held: int,
     moments: Sequence[Moments],
     networks_of: Shared,
     decays_of: Shared,
@@ -312,10 +311,11 @@ def _passes(
     if units[0].dims is not None:
         vectors = Vectors(units, moments, decays_of.tree.factored, decays_of.per_tensor)
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
-    launches, joined = launches_of(units, held), lengths is not None
+    launches = launches_of(units, multiprocessors(tracing.runs_on))
+    joined = lengths is not None
     elements = [[elements_of(*x, joined) for x in launch.of(SUMS)] for launch in launches]
     starts = [starts_of(units, launch, vectors) for launch in launches]
-    batch = _Batch(rule, units, launches, elements, starts, vectors, decays_of, lengths)
+    batch = _Batch(rule, tracing, units, launches, elements, starts, vectors, decays_of, lengths)
 
     means = _square_means(batch)
     first_layer = folded(rule, networks_of, means[:, :-2], vectors)
@@ -386,7 +386,7 @@ def _updates(
         if has_biases:
             before = results[-1].elements if results else numbers
             alone = len(sharing) == len(launches)
-            zero = None if alone else unknown_zero(jax.tree.leaves(before)[0])
+            zero = None if alone else opaque_zero(batch.tracing, jax.tree.leaves(before)[0])
             biases, first_of = vectors.of_launches(sharing, network.biases, zero)
             packed = matrix_units.pack_biases(biases)
             own = [network.matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]

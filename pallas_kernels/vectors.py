@@ -87,7 +87,7 @@ class Vectors:
         Args:
           launches: the launches.
           sides: (n, pieces, PIECE): of rows and of columns.
-          zero: of `unknown_zero`, of what the launches before these made: so XLA does not make all
+          zero: of `opaque_zero`, of what the launches before these made: so XLA does not make all
             lines at once, and at places that it does not know it takes the same code for all. None:
             places are known.
 

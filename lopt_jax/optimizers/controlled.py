@@ -131,9 +131,8 @@ def controlled(
         prepared = engine.first_pass(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
-        quickly = may_work(
-            max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
-        )
+        largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
+        quickly = "complex_products" not in tracing.without and may_work(largest)
         controls = controller.run_lstm(
             meta_parameters, inputs(prepared, state.statistics, shared), state.lstm, quickly
         )

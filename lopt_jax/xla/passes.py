@@ -17,7 +17,8 @@ import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.batches import Group, Run
-from lopt_jax.compiler.slices import part_taker, unknown_zero
+from lopt_jax.compiler.quirks import barrier
+from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.partition import Partition
 from lopt_jax.rules import rule as rules
@@ -28,8 +29,7 @@ from lopt_jax.xla.turns import in_turn
 
 # On a CPU, wide layers of so large groups are unrolled, unless that would take long to compile.
 UNROLLED_ELEMENTS, UNROLLED_GROUPS = 1 << 17, 8
-# Leaves that are updated together are joined in each of the kernels that read them where they are
-# so few. With more, each of these is slow to compile: with joins of 24 up to two seconds.
+# So few leaves of a group are joined by each of the kernels that read them.
 JOINED_BY_READERS = 8
 # On a GPU, where a step is hundreds of trainings, small tensors of so many groups take the passes
 # of large ones: a quarter of the bytes and fewer launches, for a minute more of compilation.
@@ -57,7 +57,7 @@ def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
 def networks_of(tracing: Tracing, groups: Sequence[Group]) -> list[XlaNetwork]:
     """How XLA runs the network of each of all groups."""
     platform = tracing.platform
-    plain = XlaNetwork(platform)
+    plain = XlaNetwork(platform, without=tracing.without)
     if platform == "cpu":
         # other weights are read anew for every element, also those that a partitioner hands on
         known = tracing.constant_weights and tracing.is_local
@@ -69,9 +69,9 @@ def networks_of(tracing: Tracing, groups: Sequence[Group]) -> list[XlaNetwork]:
     return [plain] * len(groups)
 
 
-def joined_once(x: TensorArrays, leaves: int) -> TensorArrays:
+def joined_once(tracing: Tracing, x: TensorArrays, leaves: int) -> TensorArrays:
     """The arrays of a group, joined before they are read where its leaves are many."""
-    return jax.lax.optimization_barrier(x) if leaves > JOINED_BY_READERS else x
+    return barrier("many_leaves", x, tracing.without) if leaves > JOINED_BY_READERS else x
 
 
 def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Moments:
@@ -182,7 +182,7 @@ def updates(
         [x.parameter for x in inputs],
         small,
     )
-    zero = None if tracing.joined_state else unknown_zero(inputs[0].gradient)
+    zero = None if tracing.joined_state else opaque_zero(tracing, inputs[0].gradient)
     take = part_taker(zero)
 
     def own(x: jax.Array, k: int) -> jax.Array:
