@@ -20,7 +20,13 @@ from lopt_jax.device_statistics import of_shards
 from lopt_jax.features import NormalizerAxes
 from lopt_jax.partition import Partition, Partitions, say_once
 from lopt_jax.rows import in_order, join_trees
-from lopt_jax.rules.rule import Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla import passes
 from lopt_jax.xla.network import XlaNetwork
@@ -148,8 +154,8 @@ def kernels_split(group: Group, partition: Partition | None, x: TensorArrays) ->
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class GroupMoments:
-    """Moments of the tensors of some groups, joined.
+class GroupStatistics:
+    """Statistics of the gradients of the tensors of some groups, joined.
 
     Attributes:
       members: positions of the groups.
@@ -157,7 +163,7 @@ class GroupMoments:
     """
 
     members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    moments: Moments
+    moments: GradientStatistics
 
 
 class _Batch(NamedTuple):
@@ -193,7 +199,7 @@ def gradient_statistics(
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
     partitions: Partitions,
-) -> list[GroupMoments]:
+) -> list[GroupStatistics]:
     """Pass A over the groups of a run.
 
     Args:
@@ -205,7 +211,7 @@ def gradient_statistics(
       partitions: for each group how its tensors are split; None: they are whole.
 
     Returns:
-      Moments, whose members are positions among the groups of the run.
+      Gradient statistics, whose members are positions among the groups of the run.
     """
     batches = _batches(run, groups, inputs, partitions)
     on_kernels = [batch for batch in batches if batch.on_kernels]
@@ -215,10 +221,10 @@ def gradient_statistics(
 
         moments = step.first_pass(rule, tracing, _units(on_kernels, groups, inputs))
         pairs = zip(on_kernels, moments, strict=True)
-        made += [GroupMoments(tuple(batch.members), x) for batch, x in pairs]
+        made += [GroupStatistics(tuple(batch.members), x) for batch, x in pairs]
     for batch in batches:
         for k in [] if batch.on_kernels else batch.members:
-            made.append(GroupMoments((k,), passes.moments_of(rule, batch.partition, inputs[k])))
+            made.append(GroupStatistics((k,), passes.moments_of(rule, batch.partition, inputs[k])))
     return made
 
 
@@ -229,13 +235,13 @@ def update(
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
     partitions: Partitions,
-    moments: Sequence[GroupMoments],
+    moments: Sequence[GroupStatistics],
     decays: Decays,
     settings: TensorSettings,
     networks: Sequence[XlaNetwork],
     zero: jax.Array | None,
     moments_are_whole: bool = False,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
     """Passes B and C over the groups of a run.
 
     Args:
@@ -261,7 +267,7 @@ def update(
     def tensors(members: Sequence[int]) -> list[int]:
         return [i for k in members for i in range(ends[k], ends[k + 1])]
 
-    def moments_of(batch: _Batch) -> Moments:
+    def moments_of(batch: _Batch) -> GradientStatistics:
         whole = known.get(tuple(batch.members))
         if whole is None:
             whole = join_trees([known[(k,)] for k in batch.members])

@@ -14,7 +14,7 @@ import numpy as np
 
 from lopt_jax import runs as of_runs
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment, second_moments
-from lopt_jax.backends import GroupMoments, choose_backend
+from lopt_jax.backends import GroupStatistics, choose_backend
 from lopt_jax.batches import (
     Group,
     Run,
@@ -28,7 +28,7 @@ from lopt_jax.batches import (
 from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate
-from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Rule, TensorArrays, TensorUpdate
 from lopt_jax.settings import TensorSettings
 from lopt_jax.tensors import (
     StackedAxes,
@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
     groups: list[Group]
     inputs: list[TensorArrays]  # of each group
     runs: list[Run]
-    moments: list[list[GroupMoments]]  # of each run; members are positions among its groups
+    moments: list[list[GroupStatistics]]  # of each run; members are positions among its groups
     treedef: Any  # of the params
     accumulators: Accumulators  # trees as they came: boxes of rows and columns name other axes
 
@@ -134,8 +134,8 @@ def second_pass(
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None = None,
-) -> tuple[Any, Accumulators, Statistics | None]:
+    statistics: AccumulatorStatistics | None = None,
+) -> tuple[Any, Accumulators, AccumulatorStatistics | None]:
     """Passes B and C over every tensor of a tree.
 
     Args:
@@ -144,8 +144,8 @@ def second_pass(
       mlp: the network: one for all tensors, or with a leading axis of tensors.
       mlp_per_tensor: whether it has that axis.
       decays: decay rates.
-      scale: () or (tensors,), as in `rule.second_pass`.
-      weight_decay: () or (tensors,), as in `rule.second_pass`.
+      scale: () or (tensors,), as in `rules.rule.update`.
+      weight_decay: () or (tensors,), as in `rules.rule.update`.
       statistics: the last step's, each with a leading axis of tensors, where the rule keeps them;
         tensors that are not updated keep theirs.
 

@@ -12,12 +12,18 @@ import numpy as np
 
 from lopt_jax import backends
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
-from lopt_jax.backends import GroupMoments
+from lopt_jax.backends import GroupStatistics
 from lopt_jax.batches import Group, Run
 from lopt_jax.context import Tracing
 from lopt_jax.device_statistics import joined, shapes_of, split
 from lopt_jax.partition import BATCH, Dims, Partitions, is_explicit, spread
-from lopt_jax.rules.rule import Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork
 
@@ -51,7 +57,7 @@ def gradient_statistics(
     run: Run,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-) -> list[GroupMoments]:
+) -> list[GroupStatistics]:
     """Pass A, as `backends.gradient_statistics`; moments of arrays that are split are, too."""
     if _is_known(tracing, groups, inputs):
         partitions = [group.partition for group in groups]
@@ -62,7 +68,7 @@ def gradient_statistics(
 
     def pass_a(
         tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
-    ) -> list[GroupMoments] | jax.Array:
+    ) -> list[GroupStatistics] | jax.Array:
         made = backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
         if not crosses:
             return made
@@ -77,7 +83,7 @@ def gradient_statistics(
     if not crosses:
         return made
     like = [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)]
-    return [GroupMoments((k,), x) for k, x in enumerate(split(made, like))]
+    return [GroupStatistics((k,), x) for k, x in enumerate(split(made, like))]
 
 
 def update(
@@ -86,12 +92,12 @@ def update(
     run: Run,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    moments: Sequence[GroupMoments],
+    moments: Sequence[GroupStatistics],
     decays: Decays,
     settings: TensorSettings,
     networks: Sequence[XlaNetwork],
     zero: jax.Array | None,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
     """Passes B and C, as `backends.update`."""
     if _is_known(tracing, groups, inputs):
         partitions = [group.partition for group in groups]
@@ -116,10 +122,10 @@ def update(
         tracing: Tracing,
         partitions: Partitions,
         inputs: Sequence[TensorArrays],
-        moments: Sequence[GroupMoments],
+        moments: Sequence[GroupStatistics],
         decays: Decays,
         settings: TensorSettings,
-    ) -> tuple[list[TensorUpdate], Statistics | None]:
+    ) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
         # what a partitioner runs is another program: it has a zero of its own
         return backends.update(
             rule,
@@ -195,10 +201,10 @@ def _shared(tree: Any) -> Any:
 
 
 def _moments_dims(
-    dims: Sequence["_GroupDims"], moments: Sequence[GroupMoments]
-) -> list[GroupMoments]:
+    dims: Sequence["_GroupDims"], moments: Sequence[GroupStatistics]
+) -> list[GroupStatistics]:
     """Dims of the moments of groups."""
-    return [GroupMoments(x.members, dims[x.members[0]].moments(x.moments)) for x in moments]
+    return [GroupStatistics(x.members, dims[x.members[0]].moments(x.moments)) for x in moments]
 
 
 class _GroupDims(NamedTuple):
@@ -245,10 +251,10 @@ class _GroupDims(NamedTuple):
         accumulators = self.accumulators(tree.accumulators)
         return TensorArrays(self.elementwise, self.elementwise, accumulators)
 
-    def moments(self, tree: Moments) -> Moments:
+    def moments(self, tree: GradientStatistics) -> GradientStatistics:
         """The results of pass A."""
         vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
-        return Moments(
+        return GradientStatistics(
             row=None if tree.row is None else vector(self.row),
             column=None if tree.column is None else vector(self.column),
             parameter_mean_square=self.by_tensor(tree.parameter_mean_square),

@@ -14,7 +14,14 @@ from lopt_jax.compiler.slices import PartTaker, opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate, join_trees
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import MLP, Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    MLP,
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from pallas_kernels import batching, derivatives, matrix_units, table
 from pallas_kernels.batching import Shared
@@ -42,11 +49,11 @@ class Updates(NamedTuple):
     """What a step makes of the tensors of some units."""
 
     parts: list[list[TensorUpdate]]  # of each unit, without statistics
-    statistics: Statistics | None  # of all tensors, with a leading axis
+    statistics: AccumulatorStatistics | None  # of all tensors, with a leading axis
 
 
-def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Moments]:
-    """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
+def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[GradientStatistics]:
+    """Pass A, as `lopt_jax.rules.rule.gradient_statistics` on every tensor.
 
     Args:
       rule: the rule.
@@ -54,17 +61,17 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
       units: the tensors.
 
     Returns:
-      Moments of each unit, with a leading axis of tensors.
+      Gradient statistics of each unit, with a leading axis of tensors.
     """
 
     def passes(parts: Any, *_: Any) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
         return [[] for _ in parts], _first_pass(rule, tracing, list(map(Viewed.of, given))), ()
 
-    def fused(parts: Any) -> list[Moments]:
+    def fused(parts: Any) -> list[GradientStatistics]:
         return batching.over_tensors(passes)(parts, [], ())[1]
 
-    def plain(parts: Any) -> list[Moments]:
+    def plain(parts: Any) -> list[GradientStatistics]:
         return [
             derivatives.moments(rule, x, unit.partition, unit.lengths)
             for x, unit in zip(parts, units, strict=True)
@@ -73,7 +80,7 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
     return derivatives.differentiated_as(plain, fused)([tuple(unit.parts) for unit in units])
 
 
-def _first_pass(rule: Rule, tracing: Tracing, units: Sequence[Viewed]) -> list[Moments]:
+def _first_pass(rule: Rule, tracing: Tracing, units: Sequence[Viewed]) -> list[GradientStatistics]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
     launches = launches_of(factored, multiprocessors(tracing.runs_on))
@@ -96,15 +103,15 @@ def _first_pass(rule: Rule, tracing: Tracing, units: Sequence[Viewed]) -> list[M
     return [
         _parameter_moments(rule, unit, needs_parameter)
         if unit.dims is None
-        else Moments(*next(vectors), next(mean_squares))
+        else GradientStatistics(*next(vectors), next(mean_squares))
         for unit in units
     ]
 
 
-def _parameter_moments(rule: Rule, unit: Viewed, needs_parameter: bool) -> Moments:
-    """Moments of tensors that are not factored."""
+def _parameter_moments(rule: Rule, unit: Viewed, needs_parameter: bool) -> GradientStatistics:
+    """Statistics of the gradients of tensors that are not factored."""
     if not needs_parameter:
-        return Moments(None, None, None)
+        return GradientStatistics(None, None, None)
     partition = unit.whole if unit.whole.is_split() else None
     lengths = None if unit.lengths is None else unit.elements
     return derivatives.moments(rule, unit.parts, partition, lengths)
@@ -114,12 +121,12 @@ def second_pass(
     rule: Rule,
     tracing: Tracing,
     units: Sequence[Unit],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     settings: TensorSettings,
     decays: Decays,
     zero: jax.Array | None = None,
 ) -> Updates:
-    """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
+    """Passes B and C, as `lopt_jax.rules.rule.update` on every tensor.
 
     Args:
       rule: the rule.
@@ -136,8 +143,8 @@ def second_pass(
 
     def passes(
         parts: Any,
-        moments: Sequence[Moments],
-        by_tensor: tuple[jax.Array, jax.Array, Statistics | None],
+        moments: Sequence[GradientStatistics],
+        by_tensor: tuple[jax.Array, jax.Array, AccumulatorStatistics | None],
         networks: Shared,
         rates: Shared,
         zero: Shared,
@@ -205,14 +212,14 @@ def _second_pass(
     rule: Rule,
     tracing: Tracing,
     units: Sequence[Viewed],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None,
+    statistics: AccumulatorStatistics | None,
     take: PartTaker,
-) -> tuple[list[list[TensorUpdate]], Statistics | None]:
+) -> tuple[list[list[TensorUpdate]], AccumulatorStatistics | None]:
     ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
     # units whose vectors are computed together
     factored = [i for i, unit in enumerate(units) if unit.dims is not None]
@@ -298,12 +305,12 @@ def _passes(
     rule: Rule,
     tracing: Tracing,
     units: Sequence[Viewed],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None,
+    statistics: AccumulatorStatistics | None,
     take: PartTaker,
 ) -> _Result:
     """Passes B and C over factored units, or over one that is not factored."""

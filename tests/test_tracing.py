@@ -27,6 +27,7 @@ AMBIENT = ("threading.local", "contextvars.ContextVar")
 # change no trace.
 MUTABLE = {
     ("lopt_jax/__init__.py", "__all__"),
+    ("lopt_jax/rule.py", "__all__"),
     ("lopt_jax/partition.py", "_said"),
     ("pallas_kernels/early.py", "_seen"),
 }

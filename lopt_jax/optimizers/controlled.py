@@ -15,7 +15,7 @@ from lopt_jax.compiler.products import may_work
 from lopt_jax.context import Tracing
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
-from lopt_jax.rules.rule import Rule, Statistics
+from lopt_jax.rules.rule import AccumulatorStatistics, Rule
 from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
 
@@ -25,7 +25,7 @@ class ControlledState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
-    statistics: Statistics | None  # of the accumulators, a row a tensor; None: not read
+    statistics: AccumulatorStatistics | None  # of the accumulators, a row a tensor; None: not read
     lstm: controller.LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the controller's last: read by diagnostics alone

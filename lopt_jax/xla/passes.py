@@ -22,7 +22,13 @@ from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.partition import Partition
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork, small_tensor_inputs, small_tensor_step
 from lopt_jax.xla.turns import in_turn
@@ -74,7 +80,7 @@ def joined_once(tracing: Tracing, x: TensorArrays, leaves: int) -> TensorArrays:
     return barrier("many_leaves", x, tracing.without) if leaves > JOINED_BY_READERS else x
 
 
-def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Moments:
+def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> GradientStatistics:
     """Pass A over the tensors of a group.
 
     Args:
@@ -83,7 +89,7 @@ def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Mome
       x: the group's arrays.
 
     Returns:
-      Moments, with a leading axis of tensors.
+      Gradient statistics, with a leading axis of tensors.
     """
     return _first_pass(rule, partition)(x.gradient, x.parameter)
 
@@ -91,8 +97,8 @@ def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Mome
 # Keys hold no arrays and no transformation: neither weights nor programs of an optimizer that is
 # gone are kept.
 @functools.lru_cache(maxsize=64)
-def _first_pass(rule: Rule, partition: Partition | None) -> Callable[..., Moments]:
-    function = functools.partial(rules.first_pass, rule, partition=partition)
+def _first_pass(rule: Rule, partition: Partition | None) -> Callable[..., GradientStatistics]:
+    function = functools.partial(rules.gradient_statistics, rule, partition=partition)
     return jax.jit(functools.partial(over_tensors, function))
 
 
@@ -103,7 +109,7 @@ def _second_pass(
     axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
 
     def lopt_passes(*arguments: Any) -> TensorUpdate:
-        function = functools.partial(rules.second_pass, rule, partition=partition, network=network)
+        function = functools.partial(rules.update, rule, partition=partition, network=network)
         return over_tensors(function, *arguments, in_axes=axes)
 
     return lopt_passes
@@ -123,10 +129,10 @@ def updates(
     network: XlaNetwork,
     partition: Partition | None,
     inputs: Sequence[TensorArrays],
-    moments: Moments,
+    moments: GradientStatistics,
     decays: Decays,
     settings: TensorSettings,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
     """Passes B and C over groups of equal arrays, where there are several one after another.
 
     Args:
@@ -149,7 +155,9 @@ def updates(
         else _second_pass(rule, network, per_tensor, partition)
     )
 
-    def update(x: TensorArrays, moments: Moments, mlp: Any, rates: tuple) -> TensorUpdate:
+    def update(
+        x: TensorArrays, moments: GradientStatistics, mlp: Any, rates: tuple
+    ) -> TensorUpdate:
         return run(mlp, moments, *x, decays, *rates)
 
     rates = (settings.scale, settings.weight_decay)
@@ -225,7 +233,7 @@ def small_updates(
     rule: Rule,
     platform: str,
     inputs: Sequence[TensorArrays],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     decays: Decays,
     settings: Sequence[TensorSettings],
 ) -> list[TensorUpdate]:
@@ -243,7 +251,9 @@ def small_updates(
       The updates of each group.
     """
 
-    def before(moments: Moments, x: TensorArrays) -> tuple[jax.Array, jax.Array, Accumulators]:
+    def before(
+        moments: GradientStatistics, x: TensorArrays
+    ) -> tuple[jax.Array, jax.Array, Accumulators]:
         dims = factored_dims(x.gradient.shape)
         store = XlaNetwork(platform).store
         operands, row, column = rules.operands_after(rule, moments, *x, decays, dims, store=store)
