@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from lopt_jax.context import steered
+from lopt_jax.context import steer, steered_as
 from lopt_jax.weights import Weights
 from lopt_jax.weights.base import brief
 
@@ -89,28 +89,32 @@ def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransform
     return optax.with_extra_args_support(tx)
 
 
-def in_batch(tx: optax.GradientTransformation, size: int) -> LearnedTransformation:
-    """The transformation, told that `jax.vmap` makes this many trainings of one.
-
-    Whether the kernels are worth it, backend "auto" decides by the tensors of all trainings.
+def steering(tx: optax.GradientTransformation, **changes: Any) -> LearnedTransformation:
+    """The transformation, whose optimizers of this library are told what steers their traces.
 
     Args:
       tx: any optax transformation.
-      size: trainings of a batch.
+      **changes: attributes of `lopt_jax.context.Tracing`.
 
     Returns:
-      The transformation.
+      The transformation; its state is the same.
     """
-    update, apply = with_extra_args(tx).update, apply_of(tx)
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        return update(updates, state, params, **steered(extra_args, batch=size))
+    def told(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+        def run(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+            result, new = function(updates, steer(state, **changes), params, **extra_args)
+            return result, steered_as(new, state)
 
-    def apply_fn(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        assert apply is not None
-        return apply(updates, state, params, **steered(extra_args, batch=size))
+        return run
 
-    return LearnedTransformation.of(tx.init, update_fn, None if apply is None else apply_fn)
+    apply = apply_of(tx)
+    update = told(with_extra_args(tx).update)
+    return LearnedTransformation.of(tx.init, update, None if apply is None else told(apply))
+
+
+def in_batch(tx: optax.GradientTransformation, size: int) -> LearnedTransformation:
+    """The transformation, told that `jax.vmap` makes this many trainings of one."""
+    return steering(tx, batch=size)
 
 
 def update_params(

@@ -1,18 +1,35 @@
-"""Which backend updates which groups: the fused kernels where they can and where it is worth it."""
+"""The two backends: which of them updates which groups, and how each updates those of a run.
 
+The fused kernels update what they can and where it is worth it, XLA the rest.
+"""
+
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from lopt_jax.accumulators import Accumulators, SecondMoments
-from lopt_jax.batches import Group
+from lopt_jax.accumulators import Accumulators, Decays, SecondMoments
+from lopt_jax.batches import TURNS, Group, Run, equal
 from lopt_jax.context import Tracing
+from lopt_jax.device_statistics import of_shards
 from lopt_jax.features import NormalizerAxes
-from lopt_jax.partition import Partition, say_once
-from lopt_jax.rules.rule import Rule, TensorArrays
+from lopt_jax.partition import Partition, Partitions, say_once
+from lopt_jax.rows import in_order, join_trees
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
+from lopt_jax.settings import TensorSettings
+from lopt_jax.xla import passes
+from lopt_jax.xla.network import XlaNetwork
 from pallas_kernels import supports
 
 BACKENDS = ("auto", "xla", "pallas")
@@ -130,3 +147,184 @@ def kernels_split(group: Group, partition: Partition | None, x: TensorArrays) ->
         "updates its shards, as the fused kernels know of no padding."
     )
     return False
+
+
+# How a backend updates the groups of a run
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupStatistics:
+    """Statistics of the gradients of the tensors of some groups, joined.
+
+    Attributes:
+      members: positions of the groups.
+      moments: with a leading axis of tensors.
+    """
+
+    members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    moments: GradientStatistics
+
+
+class _Batch(NamedTuple):
+    """Groups of a run whose tensors are equal and split alike."""
+
+    members: list[int]  # positions among the groups of the run
+    partition: Partition | None
+    on_kernels: bool
+
+
+def _batches(
+    run: Run, groups: Sequence[Group], inputs: Sequence[TensorArrays], partitions: Partitions
+) -> list[_Batch]:
+    """The batches of a run; what the kernels cannot take because of how it is split is XLA's."""
+    batches = []
+    for members in equal(range(len(groups)), groups, inputs, partitions):
+        partition = partitions[members[0]]
+        splits = [
+            run.on_kernels and kernels_split(groups[k], partition, inputs[k]) for k in members
+        ]
+        able = all(splits)
+        if able or (run.in_turn and len(members) >= TURNS):
+            batches.append(_Batch(members, partition, able))
+        else:
+            batches += [_Batch([k], partition, False) for k in members]
+    return batches
+
+
+def gradient_statistics(
+    rule: Rule,
+    tracing: Tracing,
+    run: Run,
+    groups: Sequence[Group],
+    inputs: Sequence[TensorArrays],
+    partitions: Partitions,
+) -> list[GroupStatistics]:
+    """Pass A over the groups of a run.
+
+    Args:
+      rule: the rule.
+      tracing: what steers the trace.
+      run: the run.
+      groups: its groups.
+      inputs: their arrays.
+      partitions: for each group how its tensors are split; None: they are whole.
+
+    Returns:
+      Gradient statistics, whose members are positions among the groups of the run.
+    """
+    batches = _batches(run, groups, inputs, partitions)
+    on_kernels = [batch for batch in batches if batch.on_kernels]
+    made = []
+    if on_kernels:
+        from pallas_kernels import step
+
+        moments = step.first_pass(rule, tracing, _units(on_kernels, groups, inputs))
+        pairs = zip(on_kernels, moments, strict=True)
+        made += [GroupStatistics(tuple(batch.members), x) for batch, x in pairs]
+    for batch in batches:
+        for k in [] if batch.on_kernels else batch.members:
+            made.append(GroupStatistics((k,), passes.moments_of(rule, batch.partition, inputs[k])))
+    return made
+
+
+def update(
+    rule: Rule,
+    tracing: Tracing,
+    run: Run,
+    groups: Sequence[Group],
+    inputs: Sequence[TensorArrays],
+    partitions: Partitions,
+    moments: Sequence[GroupStatistics],
+    decays: Decays,
+    settings: TensorSettings,
+    networks: Sequence[XlaNetwork],
+    zero: jax.Array | None,
+    moments_are_whole: bool = False,
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
+    """Passes B and C over the groups of a run.
+
+    Args:
+      rule: the rule.
+      tracing: what steers the trace.
+      run: the run.
+      groups: its groups.
+      inputs: their arrays.
+      partitions: for each group how its tensors are split; None: they are whole.
+      moments: of `gradient_statistics`.
+      decays: decay rates.
+      settings: of the run's tensors.
+      networks: for each group how XLA runs the network.
+      zero: that parts are taken by, see `lopt_jax.compiler.slices`; None: as the kernels like.
+      moments_are_whole: whether the moments are those of whole tensors where these are split.
+
+    Returns:
+      The updates of each group, and where the rule keeps statistics, these for all tensors.
+    """
+    ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
+    known = {x.members: x.moments for x in moments}
+
+    def tensors(members: Sequence[int]) -> list[int]:
+        return [i for k in members for i in range(ends[k], ends[k + 1])]
+
+    def moments_of(batch: _Batch) -> GradientStatistics:
+        whole = known.get(tuple(batch.members))
+        if whole is None:
+            whole = join_trees([known[(k,)] for k in batch.members])
+        dims = groups[batch.members[0]].dims
+        return of_shards(whole, batch.partition, dims) if moments_are_whole else whole
+
+    updates: dict[int, TensorUpdate] = {}
+    statistics: list[tuple[list[int], Any]] = []
+    batches = _batches(run, groups, inputs, partitions)
+    on_kernels = [batch for batch in batches if batch.on_kernels]
+    if on_kernels:
+        from pallas_kernels import step
+
+        positions = tensors([k for batch in on_kernels for k in batch.members])
+        of_batches, kept = step.second_pass(
+            rule,
+            tracing,
+            _units(on_kernels, groups, inputs),
+            list(map(moments_of, on_kernels)),
+            settings.rows(positions),
+            decays,
+            zero,
+        )
+        for batch, of_batch in zip(on_kernels, of_batches, strict=True):
+            updates |= dict(zip(batch.members, of_batch, strict=True))
+        statistics.append((positions, kept))
+    for batch in batches:
+        if batch.on_kernels:
+            continue
+        positions = tensors(batch.members)
+        results, kept = passes.updates(
+            rule,
+            tracing,
+            networks[batch.members[0]],
+            batch.partition,
+            [inputs[k] for k in batch.members],
+            moments_of(batch),
+            decays,
+            settings.rows(positions),
+        )
+        updates |= dict(zip(batch.members, results, strict=True))
+        statistics.append((positions, kept))
+    in_run = [updates[k] for k in range(len(inputs))]
+    if any(kept is None for _, kept in statistics):
+        return in_run, None
+    return in_run, in_order(statistics)
+
+
+def _units(
+    batches: Sequence[_Batch], groups: Sequence[Group], inputs: Sequence[TensorArrays]
+) -> list[Any]:
+    """Batches as the kernels take them."""
+    from pallas_kernels import step
+
+    return [
+        step.Unit(
+            [inputs[k] for k in batch.members], batch.partition, groups[batch.members[0]].lengths
+        )
+        for batch in batches
+    ]

@@ -20,6 +20,7 @@ from lopt_jax.accumulators import (
     factored_shapes,
     second_moments,
 )
+from lopt_jax.compiler.quirks import barrier
 from lopt_jax.compiler.slices import PartTaker
 from lopt_jax.context import LARGEST_INDEX, Tracing
 from lopt_jax.partition import (
@@ -190,7 +191,7 @@ def scatter(
     old: Sequence[TensorArrays],
     take: PartTaker,
     take_state: PartTaker,
-    is_local: bool,
+    tracing: Tracing,
 ) -> list[TensorUpdate]:
     """A group's results leaf by leaf, the inverse of `gather`.
 
@@ -202,7 +203,7 @@ def scatter(
         take.
       take: takes parts of the update.
       take_state: takes parts of the accumulators.
-      is_local: as `Tracing.is_local`.
+      tracing: what steers the trace.
 
     Returns:
       The result of every leaf of the group, without statistics.
@@ -220,11 +221,9 @@ def scatter(
         *((x, take_state, like) for x, like in zip(averages, old_averages, strict=True)),
         *((x, take_state, like) for x, like in factored),
     ]
-    joined = [x.reshape(_joined(x.shape[1:], x.shape[0], is_local)) for x, _, _ in kinds]
+    joined = [x.reshape(_joined(x.shape[1:], x.shape[0], tracing.is_local)) for x, _, _ in kinds]
     if len(old) > 1:
-        # else parts of their computation are repeated for every leaf, after its old value is gone:
-        # XLA copies that value first
-        joined = jax.lax.optimization_barrier(joined)
+        joined = barrier("scattered_results", joined, tracing.without)
     first_factored = len(kinds) - len(factored)
     updates, *others = (
         _of_leaves(group, tensors, x, kind[0].shape[1:], *kind[1:], k >= first_factored)
@@ -428,7 +427,8 @@ def is_large(group: Group) -> bool:
 def _takes_turns(tracing: Tracing, candidates: Sequence[int], groups: Sequence[Group]) -> bool:
     """Whether there are so many large groups that equal ones should take turns."""
     large = sum(is_large(groups[i]) for i in candidates)
-    return tracing.platform != "cpu" and large > LARGE_GROUPS
+    may_take = tracing.platform != "cpu" and "turns" not in tracing.without
+    return may_take and large > LARGE_GROUPS
 
 
 def _turns(

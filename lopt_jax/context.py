@@ -1,12 +1,12 @@
 """What steers a trace beside its arrays: one frozen value, handed down as an argument.
 
-It reaches an optimizer inside other transformations as the extra argument `lopt_tracing` of their
-`update`, which optax's wrappers hand on as they do the loss.
+Wrappers of this library tell it to the optimizers inside of other transformations with the states
+of these: whatever a wrapper of optax's does with its extra arguments, it hands on the state.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ class Tracing:
       is_shard: whether it is the code of a shard, which no partitioner will split.
       axes: the mesh axes of the devices that run the code of a shard, where the types of arrays do
         not tell them.
+      without: names of `lopt_jax.compiler.quirks` that nothing is done about.
     """
 
     device: jax.Device | str | None = None
@@ -43,6 +44,7 @@ class Tracing:
     shards: Shards | None = None
     is_shard: bool = False
     axes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
     def with_device(self) -> "Tracing":
         """The same, where jax's default device may be another by the time that it is asked for."""
@@ -75,10 +77,48 @@ class Tracing:
         return self.device or jax.config.jax_default_device
 
 
-def steered(extra_args: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Extra arguments of an update with these attributes of their `lopt_tracing` changed."""
-    tracing = extra_args.get("lopt_tracing") or Tracing()
-    return {**extra_args, "lopt_tracing": replace(tracing, **changes)}
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Steered:
+    """The state of an optimizer of this library, and what steers the trace of its update."""
+
+    state: Any
+    tracing: Tracing = field(metadata={"static": True})
+
+
+def steer(states: Any, **changes: Any) -> Any:
+    """The states with `Steered` around those of this library's optimizers.
+
+    Args:
+      states: the state of any transformation.
+      **changes: attributes of `Tracing`.
+
+    Returns:
+      The states. What was steered before keeps its other attributes.
+    """
+
+    def steered(x: Any) -> Any:
+        if isinstance(x, Steered):
+            return Steered(x.state, replace(x.tracing, **changes))
+        return Steered(x, Tracing(**changes)) if _is_own(x) else x
+
+    return jax.tree.map(steered, states, is_leaf=lambda x: isinstance(x, Steered) or _is_own(x))
+
+
+def steered_as(states: Any, like: Any) -> Any:
+    """The states that an update made of `steer(like)`, as `like` is."""
+
+    def restored(x: Any, old: Any) -> Any:
+        if not isinstance(x, Steered):
+            return x
+        return Steered(x.state, old.tracing) if isinstance(old, Steered) else x.state
+
+    return jax.tree.map(restored, states, like, is_leaf=lambda x: isinstance(x, Steered))
+
+
+def _is_own(x: Any) -> bool:
+    """Whether it is the state of an optimizer of this library."""
+    return "accumulators" in getattr(type(x), "_fields", ())
 
 
 @contextlib.contextmanager

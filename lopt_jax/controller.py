@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.compiler.products import product
-from lopt_jax.rules.rule import MLP, Statistics
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics
 
 LOSS_DECAYS = 10
 FRACTION_SCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -121,7 +121,7 @@ def _log_magnitude(x: jax.Array) -> jax.Array:
 
 def tensor_features(
     shapes: Sequence[Sequence[int]],
-    statistics: Statistics,
+    statistics: AccumulatorStatistics,
     parameter_mean_square: jax.Array,
     step_features: Sequence[jax.Array],
 ) -> jax.Array:

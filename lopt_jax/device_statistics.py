@@ -1,4 +1,4 @@
-"""Moments of whole tensors, put together from those of shards by one sum over devices."""
+"""Gradient statistics of whole tensors, from those of shards by one sum over devices."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import FactoredDims
 from lopt_jax.batches import Group
 from lopt_jax.partition import Partition, Partitions
-from lopt_jax.rules.rule import Moments, Rule
+from lopt_jax.rules.rule import GradientStatistics, Rule
 
 
-def shapes_of(rule: Rule, group: Group, tensors: int) -> Moments:
+def shapes_of(rule: Rule, group: Group, tensors: int) -> GradientStatistics:
     """Shapes of the moments of so many whole tensors like a group's."""
     shape = group.shape if group.partition is None else group.partition.shape
 
@@ -24,16 +24,16 @@ def shapes_of(rule: Rule, group: Group, tensors: int) -> Moments:
     if group.dims is not None:
         row, column = (array(*shape[:d], *shape[d + 1 :]) for d in (group.dims.d0, group.dims.d1))
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
-    return Moments(row, column, array() if needs_parameter else None)
+    return GradientStatistics(row, column, array() if needs_parameter else None)
 
 
 def joined(
-    pieces: Sequence[tuple[Sequence[int], Moments]],
+    pieces: Sequence[tuple[Sequence[int], GradientStatistics]],
     groups: Sequence[Group],
     partitions: Partitions,
     counts: Sequence[int],
 ) -> jax.Array:
-    """Moments of whole tensors in one array, by one sum over devices.
+    """Statistics of the gradients of whole tensors in one array, by one sum over devices.
 
     Args:
       pieces: positions of groups that are split alike, and the moments of their shards.
@@ -46,7 +46,7 @@ def joined(
     """
     used = [p for p in partitions if p is not None]
     names = tuple(dict.fromkeys(name for p in used for name in p.names(range(len(p.shape)))))
-    whole: dict[int, Moments] = {}
+    whole: dict[int, GradientStatistics] = {}
     for members, moments in pieces:
         group, partition = groups[members[0]], partitions[members[0]]
         own = _own_part(
@@ -65,9 +65,12 @@ def joined(
 
 
 def _own_part(
-    moments: Moments, partition: Partition, dims: FactoredDims | None, names: Sequence[str]
-) -> Moments:
-    """Moments with zeros where other devices have what they are of."""
+    moments: GradientStatistics,
+    partition: Partition,
+    dims: FactoredDims | None,
+    names: Sequence[str],
+) -> GradientStatistics:
+    """Gradient statistics with zeros where other devices have what they are of."""
 
     def part(array: Any, dim: int | None) -> Any:
         if array is None:
@@ -75,7 +78,7 @@ def _own_part(
         kept = Partition((), ()) if dim is None else partition.without(dim)
         return kept.stacked(array.shape[0]).own_part(array, names)
 
-    return Moments(
+    return GradientStatistics(
         part(moments.row, None if dims is None else dims.d0),
         part(moments.column, None if dims is None else dims.d1),
         part(moments.parameter_mean_square, None),
@@ -90,8 +93,10 @@ def split(flat: jax.Array, like: Any) -> Any:
     return treedef.unflatten([flat[i:j].reshape(x.shape) for x, (i, j) in parts])
 
 
-def of_shards(moments: Moments, partition: Partition | None, dims: FactoredDims | None) -> Moments:
-    """Moments of this device's shards from those of whole tensors."""
+def of_shards(
+    moments: GradientStatistics, partition: Partition | None, dims: FactoredDims | None
+) -> GradientStatistics:
+    """Statistics of the gradients of this device's shards from those of whole tensors."""
     if partition is None or dims is None or moments.row is None:
         return moments
 

@@ -24,7 +24,7 @@ def _names(words: str) -> frozenset[str]:
 
 
 # Functions of this library, which know how to sum over shards. No other function has these names.
-OWN_FUNCTIONS = frozenset({"lopt_update", "lopt_clip", "lopt_all_finite"})
+OWN_FUNCTIONS = _names("lopt_update_of_shards lopt_clip_of_shards lopt_all_finite_of_shards")
 
 _ELEMENTWISE = _names(
     """

@@ -14,7 +14,7 @@ import numpy as np
 
 from lopt_jax import runs as of_runs
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment, second_moments
-from lopt_jax.backends import choose_backend
+from lopt_jax.backends import GroupStatistics, choose_backend
 from lopt_jax.batches import (
     Group,
     Run,
@@ -25,11 +25,10 @@ from lopt_jax.batches import (
     make_runs,
     scatter,
 )
-from lopt_jax.compiler.slices import part_taker, unknown_zero
+from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate
-from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays, TensorUpdate
-from lopt_jax.runs import GroupMoments
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Rule, TensorArrays, TensorUpdate
 from lopt_jax.settings import TensorSettings
 from lopt_jax.tensors import (
     StackedAxes,
@@ -52,7 +51,7 @@ class Prepared(NamedTuple):
     groups: list[Group]
     inputs: list[TensorArrays]  # of each group
     runs: list[Run]
-    moments: list[list[GroupMoments]]  # of each run; members are positions among its groups
+    moments: list[list[GroupStatistics]]  # of each run; members are positions among its groups
     treedef: Any  # of the params
     accumulators: Accumulators  # trees as they came: boxes of rows and columns name other axes
 
@@ -101,7 +100,7 @@ def first_pass(
     groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
     on_kernels = [chosen[i] for i in kept]
     inputs = [
-        x if on else xla.joined_once(x, len(group.leaves))
+        x if on else xla.joined_once(tracing, x, len(group.leaves))
         for x, on, group in zip(inputs, on_kernels, groups, strict=True)
     ]
     runs = make_runs(tracing, on_kernels, groups, inputs)
@@ -135,8 +134,8 @@ def second_pass(
     decays: Decays,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None = None,
-) -> tuple[Any, Accumulators, Statistics | None]:
+    statistics: AccumulatorStatistics | None = None,
+) -> tuple[Any, Accumulators, AccumulatorStatistics | None]:
     """Passes B and C over every tensor of a tree.
 
     Args:
@@ -145,8 +144,8 @@ def second_pass(
       mlp: the network: one for all tensors, or with a leading axis of tensors.
       mlp_per_tensor: whether it has that axis.
       decays: decay rates.
-      scale: () or (tensors,), as in `rule.second_pass`.
-      weight_decay: () or (tensors,), as in `rule.second_pass`.
+      scale: () or (tensors,), as in `rules.rule.update`.
+      weight_decay: () or (tensors,), as in `rules.rule.update`.
       statistics: the last step's, each with a leading axis of tensors, where the rule keeps them;
         tensors that are not updated keep theirs.
 
@@ -163,7 +162,7 @@ def second_pass(
     networks = xla.networks_of(tracing, groups)
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
-    zero = unknown_zero(min(gradients, key=lambda x: x.size)) if gradients else None
+    zero = opaque_zero(tracing, min(gradients, key=lambda x: x.size)) if gradients else None
     results: dict[int, TensorUpdate] = {}  # of each group
     order, new_statistics = [], []
     small = xla.joined_runs(rule, tracing, runs, groups, networks, settings)
@@ -258,7 +257,7 @@ def _trees(
       rule: the rule.
       prepared: the step.
       results: of each group.
-      zero: of `unknown_zero`.
+      zero: of `opaque_zero`.
 
     Returns:
       Updates like the params, or where the rule applies them the new params; the accumulators.
@@ -268,8 +267,7 @@ def _trees(
     for k, result in results.items():
         group = prepared.groups[k]
         old = [prepared.leaves[i] for i in group.leaves]
-        is_local = prepared.tracing.is_local
-        parts = scatter(group, prepared.tensors, result, old, take, take_state, is_local)
+        parts = scatter(group, prepared.tensors, result, old, take, take_state, prepared.tracing)
         of_leaves |= dict(zip(group.leaves, parts, strict=True))
     updates, accumulators = [], []
     for i, leaf in enumerate(prepared.leaves):

@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lopt_jax.applying import LearnedTransformation, update_params, with_extra_args
-from lopt_jax.context import steered
+from lopt_jax.applying import LearnedTransformation, steering, update_params, with_extra_args
 
 PACKED_ELEMENTS = 1 << 16  # larger arrays stay as they are
 
@@ -50,6 +49,7 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
       An optax transformation with state `PackedState`.
     """
     tx = with_extra_args(tx)
+    joined = steering(tx, joined_state=True)
 
     def init(params: Any) -> PackedState:
         return pack_state(tx.init(params))
@@ -58,16 +58,14 @@ def packed(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
         updates: Any, state: PackedState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, updates if params is None else params)
-        updates, inner = tx.update(updates, inner, params, **steered(extra_args, joined_state=True))
+        updates, inner = joined.update(updates, inner, params, **extra_args)
         return updates, pack_state(inner)
 
     def apply(
         updates: Any, state: PackedState, params: Any, **extra_args: Any
     ) -> tuple[Any, PackedState]:
         inner = unpack_state(tx, state, params)
-        params, inner = update_params(
-            tx, updates, inner, params, **steered(extra_args, joined_state=True)
-        )
+        params, inner = update_params(joined, updates, inner, params, **extra_args)
         return params, pack_state(inner)
 
     return LearnedTransformation.of(init, update, apply, ("packed", {"tx": tx}))

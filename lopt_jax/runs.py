@@ -1,27 +1,30 @@
-"""One run of a backend over some groups, on the shards of their tensors where these are split.
+"""A run of a backend over groups, on the shards of their tensors where these are split.
 
-Inside a run it is known how every tensor is split. Groups whose tensors are equal and split alike
-are a batch there: the kernels take all batches at once, XLA one after another.
+Where nothing is split it is the backend itself, `lopt_jax.backends`. Else the partitioner is told
+what every dimension of every array is, and asks for the code of a shard.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from lopt_jax import backends
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
-from lopt_jax.backends import kernels_split
-from lopt_jax.batches import TURNS, Group, Run, equal
+from lopt_jax.backends import GroupStatistics
+from lopt_jax.batches import Group, Run
 from lopt_jax.context import Tracing
-from lopt_jax.device_statistics import joined, of_shards, shapes_of, split
-from lopt_jax.partition import BATCH, Dims, Partition, Partitions, spread
-from lopt_jax.rows import in_order, join_trees
-from lopt_jax.rules.rule import Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.device_statistics import joined, shapes_of, split
+from lopt_jax.partition import BATCH, Dims, Partitions, is_explicit, spread
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
-from lopt_jax.xla import passes
 from lopt_jax.xla.network import XlaNetwork
 
 # The arrays whose shardings decide how a group is split: its first accumulator and its parameter.
@@ -30,44 +33,12 @@ from lopt_jax.xla.network import XlaNetwork
 _DECIDING = (2, 1)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GroupMoments:
-    """Moments of the tensors of some groups, joined.
-
-    Attributes:
-      members: positions of the groups.
-      moments: with a leading axis of tensors.
-    """
-
-    members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    moments: Moments
-
-
-class _Batch(NamedTuple):
-    """Groups of a run whose tensors are equal and split alike."""
-
-    members: list[int]  # positions among the groups of the run
-    partition: Partition | None
-    on_kernels: bool
-
-
-def _batches(
-    run: Run, groups: Sequence[Group], inputs: Sequence[TensorArrays], partitions: Partitions
-) -> list[_Batch]:
-    """The batches of a run; what the kernels cannot take because of how it is split is XLA's."""
-    batches = []
-    for members in equal(range(len(groups)), groups, inputs, partitions):
-        partition = partitions[members[0]]
-        splits = [
-            run.on_kernels and kernels_split(groups[k], partition, inputs[k]) for k in members
-        ]
-        able = all(splits)
-        if able or (run.in_turn and len(members) >= TURNS):
-            batches.append(_Batch(members, partition, able))
-        else:
-            batches += [_Batch([k], partition, False) for k in members]
-    return batches
+def _is_known(tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]) -> bool:
+    """Whether it is known here how all tensors are split: where there is one device, not at all."""
+    if any(group.partition is not None for group in groups):
+        return True
+    leaves = map(jax.tree.leaves, inputs)
+    return tracing.is_local and not any(is_explicit(x[i]) for x in leaves for i in _DECIDING)
 
 
 def _crosses(run: Run, groups: Sequence[Group], tracing: Tracing) -> bool:
@@ -86,62 +57,33 @@ def gradient_statistics(
     run: Run,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-) -> list[GroupMoments]:
-    """Pass A over the groups of a run.
-
-    Args:
-      rule: the rule.
-      tracing: what steers the trace.
-      run: the run.
-      groups: its groups.
-      inputs: their arrays.
-
-    Returns:
-      Moments, whose members are positions among the groups of the run.
-    """
+) -> list[GroupStatistics]:
+    """Pass A, as `backends.gradient_statistics`; moments of arrays that are split are, too."""
+    if _is_known(tracing, groups, inputs):
+        partitions = [group.partition for group in groups]
+        return backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
     crosses = _crosses(run, groups, tracing)
+    counts = [x.gradient.shape[0] for x in inputs]
+    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
 
     def pass_a(
         tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
-    ) -> list[GroupMoments] | jax.Array:
-        batches = _batches(run, groups, inputs, partitions)
-        on_kernels = [batch for batch in batches if batch.on_kernels]
-        made = []
-        if on_kernels:
-            from pallas_kernels import step
-
-            moments = step.first_pass(rule, tracing, _units(on_kernels, groups, inputs))
-            pairs = zip(on_kernels, moments, strict=True)
-            made += [GroupMoments(tuple(batch.members), x) for batch, x in pairs]
-        for batch in batches:
-            for k in [] if batch.on_kernels else batch.members:
-                made.append(GroupMoments((k,), passes.moments_of(rule, batch.partition, inputs[k])))
-        if crosses:
-            pieces = [(x.members, x.moments) for x in made]
-            return joined(pieces, groups, partitions, [x.gradient.shape[0] for x in inputs])
-        return made
-
-    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
+    ) -> list[GroupStatistics] | jax.Array:
+        made = backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
+        if not crosses:
+            return made
+        return joined([(x.members, x.moments) for x in made], groups, partitions, counts)
 
     def result_dims(result: Any) -> Any:
-        if crosses:
-            return _shared(result)
-        return [GroupMoments(x.members, dims[x.members[0]].moments(x.moments)) for x in result]
+        return _shared(result) if crosses else _moments_dims(dims, result)
 
-    made = _on_shards(
-        pass_a,
-        groups,
-        (list(inputs),),
-        ([d.arrays(x) for d, x in zip(dims, inputs, strict=True)],),
-        result_dims,
-        tracing,
-        (rule, run, tuple(groups)),
-    )
+    arrays = [d.arrays(x) for d, x in zip(dims, inputs, strict=True)]
+    settings = (rule, run, tuple(groups))
+    made = _on_shards(pass_a, groups, (list(inputs),), (arrays,), result_dims, tracing, settings)
     if not crosses:
         return made
-    counts = [x.gradient.shape[0] for x in inputs]
     like = [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)]
-    return [GroupMoments((k,), x) for k, x in enumerate(split(made, like))]
+    return [GroupStatistics((k,), x) for k, x in enumerate(split(made, like))]
 
 
 def update(
@@ -150,118 +92,71 @@ def update(
     run: Run,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    moments: Sequence[GroupMoments],
+    moments: Sequence[GroupStatistics],
     decays: Decays,
     settings: TensorSettings,
     networks: Sequence[XlaNetwork],
     zero: jax.Array | None,
-) -> tuple[list[TensorUpdate], Statistics | None]:
-    """Passes B and C over the groups of a run.
-
-    Args:
-      rule: the rule.
-      tracing: what steers the trace.
-      run: the run.
-      groups: its groups.
-      inputs: their arrays.
-      moments: of `gradient_statistics`.
-      decays: decay rates.
-      settings: of the run's tensors.
-      networks: for each group how XLA runs the network.
-      zero: that parts are taken by, see `lopt_jax.compiler.slices`.
-
-    Returns:
-      The updates of each group, and where the rule keeps statistics, these for all tensors.
-    """
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
+    """Passes B and C, as `backends.update`."""
+    if _is_known(tracing, groups, inputs):
+        partitions = [group.partition for group in groups]
+        return backends.update(
+            rule,
+            tracing,
+            run,
+            groups,
+            inputs,
+            partitions,
+            moments,
+            decays,
+            settings,
+            networks,
+            zero if tracing.is_local else None,
+        )
     crosses = _crosses(run, groups, tracing)
-    own_zero = zero if tracing.is_local else None  # what a partitioner runs is another program
+    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
+    of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else _shared
 
     def passes_b_and_c(
         tracing: Tracing,
         partitions: Partitions,
         inputs: Sequence[TensorArrays],
-        moments: Sequence[GroupMoments],
+        moments: Sequence[GroupStatistics],
         decays: Decays,
         settings: TensorSettings,
-    ) -> tuple[list[TensorUpdate], Statistics | None]:
-        ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
-        known = {x.members: x.moments for x in moments}
+    ) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
+        # what a partitioner runs is another program: it has a zero of its own
+        return backends.update(
+            rule,
+            tracing,
+            run,
+            groups,
+            inputs,
+            partitions,
+            moments,
+            decays,
+            settings,
+            networks,
+            zero=None,
+            moments_are_whole=crosses,
+        )
 
-        def tensors(members: Sequence[int]) -> list[int]:
-            return [i for k in members for i in range(ends[k], ends[k + 1])]
-
-        def moments_of(batch: _Batch) -> Moments:
-            whole = known.get(tuple(batch.members))
-            if whole is None:
-                whole = join_trees([known[(k,)] for k in batch.members])
-            dims = groups[batch.members[0]].dims
-            return of_shards(whole, batch.partition, dims) if crosses else whole
-
-        updates: dict[int, TensorUpdate] = {}
-        statistics: list[tuple[list[int], Any]] = []
-        batches = _batches(run, groups, inputs, partitions)
-        on_kernels = [batch for batch in batches if batch.on_kernels]
-        if on_kernels:
-            from pallas_kernels import step
-
-            positions = tensors([k for batch in on_kernels for k in batch.members])
-            of_batches, kept = step.second_pass(
-                rule,
-                tracing,
-                _units(on_kernels, groups, inputs),
-                list(map(moments_of, on_kernels)),
-                settings.rows(positions),
-                decays,
-                own_zero,
-            )
-            for batch, of_batch in zip(on_kernels, of_batches, strict=True):
-                updates |= dict(zip(batch.members, of_batch, strict=True))
-            statistics.append((positions, kept))
-        for batch in batches:
-            if batch.on_kernels:
-                continue
-            positions = tensors(batch.members)
-            results, kept = passes.updates(
-                rule,
-                tracing,
-                networks[batch.members[0]],
-                batch.partition,
-                [inputs[k] for k in batch.members],
-                moments_of(batch),
-                decays,
-                settings.rows(positions),
-            )
-            updates |= dict(zip(batch.members, results, strict=True))
-            statistics.append((positions, kept))
-        in_run = [updates[k] for k in range(len(inputs))]
-        if any(kept is None for _, kept in statistics):
-            return in_run, None
-        return in_run, in_order(statistics)
-
-    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
-    of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else _shared
-    dims_of_settings = TensorSettings(
-        of_tensors(settings.mlp) if settings.mlp_per_tensor else _shared(settings.mlp),
-        of_tensors(settings.scale),
-        of_tensors(settings.weight_decay),
-        of_tensors(settings.statistics),
-        settings.mlp_per_tensor,
-    )
     return _on_shards(
         passes_b_and_c,
         groups,
         (list(inputs), list(moments), decays, settings),
         (
             [d.arrays(x) for d, x in zip(dims, inputs, strict=True)],
-            [
-                GroupMoments(
-                    x.members,
-                    _shared(x.moments) if crosses else dims[x.members[0]].moments(x.moments),
-                )
-                for x in moments
-            ],
+            _shared(list(moments)) if crosses else _moments_dims(dims, moments),
             _shared(decays),
-            dims_of_settings,
+            TensorSettings(
+                of_tensors(settings.mlp) if settings.mlp_per_tensor else _shared(settings.mlp),
+                of_tensors(settings.scale),
+                of_tensors(settings.weight_decay),
+                of_tensors(settings.statistics),
+                settings.mlp_per_tensor,
+            ),
         ),
         lambda result: (
             [d.update(x) for d, x in zip(dims, result[0], strict=True)],
@@ -270,23 +165,6 @@ def update(
         tracing,
         (rule, run, tuple(groups), tuple(networks), settings.mlp_per_tensor),
     )
-
-
-def _units(
-    batches: Sequence[_Batch], groups: Sequence[Group], inputs: Sequence[TensorArrays]
-) -> list[Any]:
-    """Batches as the kernels take them."""
-    from pallas_kernels import step
-
-    return [
-        step.Unit(
-            [inputs[k] for k in batch.members], batch.partition, groups[batch.members[0]].lengths
-        )
-        for batch in batches
-    ]
-
-
-# What the partitioner is told of the arrays
 
 
 def _on_shards(
@@ -314,9 +192,19 @@ def _on_shards(
     )
 
 
+# What the partitioner is told of the arrays
+
+
 def _shared(tree: Any) -> Any:
     """Dims of arrays that are whole on every device."""
     return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
+
+
+def _moments_dims(
+    dims: Sequence["_GroupDims"], moments: Sequence[GroupStatistics]
+) -> list[GroupStatistics]:
+    """Dims of the moments of groups."""
+    return [GroupStatistics(x.members, dims[x.members[0]].moments(x.moments)) for x in moments]
 
 
 class _GroupDims(NamedTuple):
@@ -363,10 +251,10 @@ class _GroupDims(NamedTuple):
         accumulators = self.accumulators(tree.accumulators)
         return TensorArrays(self.elementwise, self.elementwise, accumulators)
 
-    def moments(self, tree: Moments) -> Moments:
+    def moments(self, tree: GradientStatistics) -> GradientStatistics:
         """The results of pass A."""
         vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
-        return Moments(
+        return GradientStatistics(
             row=None if tree.row is None else vector(self.row),
             column=None if tree.column is None else vector(self.column),
             parameter_mean_square=self.by_tensor(tree.parameter_mean_square),

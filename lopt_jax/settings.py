@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from lopt_jax.rows import take_rows
-from lopt_jax.rules.rule import MLP, Statistics
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +27,7 @@ class TensorSettings:
     mlp: MLP
     scale: jax.Array
     weight_decay: jax.Array
-    statistics: Statistics | None
+    statistics: AccumulatorStatistics | None
     mlp_per_tensor: bool = dataclasses.field(metadata={"static": True})
 
     def rows(self, tensors: Sequence[int]) -> "TensorSettings":

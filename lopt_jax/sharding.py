@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax import partition
 from lopt_jax.accumulators import Accumulators, factored_dims
-from lopt_jax.applying import with_extra_args
-from lopt_jax.context import Tracing, steered
+from lopt_jax.applying import steering, with_extra_args
+from lopt_jax.context import Tracing
 from lopt_jax.elementwise import Kind, NotElementwiseError, kinds_of_outputs
 from lopt_jax.optimizers import common
 from lopt_jax.packing import PackedState
@@ -310,8 +310,10 @@ def distributed(
         own = _map(Partition.shard, plan, params, params)
         if value is not None:
             extra_args["value"] = _mean(jnp.asarray(value), names)
-        extra_args = steered(extra_args, shards=tuple(plan.items()))
-        new, state = _checked(tx.update, gradients, state, own, extra_args)
+        whole = tuple(plan.items())
+        extra_args["lopt_tracing"] = Tracing(shards=whole)  # for what has no state
+        told = steering(tx, shards=whole)
+        new, state = _checked(told.update, gradients, state, own, extra_args)
         return _map(Partition.gather, plan, new, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)

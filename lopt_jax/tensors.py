@@ -22,7 +22,7 @@ from lopt_jax.accumulators import (
 from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.context import Shards
 from lopt_jax.partition import Partition, partitions_of, zeros
-from lopt_jax.rules.rule import Statistics
+from lopt_jax.rules.rule import AccumulatorStatistics
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 
@@ -368,9 +368,9 @@ def init_accumulators(
     )
 
 
-def init_statistics(tensors: int, momenta: int) -> Statistics:
+def init_statistics(tensors: int, momenta: int) -> AccumulatorStatistics:
     """Statistics of zero accumulators: zeros, with a leading axis of tensors."""
-    return Statistics(
+    return AccumulatorStatistics(
         momentum_mean=jnp.zeros((tensors, momenta), jnp.float32),
         momentum_variance=jnp.zeros((tensors, momenta), jnp.float32),
         second_moment_mean=jnp.zeros((tensors,), jnp.float32),

@@ -1,6 +1,6 @@
 """The two calls in plain jnp, which is what they are differentiated as.
 
-Kernels have no derivatives. Where one is asked for, `lopt_jax.rule` makes the values too.
+Kernels have no derivatives. Where one is asked for, `lopt_jax.rules.rule` makes the values too.
 """
 
 import functools
@@ -17,7 +17,7 @@ from lopt_jax.accumulators import Decays
 from lopt_jax.partition import Partition
 from lopt_jax.rows import in_order, join_trees, take_rows
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import MLP, Moments, Rule, Statistics, TensorUpdate
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics, GradientStatistics, Rule, TensorUpdate
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork
 
@@ -51,9 +51,9 @@ def moments(
     parts: Sequence[Any],
     partition: Partition | None,
     lengths: Sequence[int] | np.ndarray | None,
-) -> Moments:
+) -> GradientStatistics:
     """Pass A over the tensors of a unit; arguments as in `step.Unit`."""
-    function = jax.vmap(lambda g, p: rules.first_pass(rule, g, p, partition))
+    function = jax.vmap(lambda g, p: rules.gradient_statistics(rule, g, p, partition))
     out = join_trees([function(part.gradient, part.parameter) for part in parts])
     if lengths is None or out.parameter_mean_square is None:
         return out
@@ -67,10 +67,10 @@ def updates(
     parts: Sequence[Any],
     partition: Partition | None,
     lengths: Sequence[int] | None,
-    moments: Moments,
+    moments: GradientStatistics,
     settings: TensorSettings,
     decays: Decays,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
     """Passes B and C over the tensors of a unit; arguments as in `step.Unit`, `step.second_pass`.
 
     Returns:
@@ -78,14 +78,14 @@ def updates(
     """
     whole = join_trees(parts)
 
-    def run(mlp: MLP, rates: tuple[Any, Any], moments: Moments, x: Any) -> TensorUpdate:
+    def run(mlp: MLP, rates: tuple[Any, Any], moments: GradientStatistics, x: Any) -> TensorUpdate:
         arrays = (x.gradient, x.parameter, x.accumulators)
-        made = rules.second_pass(
+        made = rules.update(
             rule, mlp, moments, *arrays, decays, *rates, partition, XlaNetwork(platform)
         )
         return made._replace(update=made.update.astype(x.parameter.dtype))
 
-    def of_tensors(of: TensorSettings, moments: Moments, x: Any) -> TensorUpdate:
+    def of_tensors(of: TensorSettings, moments: GradientStatistics, x: Any) -> TensorUpdate:
         over = jax.vmap(run, (0 if of.mlp_per_tensor else None, 0, 0, 0))
         return over(of.mlp, (of.scale, of.weight_decay), moments, x)
 

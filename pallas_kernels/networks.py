@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lopt_jax.accumulators import Decays
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import MLP, Folded, Rule, Statistics
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Folded, Rule
 from pallas_kernels import matrix_units, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.matrix_units import Matrices
@@ -89,7 +89,9 @@ def _layers(mlp: MLP, mlp_per_tensor: bool, tensors: int) -> tuple:
     return tuple(layer(*pair, pair is pairs[-1]) for pair in pairs)
 
 
-def centres_of(statistics: Statistics | None, decays: Decays, means: jax.Array) -> jax.Array:
+def centres_of(
+    statistics: AccumulatorStatistics | None, decays: Decays, means: jax.Array
+) -> jax.Array:
     """What the means of the new accumulators are, but for rounding: (tensors, momenta + 1)."""
     if statistics is None:
         return jnp.zeros((means.shape[0], decays.momentum.shape[-1] + 1), jnp.float32)
@@ -100,8 +102,8 @@ def centres_of(statistics: Statistics | None, decays: Decays, means: jax.Array) 
     return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
 
 
-def statistics_of(means: jax.Array, centres: jax.Array) -> Statistics:
+def statistics_of(means: jax.Array, centres: jax.Array) -> AccumulatorStatistics:
     """From means of distances to the centres and of their squares."""
     first, second = jnp.split(means, 2, axis=1)
     mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
-    return Statistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
+    return AccumulatorStatistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])

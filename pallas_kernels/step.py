@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays
-from lopt_jax.compiler.slices import PartTaker, part_taker, unknown_zero
+from lopt_jax.compiler.slices import PartTaker, opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.rows import concatenate, join_trees
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import MLP, Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    MLP,
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from pallas_kernels import batching, derivatives, matrix_units, table
 from pallas_kernels.batching import Shared
@@ -42,11 +49,11 @@ class Updates(NamedTuple):
     """What a step makes of the tensors of some units."""
 
     parts: list[list[TensorUpdate]]  # of each unit, without statistics
-    statistics: Statistics | None  # of all tensors, with a leading axis
+    statistics: AccumulatorStatistics | None  # of all tensors, with a leading axis
 
 
-def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Moments]:
-    """Pass A, as `lopt_jax.rule.first_pass` on every tensor.
+def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[GradientStatistics]:
+    """Pass A, as `lopt_jax.rules.rule.gradient_statistics` on every tensor.
 
     Args:
       rule: the rule.
@@ -54,18 +61,17 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
       units: the tensors.
 
     Returns:
-      Moments of each unit, with a leading axis of tensors.
+      Gradient statistics of each unit, with a leading axis of tensors.
     """
-    held = multiprocessors(tracing.runs_on)
 
     def passes(parts: Any, *_: Any) -> Any:
         given = [unit._replace(parts=x) for unit, x in zip(units, parts, strict=True)]
-        return [[] for _ in parts], _first_pass(rule, list(map(Viewed.of, given)), held), ()
+        return [[] for _ in parts], _first_pass(rule, tracing, list(map(Viewed.of, given))), ()
 
-    def fused(parts: Any) -> list[Moments]:
+    def fused(parts: Any) -> list[GradientStatistics]:
         return batching.over_tensors(passes)(parts, [], ())[1]
 
-    def plain(parts: Any) -> list[Moments]:
+    def plain(parts: Any) -> list[GradientStatistics]:
         return [
             derivatives.moments(rule, x, unit.partition, unit.lengths)
             for x, unit in zip(parts, units, strict=True)
@@ -74,10 +80,10 @@ def first_pass(rule: Rule, tracing: Tracing, units: Sequence[Unit]) -> list[Mome
     return derivatives.differentiated_as(plain, fused)([tuple(unit.parts) for unit in units])
 
 
-def _first_pass(rule: Rule, units: Sequence[Viewed], held: int) -> list[Moments]:
+def _first_pass(rule: Rule, tracing: Tracing, units: Sequence[Viewed]) -> list[GradientStatistics]:
     needs_parameter = rule.parameter_scale or rule.accumulator_statistics
     factored = [unit for unit in units if unit.dims is not None]
-    launches = launches_of(factored, held)
+    launches = launches_of(factored, multiprocessors(tracing.runs_on))
     sums = []
     for launch in launches:
         gradients = tuple(
@@ -97,15 +103,15 @@ def _first_pass(rule: Rule, units: Sequence[Viewed], held: int) -> list[Moments]
     return [
         _parameter_moments(rule, unit, needs_parameter)
         if unit.dims is None
-        else Moments(*next(vectors), next(mean_squares))
+        else GradientStatistics(*next(vectors), next(mean_squares))
         for unit in units
     ]
 
 
-def _parameter_moments(rule: Rule, unit: Viewed, needs_parameter: bool) -> Moments:
-    """Moments of tensors that are not factored."""
+def _parameter_moments(rule: Rule, unit: Viewed, needs_parameter: bool) -> GradientStatistics:
+    """Statistics of the gradients of tensors that are not factored."""
     if not needs_parameter:
-        return Moments(None, None, None)
+        return GradientStatistics(None, None, None)
     partition = unit.whole if unit.whole.is_split() else None
     lengths = None if unit.lengths is None else unit.elements
     return derivatives.moments(rule, unit.parts, partition, lengths)
@@ -115,12 +121,12 @@ def second_pass(
     rule: Rule,
     tracing: Tracing,
     units: Sequence[Unit],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     settings: TensorSettings,
     decays: Decays,
     zero: jax.Array | None = None,
 ) -> Updates:
-    """Passes B and C, as `lopt_jax.rule.second_pass` on every tensor.
+    """Passes B and C, as `lopt_jax.rules.rule.update` on every tensor.
 
     Args:
       rule: the rule.
@@ -129,17 +135,16 @@ def second_pass(
       moments: of `first_pass`.
       settings: of all tensors; the statistics are centres of the new ones' sums, None: zeros.
       decays: decay rates.
-      zero: that parts are taken by, of `unknown_zero`; None: made here.
+      zero: that parts are taken by, of `opaque_zero`; None: made here.
 
     Returns:
       The updates of each part, and the statistics of all.
     """
-    held = multiprocessors(tracing.runs_on)
 
     def passes(
         parts: Any,
-        moments: Sequence[Moments],
-        by_tensor: tuple[jax.Array, jax.Array, Statistics | None],
+        moments: Sequence[GradientStatistics],
+        by_tensor: tuple[jax.Array, jax.Array, AccumulatorStatistics | None],
         networks: Shared,
         rates: Shared,
         zero: Shared,
@@ -148,7 +153,7 @@ def second_pass(
         of = [Viewed.of(unit) for unit in given]
         own = zero.tree[0] if zero.per_tensor else zero.tree
         take = part_taker(None if tracing.joined_state else own)
-        made, kept = _second_pass(rule, of, held, moments, networks, rates, *by_tensor, take)
+        made, kept = _second_pass(rule, tracing, of, moments, networks, rates, *by_tensor, take)
         return made, [], kept
 
     def fused(
@@ -183,7 +188,7 @@ def second_pass(
         return Updates(made, join_trees(kept))
 
     rates = Decays(*(jnp.asarray(x, jnp.float32) for x in decays))
-    zero = unknown_zero(units[0].parts[0].gradient) if zero is None else zero
+    zero = opaque_zero(tracing, units[0].parts[0].gradient) if zero is None else zero
     return derivatives.differentiated_as(plain, fused)(
         [tuple(unit.parts) for unit in units],
         list(moments),
@@ -205,16 +210,16 @@ class _Result(NamedTuple):
 
 def _second_pass(
     rule: Rule,
+    tracing: Tracing,
     units: Sequence[Viewed],
-    held: int,
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None,
+    statistics: AccumulatorStatistics | None,
     take: PartTaker,
-) -> tuple[list[list[TensorUpdate]], Statistics | None]:
+) -> tuple[list[list[TensorUpdate]], AccumulatorStatistics | None]:
     ends = [0, *itertools.accumulate(unit.tensors for unit in units)]
     # units whose vectors are computed together
     factored = [i for i, unit in enumerate(units) if unit.dims is not None]
@@ -231,8 +236,8 @@ def _second_pass(
         of_batches.append(
             _passes(
                 rule,
+                tracing,
                 [units[i] for i in batch],
-                held,
                 [moments[i] for i in batch],
                 own(networks_of),
                 own(decays_of),
@@ -281,6 +286,7 @@ class _Batch(NamedTuple):
     """What passes B and C take together: factored units, or one that is not factored."""
 
     rule: Rule
+    tracing: Tracing
     units: Sequence[Viewed]
     launches: Sequence[Launch]
     elements: Sequence[Sequence[Elements]]  # of each launch, of each part
@@ -297,14 +303,14 @@ class _Batch(NamedTuple):
 
 def _passes(
     rule: Rule,
+    tracing: Tracing,
     units: Sequence[Viewed],
-    held: int,
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     networks_of: Shared,
     decays_of: Shared,
     scale: jax.Array,
     weight_decay: jax.Array,
-    statistics: Statistics | None,
+    statistics: AccumulatorStatistics | None,
     take: PartTaker,
 ) -> _Result:
     """Passes B and C over factored units, or over one that is not factored."""
@@ -312,10 +318,11 @@ def _passes(
     if units[0].dims is not None:
         vectors = Vectors(units, moments, decays_of.tree.factored, decays_of.per_tensor)
     lengths = None if units[0].lengths is None else jnp.asarray(units[0].elements)
-    launches, joined = launches_of(units, held), lengths is not None
+    launches = launches_of(units, multiprocessors(tracing.runs_on))
+    joined = lengths is not None
     elements = [[elements_of(*x, joined) for x in launch.of(SUMS)] for launch in launches]
     starts = [starts_of(units, launch, vectors) for launch in launches]
-    batch = _Batch(rule, units, launches, elements, starts, vectors, decays_of, lengths)
+    batch = _Batch(rule, tracing, units, launches, elements, starts, vectors, decays_of, lengths)
 
     means = _square_means(batch)
     first_layer = folded(rule, networks_of, means[:, :-2], vectors)
@@ -386,7 +393,7 @@ def _updates(
         if has_biases:
             before = results[-1].elements if results else numbers
             alone = len(sharing) == len(launches)
-            zero = None if alone else unknown_zero(jax.tree.leaves(before)[0])
+            zero = None if alone else opaque_zero(batch.tracing, jax.tree.leaves(before)[0])
             biases, first_of = vectors.of_launches(sharing, network.biases, zero)
             packed = matrix_units.pack_biases(biases)
             own = [network.matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]

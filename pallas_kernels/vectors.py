@@ -15,7 +15,7 @@ from lopt_jax.accumulators import row_factor, safe_rsqrt, update_average
 from lopt_jax.compiler.slices import PartTaker
 from lopt_jax.features import Operands, Varies
 from lopt_jax.rows import concatenate
-from lopt_jax.rules.rule import Moments
+from lopt_jax.rules.rule import GradientStatistics
 from pallas_kernels.first_pass import FirstSums
 from pallas_kernels.launches import Launch
 from pallas_kernels.lines import PIECE, Lines, pieces, totals_of
@@ -30,7 +30,7 @@ class Vectors:
     def __init__(
         self,
         units: Sequence[Viewed],
-        moments: Sequence[Moments],
+        moments: Sequence[GradientStatistics],
         decays: jax.Array,
         per_tensor: bool,
     ):
@@ -87,7 +87,7 @@ class Vectors:
         Args:
           launches: the launches.
           sides: (n, pieces, PIECE): of rows and of columns.
-          zero: of `unknown_zero`, of what the launches before these made: so XLA does not make all
+          zero: of `opaque_zero`, of what the launches before these made: so XLA does not make all
             lines at once, and at places that it does not know it takes the same code for all. None:
             places are known.
 

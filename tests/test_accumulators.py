@@ -45,6 +45,6 @@ def test_row_and_column_means_are_those_of_any_host():
     """The row is the mean over the last of the largest dimensions."""
     gradient = np.random.default_rng(0).standard_normal((4, 4, 2, 2)).astype(np.float32)
     rule = rules.Rule(small_fc_features())
-    moments = rules.first_pass(rule, gradient, np.ones_like(gradient))
+    moments = rules.gradient_statistics(rule, gradient, np.ones_like(gradient))
     np.testing.assert_allclose(moments.row, np.square(gradient).mean(1), rtol=1e-6)
     np.testing.assert_allclose(moments.column, np.square(gradient).mean(0), rtol=1e-6)

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from lopt_jax import batches, sharding
 from lopt_jax.accumulators import Accumulators
-from lopt_jax.compiler.slices import part_taker, unknown_zero
+from lopt_jax.compiler.slices import opaque_zero, part_taker
+from lopt_jax.context import Tracing
 from lopt_jax.partition import Partition
 from lopt_jax.rules.rule import TensorArrays, TensorUpdate
 from lopt_jax.tensors import init_accumulators, tensors_of
@@ -125,9 +126,9 @@ def test_joined_leaves_keep_the_axis_of_tensors(monkeypatch):
     inputs = batches.gather(group, tensors, leaves, True)
     for limit in (7, 1 << 20):
         monkeypatch.setattr(batches, "LARGEST_INDEX", limit)
-        taker = part_taker(unknown_zero(inputs.gradient))
+        taker = part_taker(opaque_zero(Tracing(), inputs.gradient))
         result = TensorUpdate(inputs.gradient, inputs.accumulators, None)
-        parts = batches.scatter(group, tensors, result, leaves, taker, taker, True)
+        parts = batches.scatter(group, tensors, result, leaves, taker, taker, Tracing())
         for part, leaf in zip(parts, leaves, strict=True):
             np.testing.assert_array_equal(part.update, leaf.gradient)
             jax.tree.map(np.testing.assert_array_equal, part.accumulators, leaf.accumulators)

@@ -35,7 +35,7 @@ from lopt_jax.context import Tracing
 from lopt_jax.features import small_fc_features, velo_features
 from lopt_jax.partition import Partition
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import MLP, Rule, Statistics, TensorArrays
+from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Rule, TensorArrays
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork
 from pallas_kernels import choice, early, launches, lines, mosaic, step, supports, table, units
@@ -85,9 +85,9 @@ def on_kernels(rule, parts, mlp, scale, weight_decay, statistics=None):
 
 def on_xla(rule, parts, mlp, scale, weight_decay):
     part = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
-    first = functools.partial(rules.first_pass, rule)
+    first = functools.partial(rules.gradient_statistics, rule)
     moments = jax.vmap(first)(part.gradient, part.parameter)
-    second = functools.partial(rules.second_pass, rule, network=XlaNetwork(Tracing().platform))
+    second = functools.partial(rules.update, rule, network=XlaNetwork(Tracing().platform))
     out = jax.vmap(second, in_axes=(0, 0, 0, 0, 0, None, 0, 0))(
         mlp, moments, *part, DECAYS, scale, weight_decay
     )
@@ -137,7 +137,7 @@ MIXED = [(20, 100), (33, 72), (130, 65), (9, 1, 80)]  # that tiles of one shape 
 
 
 def on_mixed_shapes(rule, arguments):
-    """Moments and updates of each shape, from launches that take all shapes."""
+    """Gradient statistics and updates of each shape, from launches that take all shapes."""
     units = [step.Unit(parts) for parts, *_ in arguments]
     _, *others = zip(*arguments, strict=True)
     of_all = [jax.tree.map(lambda *xs: jnp.concatenate(xs), *x) for x in others]
@@ -292,7 +292,7 @@ def test_statistics_leave_out_what_pads_a_vector(precision):
     """Tiles of wide layers are half a line; about far centres every element counts."""
     rule = replace(VELO, precision=precision)
     arguments = random_arguments(rule, (130,), hidden=16)
-    centres = Statistics(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.ones(1), jnp.ones(1))
+    centres = AccumulatorStatistics(jnp.ones((1, 3)), jnp.ones((1, 3)), jnp.ones(1), jnp.ones(1))
     with kernels.running():
         _, got = jax.jit(functools.partial(on_kernels, rule, statistics=centres))(*arguments)
     _, expected = jax.jit(functools.partial(on_xla, rule))(*arguments)

@@ -11,7 +11,7 @@ import pytest
 import reference
 
 import lopt_jax
-from lopt_jax.context import Tracing
+from lopt_jax.applying import in_batch
 from lopt_jax.features import small_fc_features
 from lopt_jax.rules import rule
 from lopt_jax.xla import network, passes
@@ -85,9 +85,9 @@ def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):
     def update(batch=1):
         passes._of_whole_tensors.cache_clear()
         tx = lopt_jax.small_fc_lopt("small_fc_lopt_h4", backend="xla")
-        of_batch = functools.partial(tx.update, lopt_tracing=Tracing(batch=batch))
+        tx = in_batch(tx, batch)
         # compiled here: arrays with values would tell where they lie
-        return jax.jit(lambda: of_batch(jax.tree.map(jnp.sin, params), tx.init(params), params))()
+        return jax.jit(lambda: tx.update(jax.tree.map(jnp.sin, params), tx.init(params), params))()
 
     expected, of_cpu = update(), len(calls)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

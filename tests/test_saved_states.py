@@ -5,6 +5,7 @@ change, which its users have to be told.
 """
 
 import os
+import pickle
 import platform
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import optimizers
 import pytest
 
 import lopt_jax
+from lopt_jax.rules.rule import AccumulatorStatistics
 
 FOLDER = Path(__file__).parent / "fixtures" / "saved_states"
 SAVED_AT, GOES_ON = 3, 2  # steps before the state was saved, and after
@@ -100,6 +102,11 @@ def test_training_goes_on(name):
         moved = np.max(np.abs(expected - some(stored[f"saved{key}"])), initial=0)
         bound = 5e-5 * moved + 1e-6 * np.max(np.abs(expected), initial=0)
         assert np.max(np.abs(some(x) - expected), initial=0) <= bound, key
+
+
+def test_pickled_states_find_their_classes():
+    """Where an earlier version had them."""
+    assert pickle.loads(b"clopt_jax.rule\nStatistics\n.") is AccumulatorStatistics
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import lopt_jax
 from lopt_jax import partition, sharding
 from lopt_jax.collectives import collectives, moved_bytes
+from lopt_jax.context import Tracing
 from lopt_jax.optimizers.accumulation import accumulate_gradients
 
 PARAMS = {"a": np.ones((8, 24), np.float32), "b": {"c": np.ones((16,), np.float32)}}
@@ -499,7 +500,7 @@ def test_functions_with_constants_split():
     x = jax.device_put(jnp.arange(32.0).reshape(1, 16, 2), NamedSharding(mesh, P(None, "data")))
     weights = np.asarray([1.0, 2.0], np.float32)
 
-    def function(hows, x):
+    def function(tracing, hows, x):
         (how,) = hows
         total = jnp.sum(x * jnp.asarray(weights), axis=(1, 2))
         return total if how is None else how.total(total, (0, 1))
@@ -508,7 +509,7 @@ def test_functions_with_constants_split():
     result = lambda _: partition.Dims((partition.BATCH,))  # noqa: E731
     run = jax.jit(
         lambda x: partition.spread(
-            function, (x,), (dims,), result, [(16, 2)], [None], [(0,)], ["x"]
+            function, (x,), (dims,), result, [(16, 2)], [None], [(0,)], ["x"], Tracing()
         )
     )
     np.testing.assert_allclose(run(x), [float(np.sum(np.arange(32).reshape(16, 2) * weights))])

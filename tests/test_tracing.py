@@ -1,6 +1,7 @@
 """What steers a trace is an argument, and part of the key under which the trace is kept."""
 
 import ast
+import functools
 import gc
 import re
 import types
@@ -14,8 +15,10 @@ import optimizers
 import pytest
 
 import lopt_jax
-from lopt_jax.applying import in_batch
-from lopt_jax.context import Tracing
+from lopt_jax import batches
+from lopt_jax.applying import in_batch, steering
+from lopt_jax.compiler import products
+from lopt_jax.compiler.quirks import QUIRKS
 from lopt_jax.xla import passes
 
 ROOT = Path(lopt_jax.__file__).parents[1]
@@ -24,6 +27,7 @@ AMBIENT = ("threading.local", "contextvars.ContextVar")
 # change no trace.
 MUTABLE = {
     ("lopt_jax/__init__.py", "__all__"),
+    ("lopt_jax/rule.py", "__all__"),
     ("lopt_jax/partition.py", "_said"),
     ("pallas_kernels/early.py", "_seen"),
 }
@@ -92,7 +96,7 @@ def in_a_batch(tx):
 
 
 def on_another_device(tx):
-    return program(tx, lopt_tracing=Tracing(device="cpu"))
+    return program(steering(tx, device="cpu"))
 
 
 @pytest.mark.parametrize("ways", [(as_it_is, packed), (packed, as_it_is), (as_it_is, in_a_batch)])
@@ -110,6 +114,33 @@ def test_a_default_device_is_part_of_the_key(monkeypatch):
     alone = as_it_is(small_fc_lopt()), on_another_device(small_fc_lopt())
     tx = small_fc_lopt()
     assert (as_it_is(tx), on_another_device(tx)) == alone
+
+
+def test_every_quirk_has_a_switch(monkeypatch):
+    """Without what is done about it, an update is another program."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(batches, "LARGE_GROUPS", 2)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(passes, "JOINED_BY_READERS", 2)
+    monkeypatch.setattr(passes, "UNROLLED_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(products, "WORTH_IT", 1)
+    monkeypatch.setattr(products, "WORKSPACE_BYTES", 1)
+    shapes = {**{f"b{i}": (6,) for i in range(3)}, **{f"k{i}": (96, 100) for i in range(3)}}
+    shapes["wide"] = (128, 128)
+    params = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()}
+    wide = lopt_jax.small_fc_lopt("small_fc_lopt", backend="xla")
+    velo = optimizers.make("velo", backend="xla")
+    of_cpus = {"unrolled_weights"}
+    for tx, platform, quirks in ((velo, "tpu", set(QUIRKS) - of_cpus), (wide, "cpu", of_cpus)):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        state = jax.eval_shape(tx.init, params)
+
+        def program(*without, tx=tx, state=state):
+            update = functools.partial(steering(tx, without=without).update, value=jnp.float32(1))
+            return str(jax.make_jaxpr(update)(params, state, params))
+
+        whole = program()
+        assert {quirk for quirk in quirks if program(quirk) != whole} == quirks
 
 
 def test_equal_optimizers_share_traces():

@@ -1,1 +1,4 @@
-"""What XLA has to be told: each module names its quirk, what telling it gains, and the switch."""
+"""What XLA has to be told, beside what to compute.
+
+`quirks` lists what is done for the compiler alone, what it gains and how to do without it.
+"""

@@ -12,22 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lopt_jax.context import Tracing
 from lopt_jax.partition import is_explicit
 
 PartTaker = Callable[[jax.Array, Sequence[int], Sequence[int]], jax.Array]
 
 
-def unknown_zero(array: jax.Array) -> jax.Array | None:
+def opaque_zero(tracing: Tracing, array: jax.Array) -> jax.Array | None:
     """A zero that XLA does not know to be one, for `part_taker`.
 
     Args:
+      tracing: what steers the trace.
       array: any array, not empty, whose values are known at run time only. If it is split over
         devices, they exchange one number.
 
     Returns:
-      () int32. None where shardings are part of types: an index may not be taken of a split axis.
+      () int32. None where nothing is done about it, and where shardings are part of types: an
+      index may not be taken of a split axis.
     """
-    if is_explicit(array):
+    if is_explicit(array) or "slices" in tracing.without:
         return None
     zero = (array[(0,) * array.ndim] < -jnp.inf).astype(jnp.int32)
     return jax.lax.optimization_barrier(zero)  # else made anew in every kernel, for every part
@@ -36,12 +39,8 @@ def unknown_zero(array: jax.Array) -> jax.Array | None:
 def part_taker(zero: jax.Array | None) -> PartTaker:
     """A function (x, starts, sizes) that takes parts out of arrays in few launches.
 
-    On GPUs XLA launches a kernel for every slice that lies at a known place, because it knows that
-    slices do not overlap. Where places are known at run time only, it makes one kernel of all
-    slices of an array that are of one shape.
-
     Args:
-      zero: of `unknown_zero`; with another one places are different, and slices are not joined.
+      zero: of `opaque_zero`; with another one places are different, and slices are not joined.
         None: XLA is told where the parts lie.
 
     Returns:

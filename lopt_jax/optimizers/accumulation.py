@@ -48,12 +48,7 @@ def accumulate_gradients(
 
     @common.surrounded
     def update(
-        updates: Any,
-        state: AccumulationState,
-        params: Any = None,
-        *,
-        value: Any = None,
-        **extra_args: Any,
+        updates: Any, state: AccumulationState, params: Any = None, *, value: Any = None, **_: Any
     ) -> tuple[Any, AccumulationState]:
         common.require_params(params)
         common.check_state_type(state, AccumulationState)
@@ -69,7 +64,7 @@ def accumulate_gradients(
         def apply(inner_state: Any) -> tuple[Any, Any]:
             means = [None if g is None else s / every for s, g in zip(sums, given, strict=True)]
             return inner.update(
-                treedef.unflatten(means), inner_state, params, value=loss_sum / every, **extra_args
+                treedef.unflatten(means), inner_state, params, value=loss_sum / every
             )
 
         def skip(inner_state: Any) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from optax._src.base import NO_PARAMS_MSG
 from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
-from lopt_jax.context import Tracing, is_traced, platform_of, usual_promotion
+from lopt_jax.context import Steered, Tracing, is_traced, platform_of, usual_promotion
 from lopt_jax.partition import mesh_of, say_once, varying_axes
 from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
@@ -283,7 +283,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
         norm = jnp.sqrt(sum(squares))
         return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
 
-    compiled = jax.jit(lopt_clip, static_argnums=0)
+    compiled = compiled_by_shards(lopt_clip)
 
     def update(
         gradients: Any,
@@ -325,16 +325,40 @@ def _count_not_finite(x: jax.Array) -> jax.Array:
     return jnp.asarray(~jnp.isfinite(x), jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def compiled_by_shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function of `Tracing` and trees, whose name says whether it knows of shards.
+
+    `lopt_jax.sharding.distributed` goes by the name: a wrapper may have lost what was told.
+
+    Args:
+      function: `lopt_...`; with `_of_shards` added it is one of `elementwise.OWN_FUNCTIONS`.
+
+    Returns:
+      The function.
+    """
+
+    def of_shards(tracing: Tracing, *trees: Any) -> Any:
+        return function(tracing, *trees)
+
+    of_shards.__name__ = f"{function.__name__}_of_shards"
+    whole = jax.jit(function, static_argnums=0)
+    parts = jax.jit(of_shards, static_argnums=0)
+
+    def run(tracing: Tracing, *trees: Any) -> Any:
+        return (whole if tracing.shards is None else parts)(tracing, *trees)
+
+    return run
+
+
 def lopt_all_finite(tracing: Tracing, tree: Any) -> jax.Array:
-    """As `all_finite`, compiled; the name is one of `elementwise.OWN_FUNCTIONS`."""
+    """As `all_finite`, to be compiled."""
     counts = sums_of_leaves(_count_not_finite, tracing, tree)
     return functools.reduce(jnp.logical_and, [count == 0 for count in counts], jnp.array(True))
 
 
 def all_finite(tracing: Tracing, tree: Any) -> jax.Array:
     """Whether all elements of a tree are finite, on all devices that hold shards of it: () bool."""
-    return surrounded(lopt_all_finite)(tracing, tree)
+    return surrounded(compiled_by_shards(lopt_all_finite))(tracing, tree)
 
 
 def to_float32(x: jax.Array) -> jax.Array:
@@ -466,7 +490,6 @@ def transformation(
         params: Any = None,
         *,
         value: Any = None,
-        lopt_tracing: Tracing | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         """Updates like the params, to be added to them, and the new state.
@@ -477,14 +500,13 @@ def transformation(
           state: of init.
           params: the parameters.
           value: the loss, a scalar, where the optimizer reads it.
-          lopt_tracing: what steers the trace, from this library's own wrappers.
           **extra_args: not read.
 
         Returns:
           The updates, None where there is no gradient, and the state.
         """
         del extra_args
-        return step(updates, state, params, value, lopt_tracing or Tracing())
+        return step(updates, state, params, value)
 
     if apply is None:
         return LearnedTransformation(init_fn, update_fn)
@@ -496,11 +518,10 @@ def transformation(
         params: Any = None,
         *,
         value: Any = None,
-        lopt_tracing: Tracing | None = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
-        return applied(updates, state, params, value, lopt_tracing or Tracing())
+        return applied(updates, state, params, value)
 
     return LearnedTransformation.of(init_fn, update_fn, apply_fn)
 
@@ -546,7 +567,7 @@ def _compiled(
         new_state = jax.tree.map(lambda x, old: x.astype(old.dtype), new_state, state)
         return treedef.unflatten(results), new_state
 
-    return jax.jit(lopt_update, static_argnums=0)
+    return compiled_by_shards(lopt_update)
 
 
 def _step(
@@ -557,17 +578,19 @@ def _step(
     state: Any,
     params: Any,
     value: Any,
-    tracing: Tracing,
 ) -> tuple[Any, Any]:
     require_params(params)
-    check_state_type(state, state_type)
+    own = state.state if isinstance(state, Steered) else state
+    check_state_type(own, state_type)
+    tracing = state.tracing if isinstance(state, Steered) else Tracing()
     tracing = replace(
         tracing,
         device=platform_of(updates) or tracing.device or jax.config.jax_default_device,
         # in a program of the caller's, arrays that have values are its constants
         constant_weights=is_traced(updates) and not is_traced(meta_parameters),
     )
-    return compiled(tracing, meta_parameters, updates, state, params, value)
+    result, new_state = compiled(tracing, meta_parameters, updates, own, params, value)
+    return result, replace(state, state=new_state) if isinstance(state, Steered) else new_state
 
 
 def described[**P](

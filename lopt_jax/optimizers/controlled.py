@@ -15,7 +15,7 @@ from lopt_jax.compiler.products import may_work
 from lopt_jax.context import Tracing
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
-from lopt_jax.rules.rule import Rule, Statistics
+from lopt_jax.rules.rule import AccumulatorStatistics, Rule
 from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
 
@@ -25,7 +25,7 @@ class ControlledState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
-    statistics: Statistics | None  # of the accumulators, a row a tensor; None: not read
+    statistics: AccumulatorStatistics | None  # of the accumulators, a row a tensor; None: not read
     lstm: controller.LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the controller's last: read by diagnostics alone
@@ -131,9 +131,8 @@ def controlled(
         prepared = engine.first_pass(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
-        quickly = may_work(
-            max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
-        )
+        largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
+        quickly = "complex_products" not in tracing.without and may_work(largest)
         controls = controller.run_lstm(
             meta_parameters, inputs(prepared, state.statistics, shared), state.lstm, quickly
         )

@@ -15,7 +15,7 @@ from lopt_jax.features import velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.accumulation import accumulate_gradients
 from lopt_jax.optimizers.controlled import controlled
-from lopt_jax.rules.rule import Rule, Statistics
+from lopt_jax.rules.rule import AccumulatorStatistics, Rule
 from lopt_jax.tensors import StackedAxes, tensor_shapes
 from lopt_jax.weights import WeightsLike, resolve
 from lopt_jax.weights.advice import mention_recommended
@@ -102,7 +102,7 @@ def velo(
     )
 
     def inputs(
-        prepared: engine.Prepared, statistics: Statistics, shared: Sequence[jax.Array]
+        prepared: engine.Prepared, statistics: AccumulatorStatistics, shared: Sequence[jax.Array]
     ) -> jax.Array:
         return controller.tensor_features(
             tensor_shapes(prepared.tensors),

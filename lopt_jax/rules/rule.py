@@ -4,9 +4,9 @@ It knows no device and no compiler. What runs its network otherwise is handed in
 
 A step makes three passes over the tensor, because each needs a statistic of the one before:
 
-  A  `first_pass`: means of the squared gradient over rows and columns;
+  A  `gradient_statistics`: means of the squared gradient over rows and columns;
   B  `mean_squares`: means of the squares of the per-element features, for their normalisers;
-  C  `second_pass`'s end: the network, the update and the new accumulators.
+  C  `update`'s end: the network, the update and the new accumulators.
 
 Between them only vectors and small matrices are computed. The normaliser of a feature is a factor
 of its row of the first layer, so it is folded into the weights (`fold`); features of the row or of
@@ -76,7 +76,7 @@ class MLP(NamedTuple):
     biases: tuple[jax.Array, ...]  # (H,) ..., (>= 2,)
 
 
-class Moments(NamedTuple):
+class GradientStatistics(NamedTuple):
     """Statistics of the first pass over a tensor of shape S."""
 
     row: Any  # S without d0: mean of g² over d0; None: not factored, or not read
@@ -84,7 +84,7 @@ class Moments(NamedTuple):
     parameter_mean_square: Any  # (); None where the rule does not need it
 
 
-class Statistics(NamedTuple):
+class AccumulatorStatistics(NamedTuple):
     """Means and variances of a tensor's accumulators, for the controllers that read them."""
 
     momentum_mean: jax.Array  # (momenta,)
@@ -119,7 +119,7 @@ class TensorUpdate(NamedTuple):
 
     update: Any  # to be added to the parameter; where the rule applies it, the new parameter
     accumulators: Accumulators
-    statistics: Statistics | None
+    statistics: AccumulatorStatistics | None
 
 
 class Network(Protocol):
@@ -176,9 +176,9 @@ def prepare_gradient(rule: Rule, gradient: jax.Array) -> jax.Array:
     return gradient
 
 
-def first_pass(
+def gradient_statistics(
     rule: Rule, gradient: jax.Array, parameter: jax.Array, partition: Partition | None = None
-) -> Moments:
+) -> GradientStatistics:
     """Pass A: means of the squared gradient over rows and columns, mean square of the parameter.
 
     Args:
@@ -188,7 +188,7 @@ def first_pass(
       partition: where the arrays are shards of a tensor, how it is spread.
 
     Returns:
-      Moments in float32, of the whole tensor; row and column are those of the shard.
+      Gradient statistics in float32, of the whole tensor; row and column are those of the shard.
     """
     dims = factored_dims(gradient.shape if partition is None else partition.shape)
     row = column = mean_square = None
@@ -199,13 +199,13 @@ def first_pass(
         wide = parameter.astype(jnp.promote_types(parameter.dtype, jnp.float32))
         (mean_square,) = means([jnp.square(wide)], range(wide.ndim), partition)
         mean_square = mean_square.reshape(())
-    return Moments(row, column, mean_square)
+    return GradientStatistics(row, column, mean_square)
 
 
-def second_pass(
+def update(
     rule: Rule,
     mlp: MLP,
-    moments: Moments,
+    moments: GradientStatistics,
     gradient: jax.Array,
     parameter: jax.Array,
     accumulators: Accumulators,
@@ -221,7 +221,7 @@ def second_pass(
       rule: the rule.
       mlp: the tensor's network; its first layer has a row for each tensor feature (features of the
         step alone are part of the first bias by then).
-      moments: of `first_pass`.
+      moments: of `gradient_statistics`.
       gradient: S, any float dtype.
       parameter: S, any float dtype.
       accumulators: before this step.
@@ -252,13 +252,13 @@ def second_pass(
 
 def tensor_update(
     rule: Rule,
-    moments: Moments,
+    moments: GradientStatistics,
     step: jax.Array,
     parameter: jax.Array,
     scale: jax.Array,
     weight_decay: jax.Array,
 ) -> jax.Array:
-    """What is added to the parameter of one tensor; arguments as in `second_pass`.
+    """What is added to the parameter of one tensor; arguments as in `update`.
 
     Or, where the rule applies it, their sum.
     """
@@ -291,7 +291,7 @@ def parameter_scale(mean_square: jax.Array) -> jax.Array:
 
 def operands_after(
     rule: Rule,
-    moments: Moments,
+    moments: GradientStatistics,
     gradient: jax.Array,
     parameter: jax.Array,
     accumulators: Accumulators,
@@ -304,7 +304,7 @@ def operands_after(
 
     Args:
       rule: the rule.
-      moments: of `first_pass`.
+      moments: of `gradient_statistics`.
       gradient: S.
       parameter: S.
       accumulators: before this step.
@@ -610,7 +610,7 @@ def _layer(inputs: Iterable[jax.Array], weight: jax.Array, bias: jax.Array) -> I
 
 def accumulator_statistics(
     accumulators: Accumulators, partition: Partition | None = None
-) -> Statistics:
+) -> AccumulatorStatistics:
     """Means and variances of a tensor's momentum and second moment.
 
     Args:
@@ -627,4 +627,4 @@ def accumulator_statistics(
     variances = means(squares, axes, partition)
     mean = jnp.stack([x.reshape(()) for x in centres])
     variance = jnp.stack([x.reshape(()) for x in variances])
-    return Statistics(mean[:-1], variance[:-1], mean[-1], variance[-1])
+    return AccumulatorStatistics(mean[:-1], variance[:-1], mean[-1], variance[-1])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.compiler.precision import product_precision
+from lopt_jax.compiler.quirks import barrier
 from lopt_jax.features import Feature, Operands
 from lopt_jax.partition import Partition
 from lopt_jax.rules.rule import (
@@ -42,12 +43,14 @@ class XlaNetwork:
       small_elements: tensors up to this size are updated by `small_tensor_step`.
       block_elements: elements that a hidden layer that is an array takes at a time; None: what
         suits the platform.
+      without: as in `lopt_jax.context.Tracing`.
     """
 
     platform: str
     unrolled: bool = False
     small_elements: int = 1 << 13
     block_elements: int | None = None
+    without: tuple[str, ...] = ()
 
     def step(
         self,
@@ -64,7 +67,7 @@ class XlaNetwork:
             return small_tensor_step(self.platform, rule, mlp, inputs)
         normalizers = normalize(rule, features, operands, partition)
         folded = fold(mlp, features, normalizers, operands)
-        operands = _computed_anew(operands)
+        operands = self._apart(operands)
         hidden = folded.row_bias.shape[0]
         if hidden < WIDE_HIDDEN_SIZE:
             return network_step(rule, features, folded, operands)
@@ -72,28 +75,19 @@ class XlaNetwork:
         if one_per_tensor and not self.unrolled:
             elements = self.block_elements or (_CPU_BLOCK if self.platform == "cpu" else _BLOCK)
             return _step_by_blocks(self.platform, rule, features, folded, operands, elements)
-        # parts of one array they would be read anew for every element: six times the time on CPUs
-        folded = folded._replace(weights=tuple(map(jax.lax.optimization_barrier, folded.weights)))
+        weights = [barrier("unrolled_weights", w, self.without) for w in folded.weights]
+        folded = folded._replace(weights=tuple(weights))
         return network_step(rule, features, folded, operands)
 
     def store(self, x: jax.Array) -> jax.Array:
-        """Behind a barrier.
+        """The array behind a barrier."""
+        return barrier("row_factors", x, self.without)
 
-        XLA makes a Triton kernel of what divides by its own mean, and would try its tilings on all
-        that reads it, an unrolled network too: half of a small model's time to compile for GPUs.
-        """
-        return jax.lax.optimization_barrier(x)
-
-
-def _computed_anew(operands: Operands) -> Operands:
-    """The operands, whose elementwise expressions XLA will not share with those before.
-
-    Passes B and C share subexpressions (the reciprocal root of the second moment and its products).
-    Without the barrier XLA stores those between the two, each as large as the tensor.
-    """
-    tensors = (operands.gradient, operands.momentum, operands.second_moment)
-    gradient, momentum, second_moment = jax.lax.optimization_barrier(tensors)
-    return operands._replace(gradient=gradient, momentum=momentum, second_moment=second_moment)
+    def _apart(self, operands: Operands) -> Operands:
+        """The operands, whose elementwise expressions XLA will not share with those before."""
+        tensors = (operands.gradient, operands.momentum, operands.second_moment)
+        gradient, momentum, second = barrier("shared_expressions", tensors, self.without)
+        return operands._replace(gradient=gradient, momentum=momentum, second_moment=second)
 
 
 def small_tensor_inputs(rule: Rule, features: Sequence[Feature], operands: Operands) -> jax.Array:

@@ -17,19 +17,25 @@ import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.batches import Group, Run
-from lopt_jax.compiler.slices import part_taker, unknown_zero
+from lopt_jax.compiler.quirks import barrier
+from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.partition import Partition
 from lopt_jax.rules import rule as rules
-from lopt_jax.rules.rule import Moments, Rule, Statistics, TensorArrays, TensorUpdate
+from lopt_jax.rules.rule import (
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
+)
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork, small_tensor_inputs, small_tensor_step
 from lopt_jax.xla.turns import in_turn
 
 # On a CPU, wide layers of so large groups are unrolled, unless that would take long to compile.
 UNROLLED_ELEMENTS, UNROLLED_GROUPS = 1 << 17, 8
-# Leaves that are updated together are joined in each of the kernels that read them where they are
-# so few. With more, each of these is slow to compile: with joins of 24 up to two seconds.
+# So few leaves of a group are joined by each of the kernels that read them.
 JOINED_BY_READERS = 8
 # On a GPU, where a step is hundreds of trainings, small tensors of so many groups take the passes
 # of large ones: a quarter of the bytes and fewer launches, for a minute more of compilation.
@@ -57,7 +63,7 @@ def over_tensors(function: Callable, *arguments: Any, in_axes: Any = 0) -> Any:
 def networks_of(tracing: Tracing, groups: Sequence[Group]) -> list[XlaNetwork]:
     """How XLA runs the network of each of all groups."""
     platform = tracing.platform
-    plain = XlaNetwork(platform)
+    plain = XlaNetwork(platform, without=tracing.without)
     if platform == "cpu":
         # other weights are read anew for every element, also those that a partitioner hands on
         known = tracing.constant_weights and tracing.is_local
@@ -69,12 +75,12 @@ def networks_of(tracing: Tracing, groups: Sequence[Group]) -> list[XlaNetwork]:
     return [plain] * len(groups)
 
 
-def joined_once(x: TensorArrays, leaves: int) -> TensorArrays:
+def joined_once(tracing: Tracing, x: TensorArrays, leaves: int) -> TensorArrays:
     """The arrays of a group, joined before they are read where its leaves are many."""
-    return jax.lax.optimization_barrier(x) if leaves > JOINED_BY_READERS else x
+    return barrier("many_leaves", x, tracing.without) if leaves > JOINED_BY_READERS else x
 
 
-def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Moments:
+def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> GradientStatistics:
     """Pass A over the tensors of a group.
 
     Args:
@@ -83,7 +89,7 @@ def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Mome
       x: the group's arrays.
 
     Returns:
-      Moments, with a leading axis of tensors.
+      Gradient statistics, with a leading axis of tensors.
     """
     return _first_pass(rule, partition)(x.gradient, x.parameter)
 
@@ -91,8 +97,8 @@ def moments_of(rule: Rule, partition: Partition | None, x: TensorArrays) -> Mome
 # Keys hold no arrays and no transformation: neither weights nor programs of an optimizer that is
 # gone are kept.
 @functools.lru_cache(maxsize=64)
-def _first_pass(rule: Rule, partition: Partition | None) -> Callable[..., Moments]:
-    function = functools.partial(rules.first_pass, rule, partition=partition)
+def _first_pass(rule: Rule, partition: Partition | None) -> Callable[..., GradientStatistics]:
+    function = functools.partial(rules.gradient_statistics, rule, partition=partition)
     return jax.jit(functools.partial(over_tensors, function))
 
 
@@ -103,7 +109,7 @@ def _second_pass(
     axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
 
     def lopt_passes(*arguments: Any) -> TensorUpdate:
-        function = functools.partial(rules.second_pass, rule, partition=partition, network=network)
+        function = functools.partial(rules.update, rule, partition=partition, network=network)
         return over_tensors(function, *arguments, in_axes=axes)
 
     return lopt_passes
@@ -123,10 +129,10 @@ def updates(
     network: XlaNetwork,
     partition: Partition | None,
     inputs: Sequence[TensorArrays],
-    moments: Moments,
+    moments: GradientStatistics,
     decays: Decays,
     settings: TensorSettings,
-) -> tuple[list[TensorUpdate], Statistics | None]:
+) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
     """Passes B and C over groups of equal arrays, where there are several one after another.
 
     Args:
@@ -149,7 +155,9 @@ def updates(
         else _second_pass(rule, network, per_tensor, partition)
     )
 
-    def update(x: TensorArrays, moments: Moments, mlp: Any, rates: tuple) -> TensorUpdate:
+    def update(
+        x: TensorArrays, moments: GradientStatistics, mlp: Any, rates: tuple
+    ) -> TensorUpdate:
         return run(mlp, moments, *x, decays, *rates)
 
     rates = (settings.scale, settings.weight_decay)
@@ -182,7 +190,7 @@ def updates(
         [x.parameter for x in inputs],
         small,
     )
-    zero = None if tracing.joined_state else unknown_zero(inputs[0].gradient)
+    zero = None if tracing.joined_state else opaque_zero(tracing, inputs[0].gradient)
     take = part_taker(zero)
 
     def own(x: jax.Array, k: int) -> jax.Array:
@@ -225,7 +233,7 @@ def small_updates(
     rule: Rule,
     platform: str,
     inputs: Sequence[TensorArrays],
-    moments: Sequence[Moments],
+    moments: Sequence[GradientStatistics],
     decays: Decays,
     settings: Sequence[TensorSettings],
 ) -> list[TensorUpdate]:
@@ -243,7 +251,9 @@ def small_updates(
       The updates of each group.
     """
 
-    def before(moments: Moments, x: TensorArrays) -> tuple[jax.Array, jax.Array, Accumulators]:
+    def before(
+        moments: GradientStatistics, x: TensorArrays
+    ) -> tuple[jax.Array, jax.Array, Accumulators]:
         dims = factored_dims(x.gradient.shape)
         store = XlaNetwork(platform).store
         operands, row, column = rules.operands_after(rule, moments, *x, decays, dims, store=store)
