@@ -9,7 +9,7 @@ from pathlib import Path
 
 os.environ["LOPT_JAX_OFFLINE"] = "1"
 
-import lopt_jax  # noqa: E402
+import lopt_jax
 
 assert Path(sys.prefix) in Path(lopt_jax.__file__).parents, lopt_jax.__file__
 metadata = importlib.metadata.metadata("lopt_jax")
