@@ -13,6 +13,7 @@ def on_config(config: Any) -> Any:
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     config.site_url = urls["Documentation"]
     config.repo_url = urls["Source"]
+    config.repo_name = config.site_name
     pages = sorted(path.name for path in (ROOT / "docs" / "design").glob("*.md"))
     (design,) = (entry["Design"] for entry in config.nav if "Design" in entry)
     design[:0] = [f"design/{name}" for name in pages]
