@@ -62,8 +62,8 @@ TRIED := .venv-wheel
 docs: $(DOCS)/.installed  ## the site, into site/: warnings are errors, notebooks are run
 	$(DOCS)/bin/mkdocs build --strict
 
-docs-serve: $(DOCS)/.installed  ## the site at http://127.0.0.1:8000, built anew when a page changes
-	$(DOCS)/bin/mkdocs serve --livereload
+docs-serve: $(DOCS)/.installed  ## the site at http://127.0.0.1:8000, without running notebooks, built anew on a change
+	EXECUTE_NOTEBOOKS=false $(DOCS)/bin/mkdocs serve --livereload
 
 dist: $(STAMP)  ## the source archive and the wheel, into dist/
 	rm -rf dist
