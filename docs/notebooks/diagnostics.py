@@ -15,6 +15,7 @@
 # and the measures show which.
 
 # %%
+# %matplotlib inline
 import jax
 import jax.numpy as jnp
 import numpy as np

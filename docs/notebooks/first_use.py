@@ -100,7 +100,7 @@ def adamw(rate):
 
 
 model, optimizer, curve = train(tx)
-others = {rate: train(adamw(rate))[2] for rate in (0.001, 0.002, 0.004, 0.008, 0.016)}
+others = {rate: train(adamw(rate))[2] for rate in (0.002, 0.004, 0.008, 0.016, 0.032)}
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -110,8 +110,7 @@ for rate, other in others.items():
     axes.plot(*other.T, color="C0", label=f"AdamW {rate}", **style)
 axes.plot(*curve.T, color="black", linewidth=2, label="lopt, nothing tuned")
 axes.set(xlabel="step", ylabel="test loss (nats)", yscale="log", title="digits")
-axes.legend()
-
+_ = axes.legend()
 # %%
 accuracy = float(np.mean(np.argmax(model(images[test]), -1) == labels[test]))
 print(
