@@ -1,8 +1,11 @@
 """What the site takes from elsewhere: its address from pyproject.toml, pages from other folders."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[1]
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -29,3 +32,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     for uri, root_name in ROOT_PAGES.items():
         text = text.replace(f"]({root_name})", f"]({uri})")
     return text
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Resolves links of notebooks to pages, which only mkdocs' own Markdown has resolved."""
+    if not page.file.src_uri.startswith("notebooks/"):
+        return html
+
+    def address(found: re.Match[str]) -> str:
+        target = files.get_file_from_path(found[1])
+        if target is None:
+            raise PluginError(f"{page.file.src_uri}: a link to {found[1]}, which is not there")
+        return f'href="{target.url_relative_to(page.file)}{found[2]}"'
+
+    return re.sub(r'href="\.\./([\w/]+\.md)((?:#[\w-]+)?)"', address, html)
