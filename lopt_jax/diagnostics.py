@@ -80,7 +80,7 @@ def diagnose(
 
 
 def to_scalars(diagnostics: Diagnostics) -> dict[str, Any]:
-    """Flat names for a logger, such as "step_norm['dense']['kernel']".
+    """Flat names for a logger, such as `step_norm['dense']['kernel']`.
 
     Args:
       diagnostics: of `diagnose`.

@@ -1,12 +1,18 @@
 """The examples' arguments, and the first ones in full."""
 
+import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+import lopt_jax
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -19,7 +25,13 @@ def run(name, *arguments):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["quickstart.py", "train_pmap.py"])
+def run_here(monkeypatch, name, *arguments):
+    """Runs an example in this process, and returns the names that it makes."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "train_pmap.py", "train_lm.py"])
 def test_help_runs_nothing(name):
     result = run(name, "--help")
     assert result.returncode == 0
@@ -51,3 +63,48 @@ def test_first_files_train(name, monkeypatch, capsys):
         runpy.run_path(str(path))
         losses.append(float(capsys.readouterr().out.split()[-1]))
     assert losses[1] < 0.9 * losses[0]
+
+
+def test_vision_transformer_trains_and_resumes(monkeypatch, capsys, tmp_path):
+    """On scikit-learn's digits, as there is no prepared data; the message says how to get it."""
+    arguments = ["--folder", tmp_path / "run", "--data", tmp_path, "--width", "16", "--layers", "1"]
+    arguments += ["--batch", "32"]
+    run_here(monkeypatch, "train_nnx.py", *arguments, "--steps", "40")
+    printed = capsys.readouterr().out
+    assert f"python -m lopt_jax.meta.prepare {tmp_path} fashion_mnist" in printed
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < 0.7 * losses[0]
+    run_here(monkeypatch, "train_nnx.py", *arguments, "--steps", "40")
+    again = capsys.readouterr().out
+    assert "resumed after step 40" in again
+    assert again.splitlines()[-1] == printed.splitlines()[-1]  # the accuracy
+
+
+def test_language_model_resumes_where_it_was(monkeypatch, capsys, tmp_path):
+    """Interrupted and resumed, the losses are those of the run in one go."""
+    tokens = np.random.default_rng(0).integers(0, 8, 4096).cumsum() % 16
+    np.save(tmp_path / "tokens.npy", tokens.astype(np.uint16))
+    arguments = ["--size", "tiny", "--tokens", tmp_path / "tokens.npy", "--vocabulary", "16"]
+    arguments += ["--batch", "8", "--length", "16", "--save-every", "6", "--steps", "12"]
+    run_here(monkeypatch, "train_lm.py", *arguments, "--folder", tmp_path / "whole")
+    whole = read_losses(tmp_path / "whole")
+    assert whole[-1] < whole[0]
+    parts = tmp_path / "parts"
+    shutil.copytree(tmp_path / "whole", parts)
+    shutil.rmtree(parts / "checkpoints" / "12")
+    (parts / "losses.jsonl").write_text("")
+    run_here(monkeypatch, "train_lm.py", *arguments, "--folder", parts)
+    assert "resumed after step 6" in capsys.readouterr().out
+    assert read_losses(parts) == whole[6:]
+
+
+def read_losses(folder):
+    lines = (folder / "losses.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_numpyro_takes_an_optimizer_of_ours():
+    pytest.importorskip("numpyro")
+    names = runpy.run_path(str(EXAMPLES / "numpyro_svi.py"))
+    losses, _ = names["infer"](lopt_jax.lopt(60), 60)
+    assert losses[-10:].mean() < 0.6 * losses[0]

@@ -468,20 +468,22 @@ def test_smallest_config_improves_its_meta_loss(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_documented_continuation_on_ones_own_task(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[1] / "docs/meta_training.md").read_text()
-    section = page.split("## Continue on your own tasks")[1]
-    code = section.split("```python")[1].split("```")[0]
+    page = (Path(__file__).parents[1] / "docs/meta_train.md").read_text()
+    training, evaluation = re.findall(r"^```python title=.*?\n(.*?)^```", page, flags=re.S | re.M)
     # As it is documented, but for its size.
-    small = code.replace("max_seconds=600", "max_steps=2").replace(
-        "outer_learning_rate=3e-4,", "outer_learning_rate=3e-4, num_pairs=2,"
+    small = training.replace("max_seconds=600", "max_steps=2").replace(
+        "num_pairs=16", "num_pairs=2"
     )
     assert small.count("max_steps=2") == small.count("num_pairs=2") == 1
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(compile(small, "docs/meta_training.md", "exec"), scope)
+    exec(compile(small, "docs/meta_train.md", "exec"), scope)
     assert scope["result"].steps == 2
     made = lopt_jax.load_weights("outputs/mine/weights")
-    start = lopt_jax.load_weights("small_fc_lopt")
+    start = lopt_jax.load_weights("small_fc_lopt_h4")
     assert made.config == start.config
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), made.params, start.params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.01
+    short = evaluation.replace("[200]", "[40]").replace("seeds=3", "seeds=1")
+    exec(compile(short, "docs/meta_train.md", "exec"), scope)
+    assert set(scope["curves"]) == {("mine", name, 40) for name in ("mine", "start", "adamw")}

@@ -49,7 +49,7 @@ def convert_weights(
 
     Args:
       path_or_url: a path, or an address of scheme file, https, gs, hf
-        (hf://owner/repo[@revision][/file]) or github (github://owner/repo@revision/file).
+        (`hf://owner/repo[@revision][/file]`) or github (`github://owner/repo@revision/file`).
       architecture: the optimizer; where None, what the file and its neighbours tell. They do not
         tell where the same arrays serve several optimizers: it has to be given then.
       config: values that win over what the file and its neighbours say. Sizes come from the
