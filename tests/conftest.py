@@ -13,8 +13,8 @@ import pytest
 # status. (SIGINT, which is ignored in the background, is the business of its only test.)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-# Many small programs run once each: nearly all of the time is spent compiling. What is compared with
-# the references is compiled as users compile it (`reference.AS_USERS`).
+# Many small programs run once each, and nearly all of the time is spent compiling. Updates that are
+# held against the references are compiled as users compile them: `reference.AS_USERS`.
 _QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 _SHARDED = "test_sharding"  # how the names of files begin whose tests need several devices
 _DEVICES = 8

@@ -15,31 +15,45 @@ import lopt_jax
 from lopt_jax import rule, xla
 from lopt_jax.features import small_fc_features
 
-# The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
-OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
+# The programs of velo, small_fc_lopt_h4 and celo_random with other weights, settings or losses: each
+# takes seconds to compile.
+OF_OTHERS = (
+    "velo_s",
+    "velo_weight_decay",
+    "adafac_mlp_lopt",
+    "adafac_mlp_lopt_separate_weights",
+    "celo",
+)
+# As users compile them are by default one of each kind; all are in the nightly run.
+COMPILED_AS_USERS = ("velo", "small_fc_lopt_h4", "celo2")
+
+nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in OTHER_WEIGHTS else ())
-        for name in reference.NAMES
-    ],
+    "name", [nightly(name) if name in OF_OTHERS else name for name in reference.NAMES]
 )
 def test_trajectory(name, record_property):
+    compiled = reference.AS_USERS if name in COMPILED_AS_USERS else {}
+    tx, run = reference.optimizer(name), reference.trajectory(name)
+    reference.check(tx, run, record_property, compiled=compiled)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [n for n in reference.NAMES if n not in COMPILED_AS_USERS])
+def test_trajectory_as_users_compile(name, record_property):
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("small_fc_lopt_h4", {}),
-        ("small_fc_lopt_h32", {}),
-        ("small_fc_lopt_h32", {"block_elements": 100}),
-        ("small_fc_lopt_h32", {"write_out": True}),
-        ("velo", {}),
-        ("celo2_base", {}),
+        ("small_fc_lopt_h4", {"block_elements": 100}),
+        nightly("small_fc_lopt_h32", {}),
+        nightly("small_fc_lopt_h32", {"block_elements": 100}),
+        nightly("small_fc_lopt_h32", {"write_out": True}),
+        nightly("velo", {}),
+        nightly("celo2_base", {}),
     ],
 )
 def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
@@ -53,7 +67,8 @@ def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
 
     xla._passes.cache_clear()  # traced, maybe, with the rule as it is
     monkeypatch.setattr(rule, "second_pass", as_if_large)
-    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
+    tx, run = reference.optimizer(name), reference.trajectory(name)
+    reference.check(tx, run, record_property, compiled={})
     xla._passes.cache_clear()
     assert calls
 
@@ -157,4 +172,5 @@ def test_original_checkpoint_without_config(record_property):
     assert weights.config["use_bugged_next_lstm_state"]
     assert weights.config["use_bugged_loss_features"]
     tx = reference.optimizer("velo_bugged_flags", given=weights)
-    reference.check(tx, reference.trajectory("velo_bugged_flags"), record_property)
+    run = reference.trajectory("velo_bugged_flags")
+    reference.check(tx, run, record_property, compiled={})
