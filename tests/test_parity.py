@@ -15,8 +15,8 @@ import lopt_jax
 from lopt_jax import rule, xla
 from lopt_jax.features import small_fc_features
 
-# The programs of velo, small_fc_lopt_h4 and celo_random with other weights, settings or losses. Each
-# takes seconds to compile.
+# The programs of velo, small_fc_lopt_h4 and celo_random with other weights, settings or losses:
+# they take seconds to compile.
 OF_OTHERS = (
     "velo_s",
     "velo_weight_decay",
