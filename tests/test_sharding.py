@@ -197,7 +197,7 @@ def test_explicit(name, layout):
     check_explicit(name, layout, jax.set_mesh)
 
 
-@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo", "elo_celo2"]))
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_explicit_where_no_mesh_is_set(name):
     check_explicit(name, "grid", contextlib.nullcontext)
 
@@ -240,7 +240,7 @@ def split_gradients(params, step, devices=8):
 
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo"]))
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_distributed_shard_map(name, check_vma):
     mesh = mesh_of((8,), ("data",))
     inner = make(name)
