@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -35,11 +36,20 @@ def pytest_configure(config):
     gpu = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
     if not gpu and _QUICKLY not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{_QUICKLY} {os.environ.get('XLA_FLAGS', '')}".strip()
-    jax.config.update("jax_num_cpu_devices", _devices(config))
+    if _forced_devices() is None:
+        jax.config.update("jax_num_cpu_devices", _devices(config))
+
+
+def _forced_devices():
+    """As many as XLA_FLAGS asks for; None: it does not."""
+    flag = re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+    return flag and int(flag[1])
 
 
 def _devices(config):
     """As many as are asked for, as sharded tests need where they are named, and one otherwise."""
+    if (forced := _forced_devices()) is not None:
+        return forced
     named = [Path(argument.split("::")[0]).name for argument in config.args]
     needed = _DEVICES if any(name.startswith(_SHARDED) for name in named) else 1
     return int(os.environ.get("LOPT_JAX_TEST_DEVICES", needed))
