@@ -2,36 +2,37 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-PYTEST := $(VENV)/bin/python -m pytest -n 2 -m "not slow"
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-slow test-oldest lint clean
+.PHONY: demo test test-all test-slow test-oldest lint clean
 
 demo: $(STAMP)  ## `lopt` against AdamW and Muon at five rates each, on two small trainings
 	$(VENV)/bin/python examples/quickstart.py
 
-# Three runs: many small programs, compiled quickly; values against the references, compiled as
-# users compile them; and sharded programs on eight emulated devices.
-EXACT := tests/test_parity.py tests/test_family.py tests/test_pallas.py
+# Two runs: on one device, and sharded programs on eight emulated ones. tests/conftest.py sets the rest.
 SHARDED := $(wildcard tests/test_sharding*.py)
-QUICKLY := LOPT_JAX_TEST_DEVICES=1 XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
-test: $(STAMP) lint  ## lint, type-check and run the test suite
-	$(QUICKLY) $(PYTEST) $(addprefix --ignore=,$(EXACT) $(SHARDED))
-	LOPT_JAX_TEST_DEVICES=1 $(PYTEST) $(EXACT)
+test: $(STAMP) lint  ## lint, type-check and run the tests, without those that are nightly or slow
+	$(PYTEST)
 	$(PYTEST) $(SHARDED)
 
+test-all: $(STAMP) lint  ## every test: hours
+	$(PYTEST) -m ""
+	$(PYTEST) -m "" $(SHARDED)
+
 test-slow: $(STAMP)  ## the tests that take minutes
-	$(VENV)/bin/python -m pytest -m slow
+	$(PYTEST) -m slow
+	$(PYTEST) -m slow $(SHARDED)
 
 # What touches the other packages most: files of weights, the Hub, optax's and Flax's trees.
 OLD_FILES := $(addprefix tests/test_weights_,base.py convert.py hub.py store.py)
-OLD_TREES := tests/test_optax_conventions.py tests/test_flax.py -k mulo
+OLD_TREES := --optimizer mulo tests/test_optax_conventions.py tests/test_flax.py
 
 test-oldest: $(OLDEST)/.installed  ## a part of the suite with the lowest versions that pyproject.toml allows
-	$(QUICKLY) $(OLDEST)/bin/python -m pytest -n 2 $(OLD_FILES)
-	$(QUICKLY) $(OLDEST)/bin/python -m pytest -n 2 $(OLD_TREES)
+	$(OLDEST)/bin/python -m pytest -n 2 $(OLD_FILES)
+	$(OLDEST)/bin/python -m pytest -n 2 $(OLD_TREES)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -7,7 +7,6 @@ machine slows all of them alike; what counts are ratios within one run.
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ from lopt_jax.cli import positive_integer
 from lopt_jax.optimizers.celo import celo
 from lopt_jax.optimizers.celo2 import celo2, celo2_base
 from lopt_jax.optimizers.elo_celo2 import elo_celo2
+from lopt_jax.optimizers.lopt import lopt
 from lopt_jax.optimizers.matrices import plans_of
 from lopt_jax.optimizers.plans import ADAMW, LEARNED, Matrix, celo2_plans
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
@@ -219,13 +219,13 @@ def _muon(backend: str) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(muon)
 
 
-def _lopt() -> dict[str, Optimizer]:
-    """A row of this library's own optimizer, where this version has it."""
-    if importlib.util.find_spec("lopt_jax.optimizers.lopt") is None:
-        return {}
-    lopt = importlib.import_module("lopt_jax.optimizers.lopt").lopt
-    make = lambda backend: lopt(10_000, label_fn=label, backend=backend)  # noqa: E731
-    return {"lopt": Optimizer(make, lambda size: 6 * size + 48)}
+def _label_of_matrices(path: Any, leaf: Any) -> str | None:
+    """For `lopt`, which finds the labels of vectors itself: `label` of everything else."""
+    return label(path, leaf) if leaf.ndim >= 2 else None
+
+
+def _lopt(backend: str) -> optax.GradientTransformationExtraArgs:
+    return lopt(10_000, label_fn=_label_of_matrices, backend=backend)
 
 
 # Bytes, with three momenta and one second moment in float32: the first pass reads the gradient
@@ -238,7 +238,7 @@ OPTIMIZERS = {
     "celo": Optimizer(_celo, lambda size: 7 * size + 48),
     "small_fc_lopt_h4": Optimizer(_small_fc_lopt(4), lambda size: 6 * size + 48),
     "small_fc_lopt_h32": Optimizer(_small_fc_lopt(32), lambda size: 6 * size + 48),
-    **_lopt(),
+    "lopt": Optimizer(_lopt, lambda size: 6 * size + 48),
     "celo2": Optimizer(_of_matrices(celo2, "celo2"), lambda size: 6 * size + 48),
     "celo2_base": Optimizer(_of_matrices(celo2_base, "celo2"), lambda size: 6 * size + 48),
     "elo_celo2": Optimizer(_of_matrices(elo_celo2, "elo_celo2"), lambda size: 6 * size + 48),

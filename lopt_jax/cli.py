@@ -46,8 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lopt: interrupted {error}".rstrip(), file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"lopt: {error}", file=sys.stderr)
+        print(f"lopt: {message(error)}", file=sys.stderr)
         return 2
+
+
+def message(error: Exception) -> str:
+    """What a command prints of an error: of the system's, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:

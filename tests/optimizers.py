@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 
 import lopt_jax
 from lopt_jax.accumulators import second_moments
@@ -91,6 +92,24 @@ OPTIMIZERS = {
     "learnable_sgdm": Case(lopt_jax.learnable_sgdm, "learnable_sgdm"),
     "learnable_adam": Case(lopt_jax.learnable_adam, "learnable_adam"),
 }
+
+
+# One for each way through the library: a controller above banks of networks, one network, matrices,
+# a recipe of its own, and formulas without a network. What is tested of all optimizers alike is
+# tested of these by `make test`, and of the others by `make test-all`.
+REPRESENTATIVES = ("velo", "small_fc_lopt", "celo2", "lopt", "learnable_adam")
+
+
+def in_kind(*names: str) -> list[Any]:
+    """Values of a parametrisation: of optimizers, all but the representatives are nightly.
+
+    Args:
+      *names: of optimizers; none: all.
+    """
+    return [
+        pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.nightly)
+        for name in names or OPTIMIZERS
+    ]
 
 
 @functools.cache

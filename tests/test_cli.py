@@ -75,6 +75,16 @@ def test_benchmark_takes_every_backend_that_an_optimizer_has(capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("model", benchmark.MODELS)
+def test_benchmark_runs_what_it_lists(model):
+    """Every optimizer takes the leaves of every model that `lopt bench` names."""
+    shapes = benchmark.MODELS[model]()
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    for name in benchmark.DEFAULT_OPTIMIZERS:
+        optimizer = benchmark.OPTIMIZERS[name]
+        jax.eval_shape(optimizer.make("xla").init, params)
+
+
 def test_benchmark_of_matrices():
     """Each has a row; embeddings and heads are AdamW's, and Muon has the other matrices."""
     updated = {"wte": (20, 8), "qkv_w": (8, 24), "patches_w": (2, 2, 3, 8), "norm": (8,)}
@@ -95,3 +105,13 @@ def test_benchmark_of_matrices():
     }
     assert by_adamw("gpt2_355m") == {"wte", "wpe"}
     assert by_adamw("vit_b16") == {"cls", "positions", "head_w", "head_b"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["meta-eval --merge records.json", "bench --show records.json"],
+)
+def test_a_missing_file_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments.split()) == 2
+    assert capsys.readouterr().err == "lopt: records.json: No such file or directory\n"

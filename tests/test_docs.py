@@ -84,7 +84,9 @@ def test_recipes_train_and_go_on():
     assert names["physics_losses"][-1] < 0.1 * names["physics_losses"][0]
     # the restored NNX training is where the first one was
     assert int(names["optimizer"].step[...]) == 30
-    assert names["step"](names["model"], names["optimizer"]) < names["losses"][-1]
+    assert names["step"](names["model"], names["optimizer"]) == pytest.approx(
+        float(names["losses"][-1]), rel=0.2
+    )
     description = lopt_jax.describe(
         lopt_jax.lopt(1000, stacked_axes=names["stacked"]), names["deep"]
     )

@@ -192,7 +192,14 @@ def test_leaves_of_adamw_keep_no_other_accumulators(params):
             assert tree[leaf].shape == (1,)
 
 
-@pytest.mark.parametrize("name", ["elo", "celo2", "celo2_base", "elo_celo2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "elo",
+        "celo2",
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("celo2_base", "elo_celo2")),
+    ],
+)
 def test_gradients_are_clipped_to_a_global_norm(name, params):
     gradients = jax.tree.map(lambda g: 30 * g, gradients_of(params))
     norm = optax.tree.norm(gradients)

@@ -25,7 +25,7 @@ def linen():
     return model, model.init(jax.random.key(0), X)["params"]
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.in_kind())
 def test_train_state_hands_on_the_loss(name, linen):
     model, params = linen
     tx = optimizers.plain(name)
@@ -89,7 +89,7 @@ def test_train_state_without_the_loss_names_it(linen):
         state.apply_gradients(grads=params)
 
 
-@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.in_kind())
 def test_nnx_optimizer(name):
     """nnx.Optimizer as it is: update(model, grads, value=loss)."""
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))

@@ -68,7 +68,14 @@ def assert_close(actual, expected):
         assert np.max(np.abs(a - e), initial=0) <= 2e-6 * np.max(np.abs(e), initial=0)
 
 
-@pytest.mark.parametrize("name", ["velo", "small_fc_lopt", "celo2", "celo_adam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "velo",
+        "celo2",
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("small_fc_lopt", "celo_adam")),
+    ],
+)
 def test_updates_and_state_are_those_of_the_unpacked_optimizer(name, params):
     tx = optimizers.plain(name)
     plain_params, plain_state = trajectory(tx, params, tx.init(params))

@@ -17,37 +17,53 @@ from lopt_jax.rules import rule
 from lopt_jax.xla import network, passes
 from lopt_jax.xla.network import XlaNetwork
 
-# The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
-OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
+# The programs of velo, small_fc_lopt_h4 and celo_random with other weights, settings or losses:
+# they take seconds to compile.
+OF_OTHERS = (
+    "velo_s",
+    "velo_weight_decay",
+    "adafac_mlp_lopt",
+    "adafac_mlp_lopt_separate_weights",
+    "celo",
+)
+# As users compile them are by default one of each kind; all are in the nightly run.
+COMPILED_AS_USERS = ("velo", "small_fc_lopt_h4", "celo2")
+
+nightly = functools.partial(pytest.param, marks=pytest.mark.nightly)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in OTHER_WEIGHTS else ())
-        for name in reference.NAMES
-    ],
+    "name", [nightly(name) if name in OF_OTHERS else name for name in reference.NAMES]
 )
 def test_trajectory(name, record_property):
+    compiled = reference.AS_USERS if name in COMPILED_AS_USERS else {}
+    tx, run = reference.optimizer(name), reference.trajectory(name)
+    reference.check(tx, run, record_property, compiled=compiled)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [n for n in reference.NAMES if n not in COMPILED_AS_USERS])
+def test_trajectory_as_users_compile(name, record_property):
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [
-        ("small_fc_lopt_h4", {}),
-        ("small_fc_lopt_h32", {}),
-        ("small_fc_lopt_h32", {"block_elements": 100}),
-        ("small_fc_lopt_h32", {"unrolled": True}),
-        ("velo", {}),
-        ("celo2_base", {}),
+        ("small_fc_lopt_h4", {"block_elements": 100}),
+        nightly("small_fc_lopt_h32", {}),
+        nightly("small_fc_lopt_h32", {"block_elements": 100}),
+        nightly("small_fc_lopt_h32", {"unrolled": True}),
+        nightly("velo", {}),
+        nightly("celo2_base", {}),
     ],
 )
 def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
     """The same through the passes of large tensors: the fixtures' own are small."""
     calls = every_network(XlaNetwork("cpu", small_elements=0, **form), monkeypatch)
-    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
+    reference.check(
+        reference.optimizer(name), reference.trajectory(name), record_property, compiled={}
+    )
     assert calls
 
 
@@ -67,7 +83,9 @@ def every_network(chosen, monkeypatch):
 def test_trajectory_of_the_specification(name, monkeypatch, record_property):
     """The rule as it is written, without anything that is done for XLA."""
     calls = every_network(rule.PLAIN, monkeypatch)
-    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
+    reference.check(
+        reference.optimizer(name), reference.trajectory(name), record_property, compiled={}
+    )
     assert calls
 
 
@@ -166,4 +184,5 @@ def test_original_checkpoint_without_config(record_property):
     assert weights.config["use_bugged_next_lstm_state"]
     assert weights.config["use_bugged_loss_features"]
     tx = reference.optimizer("velo_bugged_flags", given=weights)
-    reference.check(tx, reference.trajectory("velo_bugged_flags"), record_property)
+    run = reference.trajectory("velo_bugged_flags")
+    reference.check(tx, run, record_property, compiled={})

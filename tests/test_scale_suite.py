@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import json
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -238,3 +240,23 @@ def test_compilations_are_in_the_order_given():
     assert list(futures) == ["b", "a"]
     assert [f.result() for f in futures.values()] == [1, 2]
     assert isinstance(futures["a"], concurrent.futures.Future)
+
+
+# -- as a command ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tasks gpt12m_code", "tokenizers, which is not installed: pip install 'lopt_jax.scale"),
+        ("--show --records none.json", "--records: expected records .*found none in none.json"),
+        ("--optimizers nope", "--optimizers: expected names of .*; found 'nope'"),
+    ],
+)
+def test_what_is_missing_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setattr(corpora, "python_sources", lambda split, limit: "text")
+    assert suite.command(arguments.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"^scale: .*{message}", line)

@@ -48,8 +48,8 @@ NAMES = [*optimizers.OPTIMIZERS, "small_fc_lopt_h32"]
 
 
 def names(always):
-    """Every optimizer; all but some are for the slow runs: each takes seconds to compile."""
-    return [pytest.param(n, marks=() if n in always else pytest.mark.slow) for n in NAMES]
+    """Every optimizer; all but some are nightly: each takes seconds to compile."""
+    return [pytest.param(n, marks=() if n in always else pytest.mark.nightly) for n in NAMES]
 
 
 # So that each moves the parameters by some percent: else any update would be near enough.
@@ -155,9 +155,9 @@ def run_sharded(tx, mesh, specs, constrain=None):
 
 
 def cases(always):
-    """Every optimizer in every layout; all but some are slow."""
+    """Every optimizer in every layout; all but some are nightly."""
     return [
-        pytest.param(n, k, marks=() if (n, k) in always else pytest.mark.slow)
+        pytest.param(n, k, marks=() if (n, k) in always else pytest.mark.nightly)
         for n in NAMES
         for k in LAYOUTS
     ]
@@ -197,7 +197,7 @@ def test_explicit(name, layout):
     check_explicit(name, layout, jax.set_mesh)
 
 
-@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo", "elo_celo2"]))
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_explicit_where_no_mesh_is_set(name):
     check_explicit(name, "grid", contextlib.nullcontext)
 
@@ -239,8 +239,8 @@ def split_gradients(params, step, devices=8):
     return parts, losses
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", names(["small_fc_lopt", "velo"]))
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", names(["small_fc_lopt"]))
 def test_distributed_shard_map(name, check_vma):
     mesh = mesh_of((8,), ("data",))
     inner = make(name)

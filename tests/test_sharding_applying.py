@@ -15,8 +15,15 @@ SPECS = {"rows": P("d"), "columns": P(None, "d"), "small": P("d"), "b": P("d"), 
 LOSS = jnp.float32(1.5)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["velo", "small_fc_lopt"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("velo", AxisType.Explicit),
+        ("small_fc_lopt", AxisType.Auto),
+        pytest.param("velo", AxisType.Auto, marks=pytest.mark.nightly),
+        pytest.param("small_fc_lopt", AxisType.Explicit, marks=pytest.mark.nightly),
+    ],
+)
 def test_new_parameters_stay_where_the_old_ones_are(name, kind):
     devices = jax.device_count()
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,))

@@ -142,6 +142,7 @@ def test_explicit_halves():
     check(run_jit("velo", "halves", AxisType.Explicit, *of), unsharded("velo", *of))
 
 
+@pytest.mark.nightly
 def test_explicit_whole_vectors():
     """Vectors of different lengths that no device splits are one unit, beside split matrices."""
     rng = np.random.default_rng(2)

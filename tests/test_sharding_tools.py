@@ -344,6 +344,25 @@ def test_distributed_refuses_what_shards_would_make_wrong():
         run_distributed(tx, {"a": np.ones((3, 4), np.float32)}, {"a": np.ones((8, 3, 4))})
 
 
+@pytest.mark.parametrize(
+    ("primitive", "function"),
+    [
+        ("slice", lambda x: jnp.roll(x, 1, axis=0)),
+        ("rev", lambda x: x[::-1]),
+        ("cumlogsumexp", lambda x: jax.lax.cumlogsumexp(x)),
+        ("fft", lambda x: jnp.fft.fft(x).real),
+    ],
+)
+def test_distributed_refuses_what_moves_elements(primitive, function):
+    first = optax.stateless(lambda updates, params: jax.tree.map(function, updates))
+    with pytest.raises(NotImplementedError, match=primitive):
+        run_distributed(
+            optax.chain(first, small_fc()),
+            {"a": np.ones((3, 4), np.float32)},
+            {"a": np.ones((8, 3, 4), np.float32)},
+        )
+
+
 def test_distributed_refuses_stacked_axes_it_was_not_told_of(small_limits):
     params = {"layers": np.ones((8, 4, 4), np.float32)}
     parts = {"layers": np.ones((8, 8, 4, 4), np.float32)}

@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import os
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +116,13 @@ def test_constructors_keep_their_signatures():
     parameters = inspect.signature(lopt_jax.velo).parameters
     assert list(parameters)[:2] == ["num_steps", "weights"]
     assert "Metz" in lopt_jax.velo.__doc__
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_a_path_of_weights_type_checks(name):
+    constructor = optimizers.OPTIMIZERS[name].constructor
+    taken = typing.get_args(typing.get_type_hints(constructor)["weights"])
+    assert {str, os.PathLike[str], lopt_jax.Weights} <= set(taken)
 
 
 # -- leaves without a gradient --------------------------------------------------------------------

@@ -53,7 +53,13 @@ def test_in_turn_compiles_the_computation_once_and_joins_nothing():
 
 @pytest.mark.usefixtures("one_device")  # a partitioner gets every leaf apart
 @pytest.mark.parametrize(
-    ("name", "stacked_axes"), [("velo", 0), ("velo", 1), ("small_fc_lopt", 0), ("celo2", 1)]
+    ("name", "stacked_axes"),
+    [
+        pytest.param("velo", 0, marks=pytest.mark.nightly),
+        ("velo", 1),
+        ("small_fc_lopt", 0),
+        pytest.param("celo2", 1, marks=pytest.mark.nightly),
+    ],
 )
 def test_turns_change_nothing(name, stacked_axes, monkeypatch):
     """Updates and state of a step with turns and without, some leaves alike and some not."""

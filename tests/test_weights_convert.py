@@ -36,7 +36,7 @@ ARCHITECTURES |= dict.fromkeys(
     (f"adafac_mlp_lopt{variant}" for variant in ("", "_decays", "_separate_weights")),
     "small_fc_lopt",
 )
-ARCHITECTURES |= {"mlp_lopt": "mlp_lopt"}
+ARCHITECTURES |= {"mlp_lopt": "mlp_lopt", "celo_random": "celo", "celo_adam_random": "celo_adam"}
 ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
 
 

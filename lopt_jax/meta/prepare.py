@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lopt_jax import cli
+
 MANIFEST = "manifest.json"
 CLIPART_SIDE = 32
 
@@ -381,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = prepare(name, options.out, options.packages)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
     except (ValueError, OSError, ImportError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"prepare: {cli.message(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -12,7 +12,7 @@ import jax
 LEARNED, ADAMW = "learned", "adamw"
 LAST_TWO = "last_two"
 
-LabelFn = Callable[[Any, Any], str]  # from path and leaf to one of the two
+LabelFn = Callable[[Any, Any], str | None]  # from path and leaf to one of the two; None: as found
 # from path and leaf to rows and columns, each an axis or several; None: as without the function
 MatrixAxes = Callable[[Any, Any], Any] | Literal["last_two"] | None
 

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 
+from lopt_jax import cli
 from lopt_jax.meta.scale import contenders as contenders_module
 from lopt_jax.meta.scale import run
 from lopt_jax.meta.scale.contenders import CONTENDERS, Contender
@@ -295,8 +297,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw the curves")
 
 
+def command(arguments: Sequence[str] | None = None) -> int:
+    """The command line `python -m lopt_jax.meta.scale`.
+
+    Args:
+      arguments: without the program's name; those of the process where None.
+
+    Returns:
+      0; 2 after an error of the user or of a file, which is printed as one message.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m lopt_jax.meta.scale", description="The scale suite."
+    )
+    add_arguments(parser)
+    try:
+        return main(parser.parse_args(arguments))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"scale: {cli.message(error)}", file=sys.stderr)
+        return 2
+
+
 def main(options: argparse.Namespace) -> int:
-    """Runs the suite, then prints its table and draws its plot."""
+    """Runs the suite, then prints its table and draws its plot.
+
+    Raises:
+      ValueError: an unknown optimizer, or no records to show.
+      ImportError, OSError: a package or prepared data is missing; the message says how to get it.
+    """
     from lopt_jax.meta.scale import report
 
     unknown = [name for name in options.optimizers.split(",") if name not in CONTENDERS]
@@ -306,6 +333,8 @@ def main(options: argparse.Namespace) -> int:
         )
     out = options.out or options.records
     records = read_records(options.records)
+    if options.show and not records:
+        raise ValueError(f"--records: expected records to show, found none in {options.records}.")
     complete = options.show or run_suite(
         list(_chosen(options.tasks)),
         options.optimizers.split(","),
