@@ -318,6 +318,35 @@ def alike_vectors(
     return [members for alike in kinds.values() for members in alike if len(members) > 1]
 
 
+def pad_vectors(
+    groups: Sequence[Group],
+    inputs: Sequence[TensorArrays],
+    on_kernels: Sequence[bool],
+    vectors: Sequence[Sequence[int]],
+) -> tuple[list[Group], list[TensorArrays], list[bool]]:
+    """The groups, where the kernels take vectors of different lengths as one padded group.
+
+    Args:
+      groups: the groups.
+      inputs: their arrays.
+      on_kernels: for each, whether the kernels update it.
+      vectors: of `alike_vectors`.
+
+    Returns:
+      Groups, arrays, and whether the kernels update them.
+    """
+    first = {members[0]: members for members in vectors if on_kernels[members[0]]}
+    gone = {i for members in first.values() for i in members[1:]}
+    kept = [i for i in range(len(groups)) if i not in gone]
+    joined = [
+        join_vectors([groups[k] for k in first[i]], [inputs[k] for k in first[i]])
+        if i in first
+        else (groups[i], inputs[i])
+        for i in kept
+    ]
+    return [x for x, _ in joined], [x for _, x in joined], [on_kernels[i] for i in kept]
+
+
 def join_vectors(
     groups: Sequence[Group], inputs: Sequence[TensorArrays]
 ) -> tuple[Group, TensorArrays]:

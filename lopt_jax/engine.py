@@ -20,9 +20,9 @@ from lopt_jax.batches import (
     Run,
     alike_vectors,
     gather,
-    join_vectors,
     make_groups,
     make_runs,
+    pad_vectors,
     scatter,
 )
 from lopt_jax.compiler.slices import opaque_zero, part_taker
@@ -91,14 +91,7 @@ def first_pass(
     inputs = [gather(group, tensors, leaves, tracing.is_local) for group in groups]
     vectors = alike_vectors(groups, inputs, tracing.is_local)
     chosen = choose_backend(rule, backend, tracing, groups, inputs, vectors)
-    for members in vectors:
-        if chosen[members[0]]:
-            joined = join_vectors([groups[i] for i in members], [inputs[i] for i in members])
-            groups[members[0]], inputs[members[0]] = joined
-    gone = {i for members in vectors if chosen[members[0]] for i in members[1:]}
-    kept = [i for i in range(len(groups)) if i not in gone]
-    groups, inputs = [groups[i] for i in kept], [inputs[i] for i in kept]
-    on_kernels = [chosen[i] for i in kept]
+    groups, inputs, on_kernels = pad_vectors(groups, inputs, chosen, vectors)
     inputs = [
         x if on else xla.joined_once(tracing, x, len(group.leaves))
         for x, on, group in zip(inputs, on_kernels, groups, strict=True)
@@ -163,20 +156,9 @@ def second_pass(
     gradients = [x.gradient for x in prepared.inputs]
     # the smallest is the least likely to be split
     zero = opaque_zero(tracing, min(gradients, key=lambda x: x.size)) if gradients else None
-    results: dict[int, TensorUpdate] = {}  # of each group
-    order, new_statistics = [], []
     small = xla.joined_runs(rule, tracing, runs, groups, networks, settings)
-    if small:
-        members = [runs[i].members[0] for i in small]
-        updates = xla.small_updates(
-            rule,
-            tracing.platform,
-            [prepared.inputs[i] for i in members],
-            [prepared.moments[i][0].moments for i in small],
-            decays,
-            [replace(settings, statistics=None).rows(groups[i].tensors) for i in members],
-        )
-        results |= dict(zip(members, updates, strict=True))
+    results = _updated_together(rule, prepared, small, decays, settings)  # of each group
+    order, new_statistics = [], []
     for i, (run, moments) in enumerate(zip(runs, prepared.moments, strict=True)):
         if i in small:
             continue
@@ -204,6 +186,25 @@ def second_pass(
         )
     updates, accumulators = _trees(rule, prepared, results, zero)
     return updates, accumulators, statistics
+
+
+def _updated_together(
+    rule: Rule, prepared: Prepared, runs: Sequence[int], decays: Decays, settings: TensorSettings
+) -> dict[int, TensorUpdate]:
+    """Results of runs of one group of small tensors each, whose network runs once for all."""
+    if not runs:
+        return {}
+    members = [prepared.runs[i].members[0] for i in runs]
+    settings = replace(settings, statistics=None)
+    updates = xla.small_updates(
+        rule,
+        prepared.tracing.platform,
+        [prepared.inputs[k] for k in members],
+        [prepared.moments[i][0].moments for i in runs],
+        decays,
+        [settings.rows(prepared.groups[k].tensors) for k in members],
+    )
+    return dict(zip(members, updates, strict=True))
 
 
 def _by_tensor(arrays: Sequence[jax.Array], order: Sequence[int], default: jax.Array) -> jax.Array:

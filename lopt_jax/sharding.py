@@ -476,6 +476,7 @@ def _checked(
             "leaf. Inside distributed it would see the shard of one device in place of the tensor. "
             "Use lopt_jax.sharding.clip_by_global_norm for optax.clip_by_global_norm, and "
             "lopt_jax.sharding.apply_if_finite for optax.apply_if_finite; apply others to averaged "
-            "gradients, without distributed."
+            "gradients, without distributed. (If it is a function of lopt_jax, a wrapper around it "
+            "loses extra arguments, as optax.MultiSteps inside of a chain does, or changes states.)"
         ) from None
     return jax.tree.structure(shape).unflatten(jax.extend.core.jaxpr_as_fun(closed)(*flat))

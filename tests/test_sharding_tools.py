@@ -363,6 +363,23 @@ def test_distributed_refuses_what_moves_elements(primitive, function):
         )
 
 
+def test_distributed_refuses_what_a_wrapper_kept_from_knowing_of_shards(small_limits):
+    """Taken for whole tensors, shards would be updated wrongly without a word."""
+    tx, params = small_fc(), {"a": np.ones((8, 24), np.float32)}
+    treedef = jax.tree.structure(jax.eval_shape(tx.init, params))
+
+    def update(updates, state, params):  # of arrays alone, whatever else a state says
+        new, state = tx.update(updates, treedef.unflatten(jax.tree.leaves(state)), params)
+        return new, state
+
+    clip = optax.chain(sharding.clip_by_global_norm(1.0), tx)
+    lossy = optax.GradientTransformation(clip.init, lambda *trees: clip.update(*trees))
+    gradients = {"a": np.ones((8, 8, 24), np.float32)}
+    for unaware in (optax.GradientTransformation(tx.init, update), lossy):
+        with pytest.raises(NotImplementedError, match="loses extra arguments"):
+            run_distributed(unaware, params, gradients)
+
+
 def test_distributed_refuses_stacked_axes_it_was_not_told_of(small_limits):
     params = {"layers": np.ones((8, 4, 4), np.float32)}
     parts = {"layers": np.ones((8, 8, 4, 4), np.float32)}
