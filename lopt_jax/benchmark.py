@@ -219,7 +219,7 @@ def _muon(backend: str) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(muon)
 
 
-def _label_of_matrices(path: Any, leaf: Any) -> str | None:
+def _label_of_matrices(path: Any, leaf: Any) -> Any:
     """For `lopt`, which finds the labels of vectors itself: `label` of everything else."""
     return label(path, leaf) if leaf.ndim >= 2 else None
 

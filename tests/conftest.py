@@ -102,3 +102,7 @@ _cache = tempfile.TemporaryDirectory(prefix="lopt_jax_tests_", ignore_cleanup_er
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure():
+    _cache.cleanup()
