@@ -16,6 +16,7 @@ from lopt_jax.optimizers.learnable import learnable_adam, learnable_sgd, learnab
 from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.optimizers.mlp_lopt import mlp_lopt
 from lopt_jax.optimizers.mulo import mulo
+from lopt_jax.optimizers.nn_adam import nn_adam
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
 from lopt_jax.packing import pack_state, packed, unpack_state
@@ -78,6 +79,7 @@ __all__ = [
     "mlp_lopt",
     "mulo",
     "mup",
+    "nn_adam",
     "pack_state",
     "packed",
     "plot",

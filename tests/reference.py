@@ -129,6 +129,12 @@ def _mlp_lopt(name: str, **options: Any) -> optax.GradientTransformationExtraArg
     return lopt_jax.mlp_lopt(weights(name, step_mult=0.01), **options)
 
 
+def _nn_adam(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    kwargs = config(name)["kwargs"]
+    settings = {key: kwargs[key] for key in ("output_scale", "decay_strength")}
+    return lopt_jax.nn_adam(weights(name, **settings), **options)
+
+
 def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return getattr(lopt_jax, name)(weights(name), **options)
 
@@ -152,6 +158,8 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "learnable_sgdm": _plain,
     "learnable_adam": _plain,
     "velo_s": _velo,
+    "nn_adam": _nn_adam,
+    "nn_adam_decay": _nn_adam,
     "mlp_lopt": _mlp_lopt,
     "adafac_mlp_lopt": _adafac,
     "adafac_mlp_lopt_decays": _adafac,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller
+from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.weights.schema import complete_config, schema_of
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
@@ -178,12 +179,12 @@ def imagined_multipliers(architecture: str, params: dict[str, Any], inputs: jax.
       (length, tensors).
     """
 
-    def step(state: controller.LSTMState, x: jax.Array) -> tuple[controller.LSTMState, jax.Array]:
+    def step(state: LSTMState, x: jax.Array) -> tuple[LSTMState, jax.Array]:
         controls = controller.run_lstm(params, x, state)
         raw = controls.step_size
         return controls.state, raw if architecture == "velo" else 0.1 * jnp.exp(raw)
 
-    return jax.lax.scan(step, controller.init_lstm(params, inputs.shape[1]), inputs)[1]
+    return jax.lax.scan(step, init_lstm(params["lstm"], inputs.shape[1]), inputs)[1]
 
 
 def fit_schedule(

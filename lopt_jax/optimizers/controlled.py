@@ -11,6 +11,7 @@ import optax
 
 from lopt_jax import controller, engine
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
 from lopt_jax.products import may_work
@@ -25,7 +26,7 @@ class ControlledState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
     statistics: Statistics | None  # of the accumulators, a row a tensor; None: not read
-    lstm: controller.LSTMState
+    lstm: LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the controller's last: read by diagnostics alone
 
@@ -110,7 +111,7 @@ def controlled(
                 params, options.accumulator_dtypes(config), factored, stacked_axes
             ),
             statistics=statistics if rule.accumulator_statistics else None,
-            lstm=controller.init_lstm(weights.params, tensors),
+            lstm=init_lstm(weights.params["lstm"], tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
         )

@@ -1,0 +1,244 @@
+"""nn_adam: Adam whose hyperparameters an LSTM moves, tensor by tensor, from step to step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lopt_jax import tensorwise
+from lopt_jax.accumulators import Accumulators
+from lopt_jax.groups import GroupInputs
+from lopt_jax.lstm import LSTMState, init_lstm, lstm_cell, rows
+from lopt_jax.optimizers import common
+from lopt_jax.optimizers.adam import AdamSettings, adam_step
+from lopt_jax.partition import Partition
+from lopt_jax.products import product
+from lopt_jax.reductions import means
+from lopt_jax.rule import TensorUpdate
+from lopt_jax.tensors import StackedAxes, count_tensors, init_accumulators, ranks_of_tensors
+from lopt_jax.weights import WeightsLike, resolve
+
+
+class Hyperparameters(NamedTuple):
+    """Adam's hyperparameters of every tensor, each (tensors,)."""
+
+    learning_rate: jax.Array
+    beta1: jax.Array
+    beta2: jax.Array
+    epsilon: jax.Array
+
+
+class NNAdamState(NamedTuple):
+    """State of nn_adam."""
+
+    count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
+    accumulators: Accumulators  # momentum and second moment alone: trees like the params
+    lstm: LSTMState
+    logarithms: Hyperparameters  # a tenth of the logarithm: of one minus beta where it is a beta
+
+
+class _Statistics(NamedTuple):
+    """Of one tensor or of all: means and variances."""
+
+    gradient_mean: jax.Array
+    gradient_variance: jax.Array
+    gradient_size: jax.Array  # mean of the absolute values
+    momentum_mean: jax.Array
+    momentum_variance: jax.Array
+    second_moment_mean: jax.Array
+    second_moment_variance: jax.Array
+    parameter_mean: jax.Array
+    parameter_variance: jax.Array
+
+
+@common.described
+def nn_adam(
+    weights: WeightsLike,
+    *,
+    learning_rate: common.ScalarOrSchedule = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any = None,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",
+    stacked_axes: StackedAxes = None,
+    backend: str = "auto",
+    precision: str = "highest",
+) -> optax.GradientTransformationExtraArgs:
+    """Adam, whose learning rate, betas and epsilon an LSTM moves for every tensor by itself.
+
+    Args:
+      weights: a path to a checkpoint, or `Weights`. None are published.
+      learning_rate: multiplies the learned one; a number or an optax schedule.
+      weight_decay: decoupled weight decay, scaled by `learning_rate` as in `optax.adamw`.
+      weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
+      accumulator_dtype: dtype of momentum and second moment in the state, by the betas that
+        meta-training starts from; averages that it cannot hold stay float32.
+      stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
+      backend: "auto", "xla" or "pallas"; XLA fuses the rule, all three run that.
+      precision: as `small_fc_lopt`'s; the LSTM's products are float32, so it changes nothing.
+
+    Returns:
+      An optax transformation. It does not read the loss.
+
+    Raises:
+      WeightsError: the weights are missing, damaged, or of another architecture.
+      TypeError, ValueError: an argument is wrong; the message names it.
+
+    Reference:
+      google/learned_optimization, `learned_optimizers/nn_adam.py`, `NNAdam`.
+    """
+    options = common.Options(
+        learning_rate,
+        weight_decay,
+        weight_decay_mask,
+        accumulator_dtype,
+        stacked_axes,
+        backend,
+        precision,
+    )
+    weights = resolve(weights, ("nn_adam",))
+    config = weights.config
+
+    def init(params: Any) -> NNAdamState:
+        options.say_stacks(params)
+        tensors = count_tensors(params, stacked_axes)
+        dtypes = options.accumulator_dtypes(config)
+        return NNAdamState(
+            count=jnp.zeros((), jnp.int32),
+            accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
+            lstm=init_lstm(weights.params["lstm"], tensors),
+            logarithms=jax.tree.map(lambda x: rows(x, tensors), _initial(weights.params)),
+        )
+
+    def update(
+        meta_parameters: Any, gradients: Any, state: NNAdamState, params: Any, value: Any
+    ) -> tuple[Any, NNAdamState]:
+        del value
+        now = _values(state.logarithms)
+        rate, decay = options.rates(state.count, params)
+        scale = rate * now.learning_rate * (1 + now.epsilon)
+        prepared = tensorwise.grouped(gradients, params, state.accumulators, stacked_axes)
+        own = (now, scale, jnp.broadcast_to(decay, scale.shape))
+        results = tensorwise.over_tensors(prepared, _step_of_tensor, own, ())
+        statistics = tensorwise.by_tensor(prepared, results, _Statistics(*[jnp.zeros((1,))] * 9))
+        ranks = ranks_of_tensors(params, stacked_axes)
+        inputs = _inputs(statistics, state.logarithms, ranks)
+        lstm = lstm_cell(meta_parameters["lstm"], inputs, state.lstm)
+        controls = meta_parameters["controls"]
+        moves = config["output_scale"] * (product(lstm.hidden, controls["w"]) + controls["b"])
+        moved = Hyperparameters(*(x + moves[:, i] for i, x in enumerate(state.logarithms)))
+        back = lambda x, start: x - config["decay_strength"] * (x - start)  # noqa: E731
+        moved = jax.tree.map(back, moved, _initial(meta_parameters))
+        updates, accumulators = tensorwise.as_trees(prepared, results)
+        new = tensorwise.where_updated(
+            prepared, (lstm, _logarithms(_values(moved))), (state.lstm, state.logarithms)
+        )
+        return updates, NNAdamState(optax.safe_increment(state.count), accumulators, *new)
+
+    return common.transformation(init, update, weights.params, NNAdamState)
+
+
+def _initial(meta_parameters: Any) -> Hyperparameters:
+    """The learned hyperparameters that every tensor starts with, as in the state."""
+    return Hyperparameters(**meta_parameters["initial"])
+
+
+def _values(logarithms: Hyperparameters) -> Hyperparameters:
+    """The hyperparameters from what the state holds, within their bounds."""
+    of_decay = lambda x: 1 - jnp.exp(jnp.clip(10 * x, -10, 0))  # noqa: E731
+    return Hyperparameters(
+        learning_rate=jnp.clip(jnp.exp(10 * logarithms.learning_rate), 1e-8, 1e3),
+        beta1=of_decay(logarithms.beta1),
+        beta2=of_decay(logarithms.beta2),
+        epsilon=jnp.clip(jnp.exp(10 * logarithms.epsilon), 1e-11, 1e4),
+    )
+
+
+def _logarithms(values: Hyperparameters) -> Hyperparameters:
+    """What the state holds of hyperparameters.
+
+    Of one minus a rounded beta the logarithm is off by up to 7e-4: the original's is, too, and the
+    LSTM was meta-trained with it.
+    """
+    return Hyperparameters(
+        learning_rate=0.1 * jnp.log(values.learning_rate),
+        beta1=0.1 * jnp.log(1 - values.beta1),
+        beta2=0.1 * jnp.log(1 - values.beta2),
+        epsilon=0.1 * jnp.log(values.epsilon),
+    )
+
+
+def _step_of_tensor(
+    partition: Partition | None, x: GroupInputs, own: Any, shared: Any
+) -> TensorUpdate:
+    """Adam without bias correction on one tensor, and what the LSTM reads of it."""
+    del shared
+    (values, scale, decay), old = own, x.accumulators
+    settings = AdamSettings(
+        betas=(values.beta1, values.beta2),
+        epsilon=values.epsilon,
+        root_epsilon=1e-10,
+        bias_correction=False,
+    )
+    made = adam_step(settings, x.gradient, old.momentum[0], old.second_moment, jnp.int32(0))
+    parameter = common.to_float32(x.parameter)
+    clip = common.GRADIENT_CLIP
+    gradient = jnp.clip(common.to_float32(x.gradient), -clip, clip)
+    accumulators = old._replace(momentum=(made.momentum,), second_moment=made.second_moment)
+    statistics = _statistics(
+        partition,
+        gradient,
+        made.momentum.astype(made.step.dtype),
+        made.second_moment.astype(made.step.dtype),
+        parameter,
+    )
+    return TensorUpdate(-(scale * made.step + decay * parameter), accumulators, statistics)
+
+
+def _statistics(
+    partition: Partition | None,
+    gradient: jax.Array,
+    momentum: jax.Array,
+    second_moment: jax.Array,
+    parameter: jax.Array,
+) -> _Statistics:
+    axes = range(gradient.ndim)
+    arrays = (gradient, momentum, second_moment, parameter)
+    *centres, size = means((*arrays, jnp.abs(gradient)), axes, partition)
+    squares = [jnp.square(x - c) for x, c in zip(arrays, centres, strict=True)]
+    variances = means(squares, axes, partition)
+    g, m, v, p = ((c.reshape(()), s.reshape(())) for c, s in zip(centres, variances, strict=True))
+    return _Statistics(*g, size.reshape(()), *m, *v, *p)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5, 5)
+
+
+def _inputs(x: _Statistics, logarithms: Hyperparameters, ranks: np.ndarray) -> jax.Array:
+    """The LSTM's inputs, in the order of the original, its alphabetical names: (tensors, 19)."""
+    place = jax.tree.map(lambda x: jnp.clip(x, -5, 5) / 5, logarithms)
+    flag = lambda is_so: jnp.where(is_so, 1.0, -1.0)  # noqa: E731
+    columns = [
+        place.beta1,
+        place.beta2,
+        place.epsilon,
+        flag(ranks == 1),
+        flag(ranks == 0),
+        place.learning_rate,
+        _magnitude(x.gradient_mean),
+        jnp.sign(x.gradient_mean),
+        _magnitude(x.gradient_size),
+        _magnitude(x.momentum_mean),
+        jnp.sign(x.momentum_mean),
+        _magnitude(x.parameter_mean),
+        jnp.sign(x.parameter_mean),
+        _magnitude(x.second_moment_mean),
+        jnp.sign(x.second_moment_mean),
+        _magnitude(x.gradient_variance),
+        _magnitude(x.momentum_variance),
+        _magnitude(x.parameter_variance),
+        _magnitude(x.second_moment_variance),
+    ]
+    return jnp.stack(columns, axis=1)
