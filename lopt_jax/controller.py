@@ -16,6 +16,7 @@ import numpy as np
 from lopt_jax.lstm import LSTMState, lstm_cell
 from lopt_jax.products import product
 from lopt_jax.rule import MLP, Statistics
+from lopt_jax.rules.tensor_statistics import log_magnitude
 
 LOSS_DECAYS = 10
 FRACTION_SCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -110,7 +111,7 @@ def fraction_features(count: jax.Array, num_steps: jax.Array | float) -> jax.Arr
 
 
 def _log_magnitude(x: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.log(1e-8 + jnp.abs(x * 10.0)), -5, 5) * 0.5
+    return log_magnitude(x * 10.0) * 0.5
 
 
 def tensor_features(

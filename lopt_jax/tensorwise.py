@@ -1,15 +1,15 @@
 """Runs a function of one tensor over all tensors of a tree, whole or in shards.
 
 It is for rules other than the per-parameter networks that `lopt_jax.engine` knows. The tensors are
-grouped and split as they are there.
+grouped and split as they are there. Tensors without gradient or without elements take no part: what
+is said here of all tensors is said of those that do.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax import engine, xla
@@ -18,12 +18,20 @@ from lopt_jax.features import FeatureSet
 from lopt_jax.groups import Group, GroupDims, GroupInputs, scatter
 from lopt_jax.partition import Partition, spread
 from lopt_jax.rows import in_order, part_taker, take_rows, unknown_zero
-from lopt_jax.rule import Rule, TensorUpdate
+from lopt_jax.rule import Rule
 from lopt_jax.tensors import StackedAxes, number_of
 
-# (partition, arrays of a tensor, what the tensor has of its own, what all share) -> its results;
-# update and accumulators may be None, statistics are a tree of arrays with one row a tensor
-OfTensor = Callable[[Partition | None, GroupInputs, Any, Any], TensorUpdate]
+
+class Result(NamedTuple):
+    """What is made of one tensor, or of a group's with a leading axis of tensors."""
+
+    update: Any  # to be added to the parameter; None where there is none
+    accumulators: Any  # in their dtypes; None where there is no update
+    numbers: Any  # tree of arrays: what the tensor has of its own
+
+
+# (partition, arrays of a tensor, what the tensor has of its own, what all share) -> its result
+OfTensor = Callable[[Partition | None, GroupInputs, Any, Any], Result]
 
 _NO_NETWORK = Rule(FeatureSet((), ()))
 _GUIDES = (2, 1)  # the first accumulator and the parameter decide how a group is split
@@ -32,7 +40,7 @@ _GUIDES = (2, 1)  # the first accumulator and the parameter decide how a group i
 def grouped(
     gradients: Any, params: Any, accumulators: Accumulators, stacked_axes: StackedAxes
 ) -> engine.Prepared:
-    """The tensors of a tree that have gradients and elements, in groups of one shape.
+    """The tensors of a tree, in groups of one shape.
 
     Args:
       gradients: tree like params; None where a parameter has no gradient.
@@ -49,42 +57,64 @@ def grouped(
     return engine.first_pass(_NO_NETWORK, gradients, params, accumulators, stacked_axes, "xla")
 
 
+def positions(prepared: engine.Prepared) -> np.ndarray:
+    """Where the tensors are among those of the whole tree, in its order."""
+    return np.sort(np.asarray([k for group in prepared.groups for k in group.tensors], int))
+
+
+def taken(prepared: engine.Prepared, tree: Any) -> Any:
+    """The rows of the tensors, from arrays with a row for each of the whole tree."""
+    own = positions(prepared)
+    return tree if len(own) == number_of(prepared.tensors) else take_rows(tree, own)
+
+
+def put_back(prepared: engine.Prepared, old: Any, new: Any) -> Any:
+    """The inverse of `taken`: the new rows of the tensors, and the old ones of the others."""
+    own = positions(prepared)
+    if len(own) == number_of(prepared.tensors):
+        return new
+    return jax.tree.map(lambda x, rows: x.at[own].set(rows), old, new)
+
+
 def over_tensors(
     prepared: engine.Prepared, function: OfTensor, own: Any, shared: Any
-) -> list[TensorUpdate]:
+) -> list[Result]:
     """Runs a function of one tensor over groups of them.
 
     Args:
       prepared: of `grouped`.
       function: of one tensor; it takes sums over shards through `lopt_jax.reductions`.
-      own: tree of arrays with a leading axis of all the tree's tensors.
+      own: tree of arrays with a row a tensor.
       shared: tree of arrays.
 
     Returns:
       The results of each group, with a leading axis of its tensors.
     """
+    of_all = positions(prepared)
     return [
-        _over_group(function, group, inputs, take_rows(own, group.tensors), shared)
+        _over_group(
+            function, group, inputs, take_rows(own, np.searchsorted(of_all, group.tensors)), shared
+        )
         for group, inputs in zip(prepared.groups, prepared.inputs, strict=True)
     ]
 
 
 def _over_group(
     function: OfTensor, group: Group, inputs: GroupInputs, own: Any, shared: Any
-) -> TensorUpdate:
+) -> Result:
     dims = GroupDims.of(group)
 
     def run(
         partitions: Sequence[Partition | None], inputs: GroupInputs, own: Any, shared: Any
-    ) -> TensorUpdate:
+    ) -> Result:
         of_tensor = functools.partial(function, partitions[0])
         return xla.over_tensors(of_tensor, inputs, own, shared, in_axes=(0, 0, None))
 
-    def result_dims(result: TensorUpdate) -> TensorUpdate:
-        return TensorUpdate(
+    def result_dims(result: Result) -> Result:
+        return Result(
             None if result.update is None else dims.elementwise,
             None if result.update is None else dims.accumulators(result.accumulators),
-            dims.by_tensor(result.statistics),
+            dims.by_tensor(result.numbers),
         )
 
     return spread(
@@ -100,35 +130,22 @@ def _over_group(
     )
 
 
-def by_tensor(prepared: engine.Prepared, results: Sequence[TensorUpdate], default: Any) -> Any:
-    """The statistics of all tensors.
+def numbers(prepared: engine.Prepared, results: Sequence[Result]) -> Any:
+    """The numbers of all tensors: the tree of arrays, each with a row a tensor.
 
     Args:
-      prepared: of `grouped`.
+      prepared: of `grouped`; there is a tensor.
       results: of `over_tensors`.
-      default: a tree like the statistics, whose arrays broadcast against those of all tensors: what
-        tensors without gradient or without elements have.
-
-    Returns:
-      The tree, each array with a leading axis of all the tree's tensors.
     """
-    count = number_of(prepared.tensors)
-    pieces = [
-        (group.tensors, result.statistics)
-        for group, result in zip(prepared.groups, results, strict=True)
-    ]
-    if sum(len(positions) for positions, _ in pieces) == count and pieces:
-        return in_order(pieces)
-    spread_out = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)[1:]))  # noqa: E731
-    out = jax.tree.map(spread_out, default)
-    for positions, rows in pieces:
-        out = jax.tree.map(lambda x, new, k=positions: x.at[np.asarray(k)].set(new), out, rows)
-    return out
+    return in_order(
+        [
+            (group.tensors, result.numbers)
+            for group, result in zip(prepared.groups, results, strict=True)
+        ]
+    )
 
 
-def as_trees(
-    prepared: engine.Prepared, results: Sequence[TensorUpdate]
-) -> tuple[Any, Accumulators]:
+def as_trees(prepared: engine.Prepared, results: Sequence[Result]) -> tuple[Any, Accumulators]:
     """Updates and accumulators as trees like the params.
 
     Args:
@@ -150,22 +167,3 @@ def as_trees(
     ]
     accumulators = prepared.accumulators_treedef.unflatten(jax.tree.leaves(out.accumulators))
     return prepared.treedef.unflatten(updates), accumulators
-
-
-def where_updated(prepared: engine.Prepared, new: Any, old: Any) -> Any:
-    """What is kept of every tensor: the old rows of those without gradient or without elements.
-
-    Args:
-      prepared: of `grouped`.
-      new: tree of arrays with a leading axis of all the tree's tensors.
-      old: the same tree, before this step.
-
-    Returns:
-      The tree.
-    """
-    updated = np.zeros((number_of(prepared.tensors),), bool)
-    updated[[k for group in prepared.groups for k in group.tensors]] = True
-    if updated.all():
-        return new
-    chosen = lambda x, y: jnp.where(updated.reshape((-1, *(1,) * (x.ndim - 1))), x, y)  # noqa: E731
-    return jax.tree.map(chosen, new, old)

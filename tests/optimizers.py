@@ -88,6 +88,18 @@ OPTIMIZERS = {
     "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
     "mlp_lopt": Case(lopt_jax.mlp_lopt, "mlp_lopt", MLP),
     "nn_adam": Case(lopt_jax.nn_adam, "nn_adam", {"lstm_hidden_size": 4}),
+    "rnn_mlp_lopt": Case(
+        lopt_jax.rnn_mlp_lopt,
+        "rnn_mlp_lopt",
+        {
+            **MLP,
+            "lstm_hidden_size": 4,
+            "from_mlp_size": 2,
+            "from_lstm_size": 3,
+            "lstm_to_mlp_size": 4,
+        },
+        reads_loss=True,
+    ),
     "learnable_sgd": Case(lopt_jax.learnable_sgd, "learnable_sgd"),
     "learnable_sgdm": Case(lopt_jax.learnable_sgdm, "learnable_sgdm"),
     "learnable_adam": Case(lopt_jax.learnable_adam, "learnable_adam"),

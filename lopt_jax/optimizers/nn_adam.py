@@ -15,9 +15,18 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.partition import Partition
 from lopt_jax.products import product
-from lopt_jax.reductions import means
-from lopt_jax.rule import TensorUpdate
-from lopt_jax.tensors import StackedAxes, count_tensors, init_accumulators, ranks_of_tensors
+from lopt_jax.rules.tensor_statistics import (
+    MeanAndVariance,
+    log_magnitude,
+    tensor_statistics,
+)
+from lopt_jax.tensors import (
+    StackedAxes,
+    count_tensors,
+    init_accumulators,
+    number_of,
+    ranks_of_tensors,
+)
 from lopt_jax.weights import WeightsLike, resolve
 
 
@@ -40,17 +49,13 @@ class NNAdamState(NamedTuple):
 
 
 class _Statistics(NamedTuple):
-    """Of one tensor or of all: means and variances."""
+    """What the LSTM reads of one tensor or of all."""
 
-    gradient_mean: jax.Array
-    gradient_variance: jax.Array
+    gradient: MeanAndVariance  # clipped
+    momentum: MeanAndVariance
+    second_moment: MeanAndVariance
+    parameter: MeanAndVariance  # before the step
     gradient_size: jax.Array  # mean of the absolute values
-    momentum_mean: jax.Array
-    momentum_variance: jax.Array
-    second_moment_mean: jax.Array
-    second_moment_variance: jax.Array
-    parameter_mean: jax.Array
-    parameter_variance: jax.Array
 
 
 @common.described
@@ -115,26 +120,25 @@ def nn_adam(
         meta_parameters: Any, gradients: Any, state: NNAdamState, params: Any, value: Any
     ) -> tuple[Any, NNAdamState]:
         del value
-        now = _values(state.logarithms)
-        rate, decay = options.rates(state.count, params)
-        scale = rate * now.learning_rate * (1 + now.epsilon)
+        count = optax.safe_increment(state.count)
         prepared = tensorwise.grouped(gradients, params, state.accumulators, stacked_axes)
-        own = (now, scale, jnp.broadcast_to(decay, scale.shape))
-        results = tensorwise.over_tensors(prepared, _step_of_tensor, own, ())
-        statistics = tensorwise.by_tensor(prepared, results, _Statistics(*[jnp.zeros((1,))] * 9))
-        ranks = ranks_of_tensors(params, stacked_axes)
-        inputs = _inputs(statistics, state.logarithms, ranks)
-        lstm = lstm_cell(meta_parameters["lstm"], inputs, state.lstm)
-        controls = meta_parameters["controls"]
-        moves = config["output_scale"] * (product(lstm.hidden, controls["w"]) + controls["b"])
-        moved = Hyperparameters(*(x + moves[:, i] for i, x in enumerate(state.logarithms)))
-        back = lambda x, start: x - config["decay_strength"] * (x - start)  # noqa: E731
-        moved = jax.tree.map(back, moved, _initial(meta_parameters))
+        if not prepared.groups:
+            return tensorwise.as_trees(prepared, [])[0], state._replace(count=count)
+        old = state.lstm, state.logarithms
+        old_lstm, logarithms = tensorwise.taken(prepared, old)
+        now = _values(logarithms)
+        rate, decay = options.rates(state.count, params)
+        decay = jnp.broadcast_to(decay, (number_of(prepared.tensors),))
+        scale = rate * now.learning_rate * (1 + now.epsilon)
+        own = (now, scale, tensorwise.taken(prepared, decay))
+        results = tensorwise.over_tensors(prepared, _step_of_tensor, own, shared=())
+        ranks = ranks_of_tensors(params, stacked_axes)[tensorwise.positions(prepared)]
+        inputs = _inputs(tensorwise.numbers(prepared, results), logarithms, ranks)
+        lstm = lstm_cell(meta_parameters["lstm"], inputs, old_lstm)
+        moved = _moved(meta_parameters, config, logarithms, lstm.hidden)
         updates, accumulators = tensorwise.as_trees(prepared, results)
-        new = tensorwise.where_updated(
-            prepared, (lstm, _logarithms(_values(moved))), (state.lstm, state.logarithms)
-        )
-        return updates, NNAdamState(optax.safe_increment(state.count), accumulators, *new)
+        new = tensorwise.put_back(prepared, old, (lstm, moved))
+        return updates, NNAdamState(count, accumulators, *new)
 
     return common.transformation(init, update, weights.params, NNAdamState)
 
@@ -142,6 +146,17 @@ def nn_adam(
 def _initial(meta_parameters: Any) -> Hyperparameters:
     """The learned hyperparameters that every tensor starts with, as in the state."""
     return Hyperparameters(**meta_parameters["initial"])
+
+
+def _moved(
+    meta_parameters: Any, config: Any, logarithms: Hyperparameters, hidden: jax.Array
+) -> Hyperparameters:
+    """The logarithms after the LSTM's moves, pulled back to the initial ones, within bounds."""
+    controls = meta_parameters["controls"]
+    moves = config["output_scale"] * (product(hidden, controls["w"]) + controls["b"])
+    moved = Hyperparameters(*(x + moves[:, i] for i, x in enumerate(logarithms)))
+    back = lambda x, start: x - config["decay_strength"] * (x - start)  # noqa: E731
+    return _logarithms(_values(jax.tree.map(back, moved, _initial(meta_parameters))))
 
 
 def _values(logarithms: Hyperparameters) -> Hyperparameters:
@@ -171,7 +186,7 @@ def _logarithms(values: Hyperparameters) -> Hyperparameters:
 
 def _step_of_tensor(
     partition: Partition | None, x: GroupInputs, own: Any, shared: Any
-) -> TensorUpdate:
+) -> tensorwise.Result:
     """Adam without bias correction on one tensor, and what the LSTM reads of it."""
     del shared
     (values, scale, decay), old = own, x.accumulators
@@ -182,44 +197,23 @@ def _step_of_tensor(
         bias_correction=False,
     )
     made = adam_step(settings, x.gradient, old.momentum[0], old.second_moment, jnp.int32(0))
-    parameter = common.to_float32(x.parameter)
-    clip = common.GRADIENT_CLIP
-    gradient = jnp.clip(common.to_float32(x.gradient), -clip, clip)
-    accumulators = old._replace(momentum=(made.momentum,), second_moment=made.second_moment)
-    statistics = _statistics(
-        partition,
-        gradient,
-        made.momentum.astype(made.step.dtype),
-        made.second_moment.astype(made.step.dtype),
-        parameter,
+    wide = lambda x: x.astype(made.step.dtype)  # noqa: E731
+    parameter = wide(x.parameter)
+    gradient = jnp.clip(wide(x.gradient), -common.GRADIENT_CLIP, common.GRADIENT_CLIP)
+    pools = ((gradient,), (wide(made.momentum),), (wide(made.second_moment),), (parameter,))
+    (g, m, v, p), sizes = tensor_statistics(pools, [jnp.abs(gradient)], partition)
+    return tensorwise.Result(
+        -(scale * made.step + decay * parameter),
+        old._replace(momentum=(made.momentum,), second_moment=made.second_moment),
+        _Statistics(g, m, v, p, sizes[0]),
     )
-    return TensorUpdate(-(scale * made.step + decay * parameter), accumulators, statistics)
-
-
-def _statistics(
-    partition: Partition | None,
-    gradient: jax.Array,
-    momentum: jax.Array,
-    second_moment: jax.Array,
-    parameter: jax.Array,
-) -> _Statistics:
-    axes = range(gradient.ndim)
-    arrays = (gradient, momentum, second_moment, parameter)
-    *centres, size = means((*arrays, jnp.abs(gradient)), axes, partition)
-    squares = [jnp.square(x - c) for x, c in zip(arrays, centres, strict=True)]
-    variances = means(squares, axes, partition)
-    g, m, v, p = ((c.reshape(()), s.reshape(())) for c, s in zip(centres, variances, strict=True))
-    return _Statistics(*g, size.reshape(()), *m, *v, *p)
-
-
-def _magnitude(x: jax.Array) -> jax.Array:
-    return 0.5 * jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5, 5)
 
 
 def _inputs(x: _Statistics, logarithms: Hyperparameters, ranks: np.ndarray) -> jax.Array:
     """The LSTM's inputs, in the order of the original, its alphabetical names: (tensors, 19)."""
     place = jax.tree.map(lambda x: jnp.clip(x, -5, 5) / 5, logarithms)
     flag = lambda is_so: jnp.where(is_so, 1.0, -1.0)  # noqa: E731
+    half = lambda x: 0.5 * log_magnitude(x)  # noqa: E731
     columns = [
         place.beta1,
         place.beta2,
@@ -227,18 +221,18 @@ def _inputs(x: _Statistics, logarithms: Hyperparameters, ranks: np.ndarray) -> j
         flag(ranks == 1),
         flag(ranks == 0),
         place.learning_rate,
-        _magnitude(x.gradient_mean),
-        jnp.sign(x.gradient_mean),
-        _magnitude(x.gradient_size),
-        _magnitude(x.momentum_mean),
-        jnp.sign(x.momentum_mean),
-        _magnitude(x.parameter_mean),
-        jnp.sign(x.parameter_mean),
-        _magnitude(x.second_moment_mean),
-        jnp.sign(x.second_moment_mean),
-        _magnitude(x.gradient_variance),
-        _magnitude(x.momentum_variance),
-        _magnitude(x.parameter_variance),
-        _magnitude(x.second_moment_variance),
+        half(x.gradient.mean),
+        jnp.sign(x.gradient.mean),
+        half(x.gradient_size),
+        half(x.momentum.mean),
+        jnp.sign(x.momentum.mean),
+        half(x.parameter.mean),
+        jnp.sign(x.parameter.mean),
+        half(x.second_moment.mean),
+        jnp.sign(x.second_moment.mean),
+        half(x.gradient.variance),
+        half(x.momentum.variance),
+        half(x.parameter.variance),
+        half(x.second_moment.variance),
     ]
     return jnp.stack(columns, axis=1)

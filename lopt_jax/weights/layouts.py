@@ -42,7 +42,7 @@ def _same(*names: str) -> tuple[Field, ...]:
     return tuple(Field((name,), (name,)) for name in names)
 
 
-# `linear`, the first mixing layer of HyperV2, is computed and discarded there: it has no place here.
+# `linear`, the first mixing layer of HyperV2, is computed and discarded there: it is left out.
 _SCHEDULER = (
     *_lstm(),
     *_linear(("mix",), ("rnn_params", "linear_1")),
