@@ -22,7 +22,8 @@ class LossAverage(NamedTuple):
 
 def init_loss_average() -> LossAverage:
     """Averages of no loss."""
-    return LossAverage(jnp.zeros(()), jnp.zeros(()), jnp.zeros((), jnp.int32))
+    zero = lambda dtype: jnp.zeros((), dtype)  # noqa: E731
+    return LossAverage(zero(jnp.float32), zero(jnp.float32), zero(jnp.int32))
 
 
 def update_loss_average(average: LossAverage, loss: jax.Array, decay: float) -> LossAverage:

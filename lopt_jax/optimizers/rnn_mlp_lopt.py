@@ -53,7 +53,7 @@ class RNNMLPLoptState(NamedTuple):
     lstm: LSTMState
     from_mlp: jax.Array  # (tensors, messages), what the LSTM reads next of each tensor
     from_lstm: jax.Array  # (messages,), what it reads next of its own
-    training_loss: LossAverage
+    loss: LossAverage
     validation_loss: LossAverage
     clipper: GradientClipper
 
@@ -120,7 +120,7 @@ def rnn_mlp_lopt(
             lstm=init_lstm(theta["lstm"], tensors),
             from_mlp=rows(theta["initial_from_mlp"], tensors),
             from_lstm=rows(theta["initial_from_lstm"], 1)[0],
-            training_loss=init_loss_average(),
+            loss=init_loss_average(),
             validation_loss=init_loss_average(),
             clipper=init_clipper(),
         )
@@ -130,8 +130,8 @@ def rnn_mlp_lopt(
     ) -> tuple[Any, RNNMLPLoptState]:
         loss = common.require_value("rnn_mlp_lopt", value)
         common.check_alike_on_devices(loss, (gradients, params))
-        training = update_loss_average(state.training_loss, loss, TRAINING_DECAY)
-        state = state._replace(training_loss=training)
+        training = update_loss_average(state.loss, loss, TRAINING_DECAY)
+        state = state._replace(loss=training)
         count = optax.safe_increment(state.count)
         prepared = tensorwise.grouped(gradients, params, state.accumulators, stacked_axes)
         if not prepared.groups:
@@ -243,5 +243,5 @@ def _step_of_tensor(
 
 def _loss_features(state: RNNMLPLoptState, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
     """This loss and the mean validation loss among the training losses, this one included."""
-    normalized = lambda x: normalized_loss(state.training_loss, x, TRAINING_DECAY)  # noqa: E731
+    normalized = lambda x: normalized_loss(state.loss, x, TRAINING_DECAY)  # noqa: E731
     return normalized(loss), normalized(corrected_mean(state.validation_loss, VALIDATION_DECAY))

@@ -30,6 +30,7 @@ CLASSES = {
 # argument there -> keys of config here, where the names differ
 _OF_HYPER = {"ff_hidden_size": ("hidden_size",), "ff_hidden_layers": ("hidden_layers",)}
 _RENAMED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("HyperV2", "Celo", "Celo2", "Celo2Base"), _OF_HYPER),
     "RNNMLPLOpt": {
         "step_multiplier": ("step_mult",),
         "magnitude_rate": ("exp_mult",),
@@ -153,7 +154,7 @@ def gin_text(architecture: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _renamed(name: str) -> Mapping[str, tuple[str, ...]]:
-    return _RENAMED.get(name, _OF_HYPER)
+    return _RENAMED.get(name, {})
 
 
 def _keys(name: str, argument: str) -> tuple[str, ...]:

@@ -90,6 +90,12 @@ OWN_MODULE: Mapping[str, Path] = {
 }
 MODULES: Mapping[str, Path] = {"mlp_lopt": (), "rnn_mlp_lopt": ("ffmod_params",)}
 MODULE = "mlp/~/linear_"  # what Haiku names the layers of a plain MLP
+# Widths of the groups of features whose rows of a first layer are arrays of their own, in
+# `ff_mod_stack` there and in PyLO (CELO2_FEATURE_DIMS).
+FEATURE_GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
+# The argument of AdafacMLPLOpt with which every weight is a scalar of its own; in the metadata of
+# weights that came so.
+SEPARATE_WEIGHTS = "make_separate_weights"
 
 
 def member(tree: Any, path: Sequence[str], source: object) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lopt_jax.weights.base import WeightsError, brief, weights_error
-from lopt_jax.weights.layouts import FIELDS, MODULE, read_fields
+from lopt_jax.weights.layouts import FIELDS, MODULE, SEPARATE_WEIGHTS, read_fields
 from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
 
 
@@ -122,6 +122,8 @@ def _learnable_of(tree: Mapping[str, Any]) -> str:
 
 def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: object) -> Converted:
     mlp = _mlp(tree["nn"], source)
+    if any(_SCALAR.fullmatch(str(path[-1])) for path, _ in walk(tree["nn"], source)):
+        notes = {**notes, SEPARATE_WEIGHTS: True}
     decays = {
         key: tree[key]
         for key in ("momentum_decays", "rms_decays", "adafactor_decays")
@@ -190,12 +192,15 @@ def _modules(tree: Any, source: object) -> dict[str, Any]:
     return layers
 
 
+_SCALAR = re.compile(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})")
+
+
 def _assembled(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
     """Joins layers whose weights are scalars of their own: w0_3_1 is w0[3, 1], b0_1 is b0[1]."""
     layers: dict[str, Any] = {}
     scalars: dict[str, dict[tuple[int, ...], Any]] = {}
     for key, value in tree.items():
-        match = re.fullmatch(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})", str(key))
+        match = _SCALAR.fullmatch(str(key))
         if match is None:
             layers[key] = value
         else:
