@@ -122,4 +122,10 @@ def celo_adam(
         )
         return updates, CeloAdamState(count, accumulators, controls.state, loss, sizes)
 
-    return common.transformation(init, update, weights.params, CeloAdamState)
+    return common.transformation(
+        init,
+        update,
+        weights.params,
+        CeloAdamState,
+        without_kernels="its rule is Adam, which XLA fuses",
+    )

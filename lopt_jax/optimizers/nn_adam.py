@@ -140,7 +140,13 @@ def nn_adam(
         new = tensorwise.put_back(prepared, old, (lstm, moved))
         return updates, NNAdamState(count, accumulators, *new)
 
-    return common.transformation(init, update, weights.params, NNAdamState)
+    return common.transformation(
+        init,
+        update,
+        weights.params,
+        NNAdamState,
+        without_kernels="its rule is Adam, which XLA fuses",
+    )
 
 
 def _initial(meta_parameters: Any) -> Hyperparameters:

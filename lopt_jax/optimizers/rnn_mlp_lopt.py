@@ -173,7 +173,13 @@ def rnn_mlp_lopt(
             clipper=clipper,
         )
 
-    return common.transformation(init, update, weights.params, RNNMLPLoptState)
+    return common.transformation(
+        init,
+        update,
+        weights.params,
+        RNNMLPLoptState,
+        without_kernels="they know no network that answers an LSTM",
+    )
 
 
 def observe_validation_loss(state: Any, loss: Any) -> Any:
