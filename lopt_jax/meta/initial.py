@@ -21,6 +21,7 @@ import optax
 
 from lopt_jax import controller
 from lopt_jax.lstm import LSTMState, init_lstm
+from lopt_jax.meta.original_starts import STARTS
 from lopt_jax.weights.schema import complete_config, schema_of
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
@@ -245,7 +246,8 @@ def initial_parameters(
       architecture: a name of `lopt_jax.Weights.architecture`, "learned_adam" or "learned_sgd".
       key: for what is random.
       config: the architecture's config.
-      gains: of the features whose sum is the direction at the start, by name of `FEATURES`; with
+      gains: of the features whose sum is the direction at the start, by name of `FEATURES`; none
+        for the rules of `original_starts`, which start as the original does; with
         {"rms_0": 1.0} every step has the root mean square step_mult (times the tensor's for VeLO
         and Celo).
 
@@ -262,7 +264,8 @@ def initial_parameters(
         }
     if architecture == "learned_sgd":
         return {"log_learning_rate": jnp.log(jnp.float32(0.03))}
-    if architecture not in ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo"):
+    passes = ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo")
+    if architecture not in (*passes, *STARTS):
         raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")
     sizes = schema_of(architecture, "architecture").sizes
     missing = [key for key in sizes if key not in config]
@@ -272,6 +275,12 @@ def initial_parameters(
             f"{', '.join(sizes)}; missing: {missing}"
         )
     config = complete_config(architecture, config, "architecture_config")
+    if architecture in STARTS:
+        if gains:
+            raise ValueError(
+                f"gains: expected none, as {architecture} passes no features; found {dict(gains)}"
+            )
+        return STARTS[architecture](key, config)
     hidden, layers = config["hidden_size"], config["hidden_layers"]
     if architecture in ("small_fc_lopt", "elo"):
         mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gains)
