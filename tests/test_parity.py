@@ -14,6 +14,7 @@ import reference
 import lopt_jax
 from lopt_jax import rule, xla
 from lopt_jax.features import small_fc_features
+from lopt_jax.rules import messages
 
 # The programs of velo and of small_fc_lopt_h4 with other weights, which take seconds to compile.
 OTHER_WEIGHTS = ("velo_s", "adafac_mlp_lopt_separate_weights")
@@ -56,6 +57,14 @@ def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
     reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
     xla._passes.cache_clear()
     assert calls
+
+
+@pytest.mark.parametrize("elements", [20, 7])
+def test_trajectory_of_messages_by_blocks(elements, monkeypatch, record_property):
+    """Blocks of equal sizes and blocks with a rest: means over tensors are sums over blocks."""
+    monkeypatch.setattr(messages, "block_elements", lambda: elements)
+    name = "rnn_mlp_lopt"
+    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 
 
 def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):

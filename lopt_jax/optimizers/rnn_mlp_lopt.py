@@ -139,7 +139,8 @@ def rnn_mlp_lopt(
         chosen = tensorwise.positions(prepared)
         old = (state.lstm, state.from_mlp)
         old_lstm, from_mlp = tensorwise.taken(prepared, old)
-        shared = (decays, largest_element(state.clipper))
+        # known, a decay of one half makes XLA compute that average twice, and keep a copy of it
+        shared = (jax.lax.optimization_barrier(decays), largest_element(state.clipper))
         made = tensorwise.over_tensors(
             prepared, functools.partial(_statistics_of_tensor, features), (), shared
         )
@@ -229,6 +230,7 @@ def _step_of_tensor(
 ) -> tensorwise.Result:
     (first_bias, normalizers, decay), (decays, clip, mlp, scale) = own, shared
     operands = messages.operands_of(*x, decays, clip)
+    new = x.accumulators._replace(momentum=operands.momentum, second_moment=operands.second_moment)
     step, answer = messages.step_and_answer(
         features,
         mlp._replace(
@@ -236,12 +238,13 @@ def _step_of_tensor(
             biases=(first_bias, *mlp.biases[1:]),
         ),
         normalizers,
+        x.gradient,
         operands,
+        clip,
         exp_mult,
         precision,
         partition,
     )
-    new = x.accumulators._replace(momentum=operands.momentum, second_moment=operands.second_moment)
     stored = jax.tree.map(lambda x, old: x.astype(old.dtype), new, x.accumulators)
     update = -(scale * step + decay * operands.parameter)
     return tensorwise.Result(update, stored, answer)

@@ -64,13 +64,17 @@ def operands_of(
     dtype = jnp.result_type(gradient.dtype, accumulators.momentum[0].dtype, jnp.float32)
     wide = lambda x: x.astype(dtype)  # noqa: E731
     return element_operands(
-        jnp.clip(wide(gradient), -clip, clip),
+        _clipped(wide(gradient), clip),
         wide(parameter),
         tuple(map(wide, accumulators.momentum)),
         jax.tree.map(wide, accumulators.second_moment),
         decays,
         _NO_FACTORS,
     )
+
+
+def _clipped(gradient: jax.Array, clip: jax.Array) -> jax.Array:
+    return jnp.clip(gradient, -clip, clip)
 
 
 def statistics_of(
@@ -99,18 +103,24 @@ def step_and_answer(
     features: FeatureSet,
     mlp: MLP,
     normalizers: jax.Array,
+    gradient: jax.Array,
     operands: Operands,
+    clip: jax.Array,
     exp_mult: float,
     precision: jax.lax.Precision,
     partition: Partition | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The network on every element of one tensor.
 
+    Every block of the gradient is clipped anew: a whole clipped one would take memory of its own.
+
     Args:
       features: the network's inputs.
       mlp: the tensor's network; what its elements share is part of the first bias.
       normalizers: (features,), of `statistics_of`.
-      operands: of `operands_of`, shape S.
+      gradient: S, any float dtype.
+      operands: of `operands_of`, S.
+      clip: (), as there.
       exp_mult: the step is direction * exp(magnitude * exp_mult).
       precision: of the products.
       partition: where the operands are shards of a tensor, how it is spread.
@@ -118,7 +128,7 @@ def step_and_answer(
     Returns:
       The step, S, and the means over the whole tensor of the outputs after the first two.
     """
-    shape = operands.gradient.shape
+    shape = gradient.shape
     ones = (1,) * len(shape)
     *hidden, (last, last_bias) = zip(
         (mlp.weights[0] * normalizers[:, None], *mlp.weights[1:]), mlp.biases, strict=True
@@ -131,6 +141,8 @@ def step_and_answer(
 
     def block(operands: Operands, counts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         of_block = operands.gradient.shape
+        clipped = _clipped(operands.gradient.astype(operands.parameter.dtype), clip)
+        operands = operands._replace(gradient=clipped)
         values = [f.formula(operands) for f in features.factored]
         x = jnp.stack([jnp.broadcast_to(value, of_block) for value in values])
         for weight, bias in hidden:
@@ -140,8 +152,9 @@ def step_and_answer(
         sums = jnp.sum(counted, range(1, x.ndim))
         return output_step(direction, magnitude, exp_mult), sums
 
-    counts = _counts(shape, operands.gradient.dtype, partition)
-    step, sums = map_and_sum_blocks(block, (operands, counts), shape, block_elements())
+    counts = _counts(shape, mlp.biases[0].dtype, partition)
+    unclipped = operands._replace(gradient=gradient)
+    step, sums = map_and_sum_blocks(block, (unclipped, counts), shape, block_elements())
     whole = shape
     if partition is not None:
         sums, whole = partition.total(sums, range(len(shape))), partition.shape
