@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lopt_jax import tensorwise
@@ -15,11 +14,14 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.partition import Partition
 from lopt_jax.products import product
-from lopt_jax.rules.tensor_statistics import (
-    MeanAndVariance,
-    log_magnitude,
-    tensor_statistics,
+from lopt_jax.rules.adam_hyperparameters import (
+    Hyperparameters,
+    Statistics,
+    logarithms_of,
+    lstm_inputs,
+    values_of,
 )
+from lopt_jax.rules.tensor_statistics import tensor_statistics
 from lopt_jax.tensors import (
     StackedAxes,
     count_tensors,
@@ -30,15 +32,6 @@ from lopt_jax.tensors import (
 from lopt_jax.weights import WeightsLike, resolve
 
 
-class Hyperparameters(NamedTuple):
-    """Adam's hyperparameters of every tensor, each (tensors,)."""
-
-    learning_rate: jax.Array
-    beta1: jax.Array
-    beta2: jax.Array
-    epsilon: jax.Array
-
-
 class NNAdamState(NamedTuple):
     """State of nn_adam."""
 
@@ -46,16 +39,6 @@ class NNAdamState(NamedTuple):
     accumulators: Accumulators  # momentum and second moment alone: trees like the params
     lstm: LSTMState
     logarithms: Hyperparameters  # a tenth of the logarithm: of one minus beta where it is a beta
-
-
-class _Statistics(NamedTuple):
-    """What the LSTM reads of one tensor or of all."""
-
-    gradient: MeanAndVariance  # clipped
-    momentum: MeanAndVariance
-    second_moment: MeanAndVariance
-    parameter: MeanAndVariance  # before the step
-    gradient_size: jax.Array  # mean of the absolute values
 
 
 @common.described
@@ -126,14 +109,14 @@ def nn_adam(
             return tensorwise.as_trees(prepared, [])[0], state._replace(count=count)
         old = state.lstm, state.logarithms
         old_lstm, logarithms = tensorwise.taken(prepared, old)
-        now = _values(logarithms)
+        now = values_of(logarithms)
         rate, decay = options.rates(state.count, params)
         decay = jnp.broadcast_to(decay, (number_of(prepared.tensors),))
         scale = rate * now.learning_rate * (1 + now.epsilon)
         own = (now, scale, tensorwise.taken(prepared, decay))
         results = tensorwise.over_tensors(prepared, _step_of_tensor, own, shared=())
         ranks = ranks_of_tensors(params, stacked_axes)[tensorwise.positions(prepared)]
-        inputs = _inputs(tensorwise.numbers(prepared, results), logarithms, ranks)
+        inputs = lstm_inputs(tensorwise.numbers(prepared, results), logarithms, ranks)
         lstm = lstm_cell(meta_parameters["lstm"], inputs, old_lstm)
         moved = _moved(meta_parameters, config, logarithms, lstm.hidden)
         updates, accumulators = tensorwise.as_trees(prepared, results)
@@ -162,32 +145,7 @@ def _moved(
     moves = config["output_scale"] * (product(hidden, controls["w"]) + controls["b"])
     moved = Hyperparameters(*(x + moves[:, i] for i, x in enumerate(logarithms)))
     back = lambda x, start: x - config["decay_strength"] * (x - start)  # noqa: E731
-    return _logarithms(_values(jax.tree.map(back, moved, _initial(meta_parameters))))
-
-
-def _values(logarithms: Hyperparameters) -> Hyperparameters:
-    """The hyperparameters from what the state holds, within their bounds."""
-    of_decay = lambda x: 1 - jnp.exp(jnp.clip(10 * x, -10, 0))  # noqa: E731
-    return Hyperparameters(
-        learning_rate=jnp.clip(jnp.exp(10 * logarithms.learning_rate), 1e-8, 1e3),
-        beta1=of_decay(logarithms.beta1),
-        beta2=of_decay(logarithms.beta2),
-        epsilon=jnp.clip(jnp.exp(10 * logarithms.epsilon), 1e-11, 1e4),
-    )
-
-
-def _logarithms(values: Hyperparameters) -> Hyperparameters:
-    """What the state holds of hyperparameters.
-
-    Of one minus a rounded beta the logarithm is off by up to 7e-4: the original's is, too, and the
-    LSTM was meta-trained with it.
-    """
-    return Hyperparameters(
-        learning_rate=0.1 * jnp.log(values.learning_rate),
-        beta1=0.1 * jnp.log(1 - values.beta1),
-        beta2=0.1 * jnp.log(1 - values.beta2),
-        epsilon=0.1 * jnp.log(values.epsilon),
-    )
+    return logarithms_of(values_of(jax.tree.map(back, moved, _initial(meta_parameters))))
 
 
 def _step_of_tensor(
@@ -211,34 +169,5 @@ def _step_of_tensor(
     return tensorwise.Result(
         -(scale * made.step + decay * parameter),
         old._replace(momentum=(made.momentum,), second_moment=made.second_moment),
-        _Statistics(g, m, v, p, sizes[0]),
+        Statistics(g, m, v, p, sizes[0]),
     )
-
-
-def _inputs(x: _Statistics, logarithms: Hyperparameters, ranks: np.ndarray) -> jax.Array:
-    """The LSTM's inputs, in the order of the original, its alphabetical names: (tensors, 19)."""
-    place = jax.tree.map(lambda x: jnp.clip(x, -5, 5) / 5, logarithms)
-    flag = lambda is_so: jnp.where(is_so, 1.0, -1.0)  # noqa: E731
-    half = lambda x: 0.5 * log_magnitude(x)  # noqa: E731
-    columns = [
-        place.beta1,
-        place.beta2,
-        place.epsilon,
-        flag(ranks == 1),
-        flag(ranks == 0),
-        place.learning_rate,
-        half(x.gradient.mean),
-        jnp.sign(x.gradient.mean),
-        half(x.gradient_size),
-        half(x.momentum.mean),
-        jnp.sign(x.momentum.mean),
-        half(x.parameter.mean),
-        jnp.sign(x.parameter.mean),
-        half(x.second_moment.mean),
-        jnp.sign(x.second_moment.mean),
-        half(x.gradient.variance),
-        half(x.momentum.variance),
-        half(x.parameter.variance),
-        half(x.second_moment.variance),
-    ]
-    return jnp.stack(columns, axis=1)
