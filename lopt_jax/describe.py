@@ -28,7 +28,8 @@ class LeafDescription:
       scale: what multiplies the step beside the learning rate.
       decay: what multiplies the optimizer's weight decay.
       backend: "kernels" or "xla".
-      reason: why this rule, and why this backend where it is not the kernels.
+      reason: why this rule, and why this backend where it is not the kernels; where that has one
+        reason for all leaves, the description's note says it.
     """
 
     path: str

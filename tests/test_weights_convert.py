@@ -245,6 +245,15 @@ def test_missing_file_and_wrong_scheme(tmp_path):
         convert_weights(tmp_path / "weights.pt")
 
 
+@pytest.mark.parametrize("name", ["nn_adam", "rnn_mlp_lopt", "mlp_lopt", "learnable_adam"])
+def test_arrays_of_no_use_are_refused(name, tmp_path):
+    theta = msgpack_restore((FIXTURES / name / "theta.state").read_bytes())
+    theta["more"] = np.zeros(3, np.float32)
+    (tmp_path / "theta.state").write_bytes(msgpack_serialize(theta))
+    with pytest.raises(WeightsError, match="more"):
+        convert_weights(tmp_path)
+
+
 @pytest.mark.parametrize("key", ["lstm_init_state", "rnn_params", "per_layer_beta2"])
 def test_what_is_missing_is_named(key, tmp_path):
     theta = msgpack_restore((FIXTURES / "nn_adam" / "theta.state").read_bytes())

@@ -89,11 +89,11 @@ def convert_original(tree: Any, source: object) -> Converted:
                 found=f"a {type(leaf).__name__}",
             )
     if "ffmod_params" in tree:
-        params = read_fields(FIELDS["rnn_mlp_lopt"], tree, source)
+        params = _read_all("rnn_mlp_lopt", tree, ("ffmod_params",), source)
         mlp = _modules(tree["ffmod_params"], source)
         return Converted("rnn_mlp_lopt", {"mlp": mlp, **params}, {}, (), notes)
     if "per_layer_lr" in tree:
-        params = read_fields(FIELDS["nn_adam"], tree, source)
+        params = _read_all("nn_adam", tree, (), source)
         return Converted("nn_adam", params, {}, (), notes)
     if "rnn_params" in tree:
         return _convert_hyper(tree, config, notes, source)
@@ -112,6 +112,21 @@ def convert_original(tree: Any, source: object) -> Converted:
         f"'per_layer_lr', 'log_lr' or {MODULE + '0'!r}",
         found=f"the keys {brief(sorted(tree))}",
     )
+
+
+def _read_all(
+    architecture: str, tree: Mapping[str, Any], others: tuple[str, ...], source: object
+) -> dict[str, Any]:
+    """The fields of an architecture, in a tree that holds nothing else but these other subtrees."""
+    known = {field.theirs for field in FIELDS[architecture]}
+    paths = (path for path, _ in walk(tree, source) if path[0] not in others)
+    extra = ["/".join(path) for path in paths if path not in known]
+    params = read_fields(FIELDS[architecture], tree, source)
+    if extra:
+        raise weights_error(
+            source, expected=f"only the arrays of {architecture}", found=f"also {brief(extra)}"
+        )
+    return params
 
 
 def _learnable_of(tree: Mapping[str, Any]) -> str:
