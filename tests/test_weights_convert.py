@@ -452,6 +452,12 @@ def test_original_export_says_what_the_original_has_fixed(tmp_path):
     assert not (tmp_path / "uneven").exists()
 
 
+def test_original_export_refuses_a_rule_of_our_own(tmp_path):
+    with pytest.raises(ValueError, match=r"the original code has .*found 'linear'"):
+        export_weights(load_weights("lopt"), tmp_path / "lopt", format="original")
+    assert not (tmp_path / "lopt").exists()
+
+
 def test_export_has_the_names_and_shapes_of_pylo(tmp_path):
     export_weights(convert_weights(FIXTURES / "elo", "elo"), tmp_path / "elo")
     assert_same_tensors(tmp_path / "elo", FIXTURES / "elo")

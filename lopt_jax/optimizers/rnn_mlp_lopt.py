@@ -12,6 +12,7 @@ import optax
 
 from lopt_jax import tensorwise
 from lopt_jax.accumulators import Accumulators
+from lopt_jax.compiler.quirks import barrier
 from lopt_jax.context import Tracing
 from lopt_jax.features import FeatureSet, rnn_mlp_features
 from lopt_jax.gradient_clipper import (
@@ -145,8 +146,8 @@ def rnn_mlp_lopt(
         chosen = tensorwise.positions(prepared)
         old = (state.lstm, state.from_mlp)
         old_lstm, from_mlp = tensorwise.taken(prepared, old)
-        # known, a decay of one half makes XLA compute that average twice, and keep a copy of it
-        shared = (jax.lax.optimization_barrier(decays), largest_element(state.clipper))
+        unknown_decays = barrier("known_decays", decays, tracing.without)
+        shared = (unknown_decays, largest_element(state.clipper))
         made = tensorwise.over_tensors(
             prepared, functools.partial(_statistics_of_tensor, features), (), shared
         )

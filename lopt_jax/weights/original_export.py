@@ -37,8 +37,13 @@ def export_original(weights: Weights, folder: Path) -> None:
       folder: to write them into, with a card, `README.md`.
 
     Raises:
-      ValueError: the original has a value of config fixed to another.
+      ValueError: the original has no such architecture, or a value of config fixed to another.
     """
+    if weights.architecture not in FIELDS:
+        raise ValueError(
+            "weights must be of an architecture that the original code has "
+            f"({', '.join(FIELDS)}), found {weights.architecture!r}"
+        )
     from flax.serialization import msgpack_serialize  # slow to import
 
     has_scalars = bool(thaw(weights.metadata).get(SEPARATE_WEIGHTS))
