@@ -16,6 +16,8 @@ from lopt_jax.optimizers.learnable import learnable_adam, learnable_sgd, learnab
 from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.optimizers.mlp_lopt import mlp_lopt
 from lopt_jax.optimizers.mulo import mulo
+from lopt_jax.optimizers.nn_adam import nn_adam
+from lopt_jax.optimizers.rnn_mlp_lopt import observe_validation_loss, rnn_mlp_lopt
 from lopt_jax.optimizers.small_fc_lopt import small_fc_lopt
 from lopt_jax.optimizers.velo import velo
 from lopt_jax.packing import pack_state, packed, unpack_state
@@ -78,10 +80,13 @@ __all__ = [
     "mlp_lopt",
     "mulo",
     "mup",
+    "nn_adam",
+    "observe_validation_loss",
     "pack_state",
     "packed",
     "plot",
     "push_to_hub",
+    "rnn_mlp_lopt",
     "save_weights",
     "sharding",
     "small_fc_lopt",

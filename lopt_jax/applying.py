@@ -31,6 +31,8 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
     origin: tuple[str, Mapping[str, Any]] | None = None
     # from the params to a `lopt_jax.optimizers.plans.LeafPlan` for each leaf; None: no plans
     plans: Callable[[Any], list[Any]] | None = None
+    # why the fused kernels do not know its rule, part of a sentence; "": they know it
+    without_kernels: str = ""
 
     @classmethod
     def of(
@@ -40,10 +42,12 @@ class LearnedTransformation(optax.GradientTransformationExtraArgs):
         apply: Callable[..., Any] | None,
         origin: tuple[str, Mapping[str, Any]] | None = None,
         plans: Callable[[Any], list[Any]] | None = None,
+        without_kernels: str = "",
     ) -> "LearnedTransformation":
         """From its functions, what its repr says, and what it does with each leaf."""
         out = cls(init, update)
         out.apply, out.origin, out.plans = apply, origin, plans
+        out.without_kernels = without_kernels
         return out
 
     def __repr__(self) -> str:

@@ -67,7 +67,7 @@ def choose_backend(
     if backend == "xla" or not inputs:
         return [False] * len(inputs)
     must = backend == "pallas"
-    reason = supports.unsupported_reason(tracing) or _unknown_decays(inputs[0].accumulators)
+    reason = supports.unsupported_reason(tracing) or unknown_decays(inputs[0].accumulators)
     choices: list[str | None] = [reason] * len(inputs)
     if reason is None:
         from pallas_kernels import choice
@@ -104,7 +104,8 @@ def choose_backend(
     return [why is None for why in choices]
 
 
-def _unknown_decays(accumulators: Accumulators) -> str | None:
+def unknown_decays(accumulators: Accumulators) -> str | None:
+    """Why the kernels do not know a rule with such accumulators, part of a sentence, or None."""
     several = isinstance(accumulators.second_moment, SecondMoments)
     if several or len(accumulators.momentum) != DECAYS_OF_KERNELS:
         return f"they know rules of {DECAYS_OF_KERNELS} momenta and one second moment alone"

@@ -72,7 +72,10 @@ def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
     convert.add_argument("--architecture", help="the optimizer; inferred where left out")
     convert.add_argument("--config", type=_json_object, help="a JSON object of config values")
     convert.add_argument(
-        "--to", choices=("lopt_jax", "pylo"), default="lopt_jax", help="the format of DST"
+        "--to",
+        choices=("lopt_jax", "pylo", "original"),
+        default="lopt_jax",
+        help="the format of DST",
     )
     convert.set_defaults(run=_convert)
 
@@ -146,10 +149,10 @@ def _convert(options: argparse.Namespace) -> None:
     from lopt_jax.weights.registry import find_weights
 
     weights = find_weights(options.source, options.architecture, options.config)
-    if options.to == "pylo":
-        export_weights(weights, options.target)
-    else:
+    if options.to == "lopt_jax":
         save_weights(options.target, weights)
+    else:
+        export_weights(weights, options.target, options.to)
     print(f"{options.target}: {weights.architecture}, {_size(weights)} numbers")
 
 

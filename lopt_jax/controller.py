@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.compiler.products import product
+from lopt_jax.lstm import LSTMState, lstm_cell
 from lopt_jax.rules.rule import MLP, AccumulatorStatistics
+from lopt_jax.rules.tensor_statistics import log_magnitude
 
 LOSS_DECAYS = 10
 FRACTION_SCALES = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -27,13 +29,6 @@ class LossBuffer(NamedTuple):
     means: jax.Array  # (10,)
     running_min: jax.Array  # (10,), of the bias-corrected means
     count: jax.Array  # type: ignore[assignment]  # () int32, losses seen
-
-
-class LSTMState(NamedTuple):
-    """Hidden state of the LSTM, a row a tensor."""
-
-    hidden: jax.Array  # (tensors, N)
-    cell: jax.Array  # (tensors, N)
 
 
 class Controls(NamedTuple):
@@ -116,7 +111,7 @@ def fraction_features(count: jax.Array, num_steps: jax.Array | float) -> jax.Arr
 
 
 def _log_magnitude(x: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.log(1e-8 + jnp.abs(x * 10.0)), -5, 5) * 0.5
+    return log_magnitude(x * 10.0) * 0.5
 
 
 def tensor_features(
@@ -169,22 +164,6 @@ def shared_features(tensors: int, step_features: Sequence[jax.Array]) -> jax.Arr
     return jnp.broadcast_to(shared, (tensors, shared.shape[0]))
 
 
-def init_lstm(meta_parameters: Mapping[str, Any], tensors: int) -> LSTMState:
-    """The learned initial state, a copy a tensor.
-
-    Args:
-      meta_parameters: with "lstm".
-      tensors: number of tensors.
-
-    Returns:
-      The state.
-    """
-    lstm = meta_parameters["lstm"]
-    # zeros added: each state is an array of its own, safe to donate
-    rows = lambda x: jnp.zeros((tensors, 1), x.dtype) + x  # noqa: E731
-    return LSTMState(rows(lstm["initial_hidden"]), rows(lstm["initial_cell"]))
-
-
 def run_lstm(
     meta_parameters: Mapping[str, Any],
     inputs: jax.Array,
@@ -220,13 +199,10 @@ def run_lstm(
 
     to_mix, own = linear_layers(["mix", "input"], inputs)
     x = own + jnp.max(jax.nn.relu(to_mix), axis=0, keepdims=True)
-    gates = linear(meta_parameters["lstm"], jnp.concatenate([x, state.hidden], axis=1))
-    write, candidate, forget, read = jnp.split(gates, 4, axis=1)
-    cell = jax.nn.sigmoid(forget + 1) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(candidate)
-    hidden = jax.nn.sigmoid(read) * jnp.tanh(cell)
+    state = lstm_cell(meta_parameters["lstm"], x, state, quickly)
     outputs = ["step_size", *(["controls"] if "controls" in meta_parameters else [])]
-    step_size, *others = linear_layers(outputs, hidden)
-    return Controls(others[0] if others else None, step_size[:, 0], LSTMState(hidden, cell))
+    step_size, *others = linear_layers(outputs, state.hidden)
+    return Controls(others[0] if others else None, step_size[:, 0], state)
 
 
 def mix_banks(mlp: Mapping[str, jax.Array], weights: jax.Array, quickly: bool = False) -> MLP:

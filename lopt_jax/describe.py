@@ -29,7 +29,8 @@ class LeafDescription:
       scale: what multiplies the step beside the learning rate.
       decay: what multiplies the optimizer's weight decay.
       backend: "kernels" or "xla".
-      reason: why this rule, and why this backend where it is not the kernels.
+      reason: why this rule, and why this backend where it is not the kernels; where that has one
+        reason for all leaves, the description's note says it.
     """
 
     path: str
@@ -112,12 +113,14 @@ def describe(tx: Any, params: Any) -> Description:
     else:
         plans = tx.plans(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    backend = arguments.get("backend", "auto")
+    backend = "xla" if tx.without_kernels else arguments.get("backend", "auto")
     descriptions = [
         _describe(jax.tree_util.keystr(path), leaf, entry, plan, backend, tx.plans is not None)
         for (path, leaf), entry, plan in zip(leaves, tensors, plans, strict=True)
     ]
-    reason = None if backend == "xla" else supports.unsupported_reason(Tracing())
+    reason: str | None = tx.without_kernels
+    if backend != "xla":
+        reason = supports.unsupported_reason(Tracing())
     note = f"No fused kernels here: {reason}." if reason else ""
     return Description(repr(tx), note, tuple(descriptions))
 

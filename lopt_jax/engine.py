@@ -184,7 +184,7 @@ def second_pass(
         statistics = jax.tree.map(
             lambda default, *rows: _by_tensor(rows, order, default), statistics, *new_statistics
         )
-    updates, accumulators = _trees(rule, prepared, results, zero)
+    updates, accumulators = as_trees(rule, prepared, results, zero)
     return updates, accumulators, statistics
 
 
@@ -249,7 +249,7 @@ def _leaves(gradients: Any, params: Any, accumulators: Accumulators) -> list[Ten
     ]
 
 
-def _trees(
+def as_trees(
     rule: Rule, prepared: Prepared, results: dict[int, TensorUpdate], zero: jax.Array | None
 ) -> tuple[Any, Accumulators]:
     """Updates and accumulators as trees, the inverse of `_leaves` and of the groups.

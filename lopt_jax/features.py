@@ -103,6 +103,22 @@ def time_features(count: jax.Array) -> jax.Array:
     return jnp.tanh(count.astype(jnp.float32) / jnp.asarray(TIME_SCALES, jnp.float32) - 1.0)
 
 
+def sine_features(count: jax.Array) -> jax.Array:
+    """Embedding of the step count: sin(count / (scale * pi)) at the same time scales.
+
+    Args:
+      count: (), number of updates made before this one.
+
+    Returns:
+      (11,) float32.
+
+    Reference:
+      google/learned_optimization, `rnn_mlp_lopt.py`, `_sin_embedding`.
+    """
+    scales = jnp.asarray(TIME_SCALES, jnp.float32) * jnp.pi
+    return jnp.sin(count.astype(jnp.float32) / scales)
+
+
 def _each(
     name: str, decays: int, varies: Varies, formula: Callable[[Operands, int], jax.Array]
 ) -> tuple[Feature, ...]:
@@ -236,6 +252,29 @@ def mlp_lopt_features(decays: int = 6) -> FeatureSet:
       google/learned_optimization, `learned_optimizers/mlp_lopt.py`.
     """
     features = (*_GRADIENT, *_PARAMETER, *_momentum(decays))
+    return FeatureSet(factored=features, unfactored=features)
+
+
+@functools.cache
+def rnn_mlp_features(decays: int = 5) -> FeatureSet:
+    """The 23 features of an element of rnn_mlp_lopt (for five decays).
+
+    Args:
+      decays: number of momentum decays, and of decays of second moments.
+
+    Returns:
+      The features, in the order of the first layer's rows.
+
+    Reference:
+      google/learned_optimization, `learned_optimizers/rnn_mlp_lopt.py`.
+    """
+    features = (
+        *_GRADIENT,
+        *_PARAMETER,
+        *_one("log_parameter", lambda x: jnp.log(jnp.abs(x.parameter) + 1e-8)),
+        *_momentum(decays),
+        *_several_second_moments(decays, 1e-6),
+    )
     return FeatureSet(factored=features, unfactored=features)
 
 

@@ -64,7 +64,7 @@ def gradient_statistics(
         return backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
     crosses = _crosses(run, groups, tracing)
     counts = [x.gradient.shape[0] for x in inputs]
-    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
+    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
 
     def pass_a(
         tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
@@ -75,11 +75,11 @@ def gradient_statistics(
         return joined([(x.members, x.moments) for x in made], groups, partitions, counts)
 
     def result_dims(result: Any) -> Any:
-        return _shared(result) if crosses else _moments_dims(dims, result)
+        return shared_dims(result) if crosses else _moments_dims(dims, result)
 
     arrays = [d.arrays(x) for d, x in zip(dims, inputs, strict=True)]
     settings = (rule, run, tuple(groups))
-    made = _on_shards(pass_a, groups, (list(inputs),), (arrays,), result_dims, tracing, settings)
+    made = on_shards(pass_a, groups, (list(inputs),), (arrays,), result_dims, tracing, settings)
     if not crosses:
         return made
     like = [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)]
@@ -115,8 +115,8 @@ def update(
             zero if tracing.is_local else None,
         )
     crosses = _crosses(run, groups, tracing)
-    dims = [_GroupDims.of(group, i) for i, group in enumerate(groups)]
-    of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else _shared
+    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
+    of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else shared_dims
 
     def passes_b_and_c(
         tracing: Tracing,
@@ -142,16 +142,16 @@ def update(
             moments_are_whole=crosses,
         )
 
-    return _on_shards(
+    return on_shards(
         passes_b_and_c,
         groups,
         (list(inputs), list(moments), decays, settings),
         (
             [d.arrays(x) for d, x in zip(dims, inputs, strict=True)],
-            _shared(list(moments)) if crosses else _moments_dims(dims, moments),
-            _shared(decays),
+            shared_dims(list(moments)) if crosses else _moments_dims(dims, moments),
+            shared_dims(decays),
             TensorSettings(
-                of_tensors(settings.mlp) if settings.mlp_per_tensor else _shared(settings.mlp),
+                of_tensors(settings.mlp) if settings.mlp_per_tensor else shared_dims(settings.mlp),
                 of_tensors(settings.scale),
                 of_tensors(settings.weight_decay),
                 of_tensors(settings.statistics),
@@ -167,7 +167,7 @@ def update(
     )
 
 
-def _on_shards(
+def on_shards(
     function: Callable[..., Any],
     groups: Sequence[Group],
     operands: tuple,
@@ -195,19 +195,19 @@ def _on_shards(
 # What the partitioner is told of the arrays
 
 
-def _shared(tree: Any) -> Any:
+def shared_dims(tree: Any) -> Any:
     """Dims of arrays that are whole on every device."""
     return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
 
 
 def _moments_dims(
-    dims: Sequence["_GroupDims"], moments: Sequence[GroupStatistics]
+    dims: Sequence["GroupDims"], moments: Sequence[GroupStatistics]
 ) -> list[GroupStatistics]:
     """Dims of the moments of groups."""
     return [GroupStatistics(x.members, dims[x.members[0]].moments(x.moments)) for x in moments]
 
 
-class _GroupDims(NamedTuple):
+class GroupDims(NamedTuple):
     """What the dimensions of a group's arrays are."""
 
     elementwise: Dims
@@ -217,7 +217,7 @@ class _GroupDims(NamedTuple):
     part: int
 
     @classmethod
-    def of(cls, group: Group, part: int) -> "_GroupDims":
+    def of(cls, group: Group, part: int) -> "GroupDims":
         """The dims of a group's arrays; it is one of the parts that run together."""
         rank = len(group.shape)
         without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731

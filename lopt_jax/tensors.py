@@ -153,6 +153,17 @@ def number_of(tensors: Sequence[Tensors]) -> int:
     return sum(entry.count for entry in tensors)
 
 
+def ranks_of_tensors(params: Any, stacked_axes: StackedAxes = None) -> np.ndarray:
+    """The rank of every tensor of a tree, in the tree's order; that of a scalar is zero."""
+    tensors = tensors_of(params, stacked_axes)
+    ranks = [
+        leaf.ndim - len(entry.stack)
+        for leaf, entry in zip(jax.tree.leaves(params), tensors, strict=True)
+        for _ in range(entry.count)
+    ]
+    return np.asarray(ranks, np.int32)
+
+
 def tensor_shapes(tensors: Sequence[Tensors]) -> list[tuple[int, ...]]:
     """The shape of every tensor of a tree, in the tree's order."""
     return [entry.whole_shape for entry in tensors for _ in range(entry.count)]

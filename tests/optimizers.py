@@ -88,6 +88,19 @@ OPTIMIZERS = {
     ),
     "mulo": Case(lopt_jax.mulo, "mulo", MLP, {"width_multipliers": 2.0}, decays_after=True),
     "mlp_lopt": Case(lopt_jax.mlp_lopt, "mlp_lopt", MLP),
+    "nn_adam": Case(lopt_jax.nn_adam, "nn_adam", {"lstm_hidden_size": 4}),
+    "rnn_mlp_lopt": Case(
+        lopt_jax.rnn_mlp_lopt,
+        "rnn_mlp_lopt",
+        {
+            **MLP,
+            "lstm_hidden_size": 4,
+            "from_mlp_size": 2,
+            "from_lstm_size": 3,
+            "lstm_to_mlp_size": 4,
+        },
+        reads_loss=True,
+    ),
     "learnable_sgd": Case(lopt_jax.learnable_sgd, "learnable_sgd"),
     "learnable_sgdm": Case(lopt_jax.learnable_sgdm, "learnable_sgdm"),
     "learnable_adam": Case(lopt_jax.learnable_adam, "learnable_adam"),
@@ -127,6 +140,8 @@ def weights(name: str) -> lopt_jax.Weights:
             params[key] = 0.03 * params[key]
         if key.startswith(("log_", "one_minus_")):  # logarithms of small numbers
             params[key] = np.asarray(params[key] - 3, np.float32)
+        if key == "initial":  # tenths of such logarithms
+            params[key] = {k: np.float32(0.1 * x - 0.4) for k, x in params[key].items()}
     return lopt_jax.Weights(case.architecture, case.config, params)
 
 

@@ -28,6 +28,7 @@ class Trajectory(NamedTuple):
     gradients: list[dict[str, np.ndarray]]
     losses: list[np.ndarray | None]
     params: list[dict[str, np.ndarray]]
+    are_validation: list[bool]  # steps whose loss is one of validation: nothing moves
 
 
 def config(name: str) -> dict[str, Any]:
@@ -45,6 +46,7 @@ def trajectory(name: str) -> Trajectory:
         gradients=[{k: arrays[f"grad/{t}/{k}"] for k in leaves} for t in steps],
         losses=[None if losses is None else losses[i] for i in range(len(steps))],
         params=[{k: arrays[f"params/{t}/{k}"] for k in leaves} for t in steps],
+        are_validation=[bool(x) for x in arrays.get("is_valid", np.zeros(len(steps)))],
     )
 
 
@@ -139,6 +141,16 @@ def _mlp_lopt(name: str, **options: Any) -> optax.GradientTransformationExtraArg
     return lopt_jax.mlp_lopt(weights(name, step_mult=0.01), **options)
 
 
+def _nn_adam(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    kwargs = config(name)["kwargs"]
+    settings = {key: kwargs[key] for key in ("output_scale", "decay_strength")}
+    return lopt_jax.nn_adam(weights(name, **settings), **options)
+
+
+def _rnn_mlp_lopt(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
+    return lopt_jax.rnn_mlp_lopt(weights(name, step_mult=0.01), **options)
+
+
 def _plain(name: str, **options: Any) -> optax.GradientTransformationExtraArgs:
     return getattr(lopt_jax, name)(weights(name), **options)
 
@@ -164,6 +176,10 @@ _OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "learnable_sgdm": _plain,
     "learnable_adam": _plain,
     "velo_s": _velo,
+    "nn_adam": _nn_adam,
+    "rnn_mlp_lopt": _rnn_mlp_lopt,
+    "rnn_mlp_lopt_validation": _rnn_mlp_lopt,
+    "nn_adam_decay": _nn_adam,
     "mlp_lopt": _mlp_lopt,
     "adafac_mlp_lopt": _adafac,
     "adafac_mlp_lopt_decays": _adafac,
@@ -201,8 +217,12 @@ def worst_error(
     update = jax.jit(optax.with_extra_args_support(tx).update, compiler_options=compiled)
     worst, where = 0.0, ""
     for step, gradients in enumerate(reference.gradients):
-        updates, state = update(gradients, state, params, value=reference.losses[step])
-        params = optax.apply_updates(params, updates)
+        loss = reference.losses[step]
+        if reference.are_validation[step]:
+            state = lopt_jax.observe_validation_loss(state, loss)
+        else:
+            updates, state = update(gradients, state, params, value=loss)
+            params = optax.apply_updates(params, updates)
         for leaf, expected in reference.params[step].items():
             error = np.max(np.abs(np.asarray(params[leaf], np.float64) - expected))
             moved = np.max(np.abs(expected - reference.init[leaf]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lopt_jax
-from lopt_jax.xla.blocks import map_blocks
+from lopt_jax.xla.blocks import map_and_sum_blocks, map_blocks
 
 
 def function(x, row, columns):
@@ -24,6 +24,21 @@ def test_blocks_are_the_whole(shape, elements):
     arguments = (draw(*shape), draw(*shape[:-1], 1), draw(2, *ones, shape[-1]))
     got = jax.jit(lambda *xs: map_blocks(function, xs, shape, elements))(*arguments)
     np.testing.assert_array_equal(got, function(*arguments))
+
+
+@pytest.mark.parametrize("elements", [7, 64, 1000, 1 << 20])
+@pytest.mark.parametrize("shape", [(31,), (64, 12), (37, 8), (5, 46, 6)])
+def test_sums_over_blocks_are_those_of_the_whole(shape, elements):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-9, 9, shape), jnp.float32)
+
+    def with_sums(x):
+        return jnp.square(x), {"sum": jnp.sum(x), "two": jnp.stack([jnp.sum(x > 0), x.size])}
+
+    got, sums = jax.jit(lambda x: map_and_sum_blocks(with_sums, (x,), shape, elements))(x)
+    np.testing.assert_array_equal(got, np.square(x))
+    assert float(sums["sum"]) == np.sum(x)
+    assert sums["two"].tolist() == [np.sum(np.asarray(x) > 0), x.size]
 
 
 @pytest.mark.parametrize("rows", [1024, 1009])  # 1009 is prime

@@ -15,9 +15,11 @@ from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.estimators import EstimatorState, Resumption, no_mask, truncated_pes
 from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
+from lopt_jax.meta.original_starts import STARTS
 from lopt_jax.meta.tasks import Quadratic
 from lopt_jax.meta.trainer import Trainer, learning_rate, outer_optimizer
 from lopt_jax.meta.unroll import Guidance, Objective, Struggle, Unroll, imitation_losses
+from lopt_jax.weights.schema import expected_shapes, schema_of
 
 THETA = {"log_learning_rate": jnp.float32(np.log(0.3))}
 TRAINING_LOSS = Objective(measure="training", logarithm=False, ceiling=10.0, final_weight=0.0)
@@ -235,6 +237,42 @@ def test_a_start_without_gains_is_random_throughout():
         assert 0.5 < np.std(weights) * np.sqrt(fan_in) < 1.1
         np.testing.assert_array_equal(mlp[f"b{layer}"], np.zeros(fan_out))
     assert set(initial_parameters("elo", jax.random.key(0), config, {})) == {"mlp"}
+
+
+@pytest.mark.parametrize("architecture", STARTS)
+def test_older_rules_start_as_the_original_does(architecture):
+    sizes = dict.fromkeys(schema_of(architecture, "test").sizes, 4) | {"hidden_layers": 2}
+    config = {key: sizes[key] for key in schema_of(architecture, "test").sizes}
+    start = initial_parameters(architecture, jax.random.key(0), config, {})
+    shapes = expected_shapes(architecture, config)
+    assert jax.tree.map(lambda x: x.shape, start) == shapes
+    make = rules.make_rule(architecture, config, learning_rate=0.5)
+    params = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)}
+    gradient = jax.tree.map(jnp.cos, params)
+
+    def step(optimizer, state):
+        return optax.with_extra_args_support(optimizer).update(gradient, state, params, value=1.0)
+
+    optimizer = make(start, 10, lambda count: jnp.float32(1.0))
+    updates, state = step(optimizer, optimizer.init(params))
+    m, v = 0.1 * gradient["w"], 0.001 * jnp.square(gradient["w"])
+    usual = {
+        "learnable_sgd": 0.01 * gradient["w"],
+        "learnable_sgdm": 0.01 * gradient["w"],
+        "learnable_adam": 1e-3 * (m / 0.1) / (jnp.sqrt(v / 0.001 + 1e-8) + 1e-8),
+        "nn_adam": 1e-4 * m / (jnp.sqrt(v + 1e-10) + 1e-8),
+    }
+    if architecture in usual:
+        np.testing.assert_allclose(updates["w"], -0.5 * usual[architecture], rtol=1e-3)
+    assert np.abs(updates["w"]).max() > 0
+    if architecture == "nn_adam":  # the LSTM moves nothing yet
+        for moved, at_first in zip(state.logarithms, start["initial"].values(), strict=True):
+            np.testing.assert_allclose(moved, at_first, atol=1e-4)
+
+
+def test_rules_that_pass_no_features_take_no_gains():
+    with pytest.raises(ValueError, match="gains: expected none, as nn_adam passes no features"):
+        initial_parameters("nn_adam", jax.random.key(0), {"lstm_hidden_size": 4}, {"rms_0": 1.0})
 
 
 @pytest.mark.parametrize("name", ["celo2_paper", "elo_celo2_paper", "elo_small_fc_paper"])

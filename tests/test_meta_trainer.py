@@ -269,6 +269,7 @@ def test_config_survives_json():
         ('architecture_config=[["hidden_size", 4.5], ["hidden_layers", 2]]', "architecture_config"),
         ("architecture=velo", "architecture_config: .*missing: .'lstm_hidden_size'"),
         ("architecture=nope", "architecture: 'nope'"),
+        ("architecture=mlp_lopt", "config keys of mlp_lopt"),
         ("architecture=celo_adam", "architecture: no meta-training start"),
         ("gains=[[1, 2]]", r"gains\[0\]\[0\]: expected a text, found 1"),
         ('gains=[["zzz", 2]]', "gains: unknown features"),
@@ -452,9 +453,10 @@ def test_without_scikit_learn_a_message_before_any_work(command, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_smallest_config_improves_its_meta_loss(tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", ["tiny", "nn_adam_tiny"])
+def test_smallest_config_improves_its_meta_loss(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["meta-train", "tiny", "--out", "run"]) == 0
+    assert cli.main(["meta-train", config, "--out", "run"]) == 0
     history = json.loads(Path("run/history.json").read_text())
     assert history[-1]["loss"] < history[0]["loss"] - 0.3
     assert Path("run/weights").is_dir()

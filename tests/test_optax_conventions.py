@@ -899,7 +899,7 @@ def test_large_leaf_is_accurate(name):
         assert_close(single_state.accumulators, double_state.accumulators, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
+@pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "nn_adam", "rnn_mlp_lopt"])
 @pytest.mark.parametrize("donated", [(), pytest.param((0, 1), marks=pytest.mark.nightly)])
 def test_temporaries_of_a_large_leaf(name, donated):
     """At most four times the leaf's bytes, at the sizes of the released weights."""
@@ -911,7 +911,7 @@ def test_temporaries_of_a_large_leaf(name, donated):
             "lstm_hidden_size": 512,
             "param_inits": 256,
         },
-    }[name]
+    }.get(name, {})
     case = OPTIMIZERS[name]
     weights = jax.tree.map(
         lambda shape: np.zeros(shape, np.float32),

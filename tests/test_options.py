@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import optimizers
 import pytest
+import reference
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from optimizers import OPTIMIZERS
@@ -99,6 +100,40 @@ def test_kernels_refuse_rules_of_other_averages(params, monkeypatch):
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(NotImplementedError, match="3 momenta and one second moment alone"):
         jax.eval_shape(tx.update, params, state, params)
+
+
+WITHOUT_KERNELS = {
+    "celo_adam": "its rule is Adam",
+    "learnable_adam": "its rule is a few operations",
+    "learnable_sgd": "its rule is a few operations",
+    "learnable_sgdm": "its rule is a few operations",
+    "lopt": "its rule is a few operations",
+    "mlp_lopt": "they know rules of 3 momenta and one second moment alone",
+    "nn_adam": "its rule is Adam",
+    "rnn_mlp_lopt": "they know no network that answers an LSTM",
+}
+
+
+@every_optimizer
+@pytest.mark.parametrize("backend", ["auto", "pallas", "xla"])
+def test_describe_says_which_backend_and_why(name, backend, monkeypatch):
+    """On a GPU that runs the kernels, of a leaf that is worth them."""
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    tx = optimizers.make(name, backend=backend)
+    found = lopt_jax.describe(tx, {"w0": jax.ShapeDtypeStruct((256, 512), jnp.float32)})
+    has_kernels = backend != "xla" and name not in WITHOUT_KERNELS
+    assert [leaf.backend for leaf in found.leaves] == ["kernels" if has_kernels else "xla"]
+    reason = WITHOUT_KERNELS.get(name, "")
+    assert found.note.startswith(f"No fused kernels here: {reason}" if reason else "")
+    assert bool(found.note) == bool(reason)
+
+
+def test_describe_knows_the_decays_of_the_weights(monkeypatch):
+    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    tx = reference.optimizer("adafac_mlp_lopt_decays")
+    found = lopt_jax.describe(tx, {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32)})
+    assert "3 momenta" in found.note
+    assert found.leaves[0].backend == "xla"
 
 
 # -- gradients and states of another kind -------------------------------------------------------

@@ -395,6 +395,10 @@ WITHOUT_KERNELS = {
     "learnable_sgd",
     "learnable_sgdm",
     "mlp_lopt",
+    "nn_adam",
+    "nn_adam_decay",
+    "rnn_mlp_lopt",
+    "rnn_mlp_lopt_validation",
 }
 # Their normalisers are over matrices: of tensors that hold several XLA updates each.
 OF_MATRICES = ("celo2", "celo2_base", "celo2_adamw", "elo_celo2")

@@ -13,7 +13,7 @@ import reference
 import lopt_jax
 from lopt_jax.applying import in_batch
 from lopt_jax.features import small_fc_features
-from lopt_jax.rules import rule
+from lopt_jax.rules import messages, rule
 from lopt_jax.xla import network, passes
 from lopt_jax.xla.network import XlaNetwork
 
@@ -87,6 +87,14 @@ def test_trajectory_of_the_specification(name, monkeypatch, record_property):
         reference.optimizer(name), reference.trajectory(name), record_property, compiled={}
     )
     assert calls
+
+
+@pytest.mark.parametrize("elements", [20, 7])
+def test_trajectory_of_messages_by_blocks(elements, monkeypatch, record_property):
+    """Blocks of equal sizes and blocks with a rest: means over tensors are sums over blocks."""
+    monkeypatch.setattr(messages, "elements_for", lambda platform: elements)
+    name = "rnn_mlp_lopt"
+    reference.check(reference.optimizer(name), reference.trajectory(name), record_property)
 
 
 def test_few_small_tensors_take_the_passes_of_large_ones_on_a_gpu(monkeypatch):

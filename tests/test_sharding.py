@@ -57,6 +57,8 @@ LEARNING_RATES = {
     "small_fc_lopt": {"learning_rate": 30.0},
     "mulo": {"learning_rate": 60.0},
     "celo_adam": {"learning_rate": 60.0},
+    "mlp_lopt": {"learning_rate": 50.0},
+    "rnn_mlp_lopt": {"learning_rate": 10.0},
 }
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optimizers
 import orbax.checkpoint as ocp
 import pytest
 import reference
@@ -193,7 +194,19 @@ def compiled_update(tx, shapes, specs, mesh):
         ((4, 2), {"w": P("data", "model"), "t": P("model", "data"), "k": P(), "b": P("model")}),
     ],
 )
-@pytest.mark.parametrize("make", [small_fc, pytest.param(velo, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        small_fc,
+        pytest.param(velo, marks=pytest.mark.slow),
+        pytest.param(functools.partial(optimizers.make, "nn_adam"), id="nn_adam"),
+        pytest.param(
+            functools.partial(optimizers.make, "rnn_mlp_lopt"),
+            id="rnn_mlp_lopt",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_only_vectors_cross_devices(make, sizes, specs):
     shapes = {"w": (512, 256), "t": (256, 512), "k": (3, 3, 128, 64), "b": (512,)}
     found = collectives(compiled_update(make(), shapes, specs, mesh_of(*sizes)))

@@ -130,8 +130,10 @@ def test_every_quirk_has_a_switch(monkeypatch):
     params = {k: jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in shapes.items()}
     wide = lopt_jax.small_fc_lopt("small_fc_lopt", backend="xla")
     velo = optimizers.make("velo", backend="xla")
-    of_cpus = {"unrolled_weights"}
-    for tx, platform, quirks in ((velo, "tpu", set(QUIRKS) - of_cpus), (wide, "cpu", of_cpus)):
+    answering = optimizers.make("rnn_mlp_lopt")
+    of_others = {"unrolled_weights": (wide, "cpu"), "known_decays": (answering, "tpu")}
+    cases = [(*case, {quirk}) for quirk, case in of_others.items()]
+    for tx, platform, quirks in (*cases, (velo, "tpu", set(QUIRKS) - set(of_others))):
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         state = jax.eval_shape(tx.init, params)
 

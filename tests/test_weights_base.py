@@ -49,6 +49,7 @@ def test_shapes_are_those_of_the_papers():
 @pytest.mark.parametrize("architecture", SCHEMAS)
 def test_sizes_are_read_back_from_the_arrays(architecture):
     odd = {"hidden_size": 5, "hidden_layers": 3, "lstm_hidden_size": 7, "param_inits": 2}
+    odd |= {"from_mlp_size": 4, "from_lstm_size": 6, "lstm_to_mlp_size": 8}
     config = {key: odd[key] for key in SCHEMAS[architecture].sizes}
     weights = validate(make(architecture, **config))
     assert inferred_sizes(architecture, weights.params, "test") == config

@@ -37,6 +37,8 @@ ARCHITECTURES |= dict.fromkeys(
     "small_fc_lopt",
 )
 ARCHITECTURES |= {"mlp_lopt": "mlp_lopt", "celo_random": "celo", "celo_adam_random": "celo_adam"}
+ARCHITECTURES |= {name: name for name in ("nn_adam", "rnn_mlp_lopt")}
+ARCHITECTURES |= {"nn_adam_decay": "nn_adam", "rnn_mlp_lopt_validation": "rnn_mlp_lopt"}
 ARCHITECTURES |= {f"learnable_{kind}": f"learnable_{kind}" for kind in ("sgd", "sgdm", "adam")}
 
 
@@ -51,9 +53,40 @@ def of_scalars(layers):
     return tree
 
 
+def lstm_of(theta):
+    state = theta["lstm_init_state"]
+    initial = {f"initial_{key}": state[key][0] for key in ("hidden", "cell")}
+    return initial | theta["rnn_params"]["rnn/linear"]
+
+
+def with_hyperparameters(theta):
+    """The canonical tree of NNAdam."""
+    names = {"learning_rate": "lr", "beta1": "beta1", "beta2": "beta2", "epsilon": "epsilon"}
+    return {
+        "lstm": lstm_of(theta),
+        "controls": theta["rnn_to_controls_params"]["rnn_to_controls"],
+        "initial": {ours: theta[f"per_layer_{theirs}"] for ours, theirs in names.items()},
+    }
+
+
+def with_messages(theta):
+    """The canonical tree of RNNMLPLOpt."""
+    mlp = theta["ffmod_params"]
+    return {
+        "lstm": lstm_of(theta),
+        "mlp": {f"{k}{i}": mlp[f"mlp/~/linear_{i}"][k] for i in range(3) for k in "wb"},
+        "to_mlp": theta["rnn_to_ff_params"]["rnn_to_ff"],
+        "to_lstm": theta["rnn_to_in_params"]["rnn_to_in"],
+        "initial_from_mlp": theta["initial_from_mlp"],
+        "initial_from_lstm": theta["initial_from_lstm"],
+    }
+
+
 def canonical(theta):
     """The canonical tree of an original one, written down once more from the layout's text."""
     tree = dict(theta) if "log_lr" in theta else {}
+    if "ffmod_params" in theta or "per_layer_lr" in theta:
+        return with_messages(theta) if "ffmod_params" in theta else with_hyperparameters(theta)
     if "mlp/~/linear_0" in theta:
         layers = range(len(theta))
         tree["mlp"] = {f"{k}{i}": theta[f"mlp/~/linear_{i}"][k] for i in layers for k in "wb"}
@@ -158,14 +191,17 @@ def test_pylo_has_three_decays(tmp_path):
         export_weights(weights, tmp_path)
 
 
-def test_interpolation_multiplier_is_folded_into_the_banks():
-    # VeLO's network is 100 * mean(controls * bank); that of amoudgl/velo-s multiplies by 1.
+def test_interpolation_multiplier_is_folded_into_the_banks_for_pylo(tmp_path):
+    # VeLO's network is 100 * mean(controls * bank), PyLO's too; that of amoudgl/velo-s has 1.
     file = FIXTURES / "velo" / "theta.state"
     plain, scaled = convert_weights(file), convert_weights(file, config={"ff_mult": 1.0})
-    np.testing.assert_allclose(
-        100 * scaled.params["mlp"]["w0"], plain.params["mlp"]["w0"], rtol=1e-6
-    )
-    assert_bitwise(scaled.params["lstm"], plain.params["lstm"])
+    assert_bitwise(scaled.params, plain.params)
+    assert (plain.config["ff_mult"], scaled.config["ff_mult"]) == (100.0, 1.0)
+    export_weights(scaled, tmp_path)
+    back = convert_weights(tmp_path)
+    assert back.config["ff_mult"] == 100.0
+    np.testing.assert_allclose(100 * back.params["mlp"]["w0"], plain.params["mlp"]["w0"], rtol=1e-6)
+    assert_bitwise(back.params["lstm"], plain.params["lstm"])
     with pytest.raises(WeightsError, match="ff_mult"):
         convert_weights(FIXTURES / "celo2" / "theta.state", config={"ff_mult": 1.0})
 
@@ -210,11 +246,22 @@ def test_missing_file_and_wrong_scheme(tmp_path):
         convert_weights(tmp_path / "weights.pt")
 
 
-def test_unsupported_optimizer_is_named(tmp_path):
-    file = tmp_path / "theta.state"
-    file.write_bytes(msgpack_serialize({"ffmod_params": {}, "rnn_params": {}}))
-    with pytest.raises(WeightsError, match="RNNMLPLOpt"):
-        convert_weights(file)
+@pytest.mark.parametrize("name", ["nn_adam", "rnn_mlp_lopt", "mlp_lopt", "learnable_adam"])
+def test_arrays_of_no_use_are_refused(name, tmp_path):
+    theta = msgpack_restore((FIXTURES / name / "theta.state").read_bytes())
+    theta["more"] = np.zeros(3, np.float32)
+    (tmp_path / "theta.state").write_bytes(msgpack_serialize(theta))
+    with pytest.raises(WeightsError, match="more"):
+        convert_weights(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["lstm_init_state", "rnn_params", "per_layer_beta2"])
+def test_what_is_missing_is_named(key, tmp_path):
+    theta = msgpack_restore((FIXTURES / "nn_adam" / "theta.state").read_bytes())
+    del theta[key]
+    (tmp_path / "theta.state").write_bytes(msgpack_serialize(theta))
+    with pytest.raises(WeightsError, match=f"the meta-parameters with '{key}'"):
+        convert_weights(tmp_path)
 
 
 # gin
@@ -350,6 +397,66 @@ def test_original_to_ours_to_pylo_to_ours(name, tmp_path):
     back = convert_weights(tmp_path / "pylo")
     assert (back.architecture, back.config) == (original.architecture, original.config)
     assert_bitwise(back.params, original.params)
+
+
+def settings_of(name):
+    """What the constructor of a recorded run was given, as config here."""
+    kwargs = json.loads((FIXTURES / name / "config.json").read_text())["kwargs"]
+    renamed = {"step_multiplier": "step_mult", "magnitude_rate": "exp_mult"}
+    known = ("exp_mult", "step_mult", "output_scale", "decay_strength", "ff_mult")
+    config = {renamed.get(key, key): value for key, value in kwargs.items()}
+    is_known = lambda key: key in known or key.startswith(("initial_", "use_bugged"))  # noqa: E731
+    if ARCHITECTURES.get(name) == "nn_adam":  # there these are for meta-training's start alone
+        known = ("output_scale", "decay_strength")
+        is_known = known.__contains__
+    if name.startswith("learnable"):
+        return {}
+    return {key: value for key, value in config.items() if is_known(key)}
+
+
+@pytest.mark.parametrize("name", THETA)
+def test_original_to_ours_to_original(name, tmp_path):
+    """The identity, bit for bit, and config.gin says how it is configured."""
+    theta = msgpack_restore((FIXTURES / name / "theta.state").read_bytes())
+    weights = convert_weights(FIXTURES / name / "theta.state", config=settings_of(name))
+    save_weights(tmp_path / "ours", weights)
+    export_weights(load_weights(tmp_path / "ours"), tmp_path / "theirs", format="original")
+    written = msgpack_restore((tmp_path / "theirs" / "theta.state").read_bytes())
+    if "linear" in theta.get("rnn_params", {}):  # computed and discarded there
+        assert not any(written["rnn_params"]["linear"][key].any() for key in "wb")
+        written["rnn_params"]["linear"] = theta["rnn_params"]["linear"]
+    assert_bitwise(written, theta)
+    back = convert_weights(tmp_path / "theirs")
+    assert (back.architecture, back.config) == (weights.architecture, weights.config)
+    assert (tmp_path / "theirs" / "README.md").read_text().startswith("---")
+
+
+def test_original_export_says_what_the_original_has_fixed(tmp_path):
+    gin = {}
+    for name in ("rnn_mlp_lopt", "adafac_mlp_lopt_separate_weights"):
+        weights = convert_weights(FIXTURES / name, config=settings_of(name))
+        export_weights(weights, tmp_path / name, format="original")
+        gin[name] = (tmp_path / name / "config.gin").read_text().splitlines()
+    assert "RNNMLPLOpt.decays = (0.5, 0.9, 0.99, 0.999, 0.9999)" in gin["rnn_mlp_lopt"]
+    assert "RNNMLPLOpt.step_multiplier = 0.01" in gin["rnn_mlp_lopt"]
+    assert "run_train.lopt = @RNNMLPLOpt()" in gin["rnn_mlp_lopt"]
+    separate = gin["adafac_mlp_lopt_separate_weights"]
+    assert "AdafacMLPLOpt.make_separate_weights = True" in separate
+    decays = (0.1, 0.5, 0.9, 0.99, 0.999, 0.99)
+    weights = convert_weights(FIXTURES / "mlp_lopt", config={"initial_momentum_decays": decays})
+    with pytest.raises(ValueError, match="MLPLOpt has initial_momentum_decays"):
+        export_weights(weights, tmp_path / "mlp_lopt", format="original")
+    uneven = {"initial_rms_decays": (0.5, 0.9, 0.99, 0.999, 0.9998)}
+    weights = convert_weights(FIXTURES / "rnn_mlp_lopt", config=uneven)
+    with pytest.raises(ValueError, match="RNNMLPLOpt has one decays"):
+        export_weights(weights, tmp_path / "uneven", format="original")
+    assert not (tmp_path / "uneven").exists()
+
+
+def test_original_export_refuses_a_rule_of_our_own(tmp_path):
+    with pytest.raises(ValueError, match=r"the original code has .*found 'linear'"):
+        export_weights(load_weights("lopt"), tmp_path / "lopt", format="original")
+    assert not (tmp_path / "lopt").exists()
 
 
 def test_export_has_the_names_and_shapes_of_pylo(tmp_path):

@@ -250,10 +250,20 @@ _TINY = MetaTrainConfig(
     notes="A demonstration for CPUs; not for use.",
 )
 
+# From Adam at a rate of 1e-4, far too small as well.
+_NN_ADAM_TINY = dataclasses.replace(
+    _TINY,
+    name="nn_adam_tiny",
+    architecture="nn_adam",
+    architecture_config=(("lstm_hidden_size", 8), ("output_scale", 0.01)),
+    gains=(),
+)
+
 CONFIGS: dict[str, MetaTrainConfig] = {
     config.name: config
     for config in (
         _TINY,
+        _NN_ADAM_TINY,
         _SMALL_FC_LOPT,
         dataclasses.replace(
             _SMALL_FC_LOPT,

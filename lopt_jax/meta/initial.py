@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax import controller
+from lopt_jax.lstm import LSTMState, init_lstm
+from lopt_jax.meta.original_starts import STARTS
 from lopt_jax.weights.schema import complete_config, schema_of
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
@@ -178,12 +180,12 @@ def imagined_multipliers(architecture: str, params: dict[str, Any], inputs: jax.
       (length, tensors).
     """
 
-    def step(state: controller.LSTMState, x: jax.Array) -> tuple[controller.LSTMState, jax.Array]:
+    def step(state: LSTMState, x: jax.Array) -> tuple[LSTMState, jax.Array]:
         controls = controller.run_lstm(params, x, state)
         raw = controls.step_size
         return controls.state, raw if architecture == "velo" else 0.1 * jnp.exp(raw)
 
-    return jax.lax.scan(step, controller.init_lstm(params, inputs.shape[1]), inputs)[1]
+    return jax.lax.scan(step, init_lstm(params["lstm"], inputs.shape[1]), inputs)[1]
 
 
 def fit_schedule(
@@ -244,7 +246,8 @@ def initial_parameters(
       architecture: a name of `lopt_jax.Weights.architecture`, "learned_adam" or "learned_sgd".
       key: for what is random.
       config: the architecture's config.
-      gains: of the features whose sum is the direction at the start, by name of `FEATURES`; with
+      gains: of the features whose sum is the direction at the start, by name of `FEATURES`; none
+        for the rules of `original_starts`, which start as the original does; with
         {"rms_0": 1.0} every step has the root mean square step_mult (times the tensor's for VeLO
         and Celo).
 
@@ -261,7 +264,8 @@ def initial_parameters(
         }
     if architecture == "learned_sgd":
         return {"log_learning_rate": jnp.log(jnp.float32(0.03))}
-    if architecture not in ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo"):
+    passes = ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo")
+    if architecture not in (*passes, *STARTS):
         raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")
     sizes = schema_of(architecture, "architecture").sizes
     missing = [key for key in sizes if key not in config]
@@ -271,6 +275,12 @@ def initial_parameters(
             f"{', '.join(sizes)}; missing: {missing}"
         )
     config = complete_config(architecture, config, "architecture_config")
+    if architecture in STARTS:
+        if gains:
+            raise ValueError(
+                f"gains: expected none, as {architecture} passes no features; found {dict(gains)}"
+            )
+        return STARTS[architecture](key, config)
     hidden, layers = config["hidden_size"], config["hidden_layers"]
     if architecture in ("small_fc_lopt", "elo"):
         mlp = passing_mlp(key, 28, 28 + _TIME_FEATURES, hidden, layers, 2, gains)

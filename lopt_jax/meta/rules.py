@@ -17,7 +17,18 @@ MakeOptimizer = Callable[
     [MetaParameters, jax.Array, Schedule], optax.GradientTransformationExtraArgs
 ]
 
-_TAKES_LEARNING_RATE = ("small_fc_lopt", "celo2", "elo", "elo_celo2")
+_TAKES_LEARNING_RATE = (
+    "small_fc_lopt",
+    "celo2",
+    "elo",
+    "elo_celo2",
+    "mlp_lopt",
+    "rnn_mlp_lopt",
+    "nn_adam",
+    "learnable_sgd",
+    "learnable_sgdm",
+    "learnable_adam",
+)
 _WARMUP = 0.05  # of the horizon
 _KNOWS_HORIZON = ("velo", "celo", "celo_adam")
 
@@ -157,8 +168,7 @@ def make_rule(
             f"architecture: {architecture!r} can be neither meta-trained nor evaluated here; "
             f"choose one of {sorted([*_TAKES_LEARNING_RATE, *_KNOWS_HORIZON])}"
         )
-    module = importlib.import_module(f"lopt_jax.optimizers.{architecture}")
-    constructor = getattr(module, architecture)
+    constructor = getattr(importlib.import_module("lopt_jax"), architecture)
 
     def weights(meta_parameters: MetaParameters) -> Weights:
         return Weights(architecture, config, meta_parameters, {})

@@ -16,6 +16,7 @@ class AdamSettings(NamedTuple):
     epsilon: Any  # added to the root
     root_epsilon: Any = 0.0  # added inside the root
     gradient_clip: float | None = common.GRADIENT_CLIP  # of every element; None: not clipped
+    bias_correction: bool = True  # of both averages, which start at zero
 
 
 class AdamStep(NamedTuple):
@@ -33,7 +34,7 @@ def adam_step(
     second_moment: jax.Array,
     count: jax.Array,
 ) -> AdamStep:
-    """One step of Adam, with bias correction.
+    """One step of Adam.
 
     Args:
       settings: the settings.
@@ -52,8 +53,11 @@ def adam_step(
     beta1, beta2 = (jnp.asarray(beta, jnp.float32) for beta in settings.betas)
     m = update_momentum(momentum.astype(dtype), gradient, beta1)
     v = update_second_moment(second_moment.astype(dtype), gradient, beta2)
-    root = jnp.sqrt(v / (1 - beta2**count) + settings.root_epsilon)
-    step = m / (1 - beta1**count) / (_not_rounded_to_zero(settings.epsilon) + root)
+    mean, mean_square = m, v
+    if settings.bias_correction:
+        mean, mean_square = m / (1 - beta1**count), v / (1 - beta2**count)
+    root = jnp.sqrt(mean_square + settings.root_epsilon)
+    step = mean / (_not_rounded_to_zero(settings.epsilon) + root)
     return AdamStep(step, m.astype(momentum.dtype), v.astype(second_moment.dtype))
 
 

@@ -9,6 +9,7 @@ import optax
 from lopt_jax import controller
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.context import Tracing
+from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.optimizers.celo import celo_step_size
@@ -23,7 +24,7 @@ class CeloAdamState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # momentum and second moment alone: trees like the params
-    lstm: controller.LSTMState
+    lstm: LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the scheduler's last: read by diagnostics alone
 
@@ -92,7 +93,7 @@ def celo_adam(
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
-            lstm=controller.init_lstm(weights.params, tensors),
+            lstm=init_lstm(weights.params["lstm"], tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
         )
@@ -128,4 +129,10 @@ def celo_adam(
         )
         return updates, CeloAdamState(count, accumulators, controls.state, loss, sizes)
 
-    return common.transformation(init, update, weights.params, CeloAdamState)
+    return common.transformation(
+        init,
+        update,
+        weights.params,
+        CeloAdamState,
+        without_kernels="its rule is Adam, which XLA fuses",
+    )

@@ -448,6 +448,7 @@ def transformation(
     meta_parameters: Any,
     state_type: type,
     apply: Callable[..., tuple[Any, Any]] | None = None,
+    without_kernels: str = "",
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation from pure functions.
 
@@ -461,6 +462,8 @@ def transformation(
       state_type: what init returns.
       apply: as update, but it returns the new params in place of the updates; None where there is
         no such form.
+      without_kernels: why the fused kernels do not know the rule, part of a sentence for
+        `lopt_jax.describe`; "": they know it.
 
     Returns:
       The transformation; it ignores extra arguments other than `value`.
@@ -509,7 +512,7 @@ def transformation(
         return step(updates, state, params, value)
 
     if apply is None:
-        return LearnedTransformation(init_fn, update_fn)
+        return LearnedTransformation.of(init_fn, update_fn, None, without_kernels=without_kernels)
     applied = step_of(apply, applies=True)
 
     def apply_fn(
@@ -523,7 +526,7 @@ def transformation(
         del extra_args
         return applied(updates, state, params, value)
 
-    return LearnedTransformation.of(init_fn, update_fn, apply_fn)
+    return LearnedTransformation.of(init_fn, update_fn, apply_fn, without_kernels=without_kernels)
 
 
 def _init(init: Callable[[Any], Any], params: Any) -> Any:
@@ -619,6 +622,7 @@ def described[**P](
             apply_of(tx),
             (constructor.__name__, arguments),
             getattr(tx, "plans", None),
+            getattr(tx, "without_kernels", ""),
         )
 
     return construct

@@ -13,6 +13,7 @@ from lopt_jax import controller, engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.compiler.products import may_work
 from lopt_jax.context import Tracing
+from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
 from lopt_jax.rules.rule import AccumulatorStatistics, Rule
@@ -26,7 +27,7 @@ class ControlledState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
     accumulators: Accumulators  # trees like the params
     statistics: AccumulatorStatistics | None  # of the accumulators, a row a tensor; None: not read
-    lstm: controller.LSTMState
+    lstm: LSTMState
     loss: controller.LossBuffer
     step_size: jax.Array  # (tensors,), the controller's last: read by diagnostics alone
 
@@ -111,7 +112,7 @@ def controlled(
                 params, options.accumulator_dtypes(config), factored, stacked_axes
             ),
             statistics=statistics if rule.accumulator_statistics else None,
-            lstm=controller.init_lstm(weights.params, tensors),
+            lstm=init_lstm(weights.params["lstm"], tensors),
             loss=controller.init_loss_buffer(),
             step_size=jnp.zeros((tensors,), jnp.float32),
         )

@@ -235,7 +235,13 @@ def _learnable(
         )
         return updates, LearnableState(count, new)
 
-    return common.transformation(init, update, resolved.params, LearnableState)
+    return common.transformation(
+        init,
+        update,
+        resolved.params,
+        LearnableState,
+        without_kernels="its rule is a few operations, which XLA fuses",
+    )
 
 
 def _decay(log_gap: jax.Array) -> jax.Array:

@@ -193,7 +193,13 @@ def matrix_optimizer(
 
     tx = common.transformation(init, update, weights.params, PerParameterState)
     of_leaves = functools.partial(plans_of, plans, stacked_axes=stacked_axes)
-    return LearnedTransformation.of(tx.init, tx.update, None, plans=of_leaves)
+    return LearnedTransformation.of(
+        tx.init,
+        tx.update,
+        None,
+        plans=of_leaves,
+        without_kernels=learned_step("matrix").without_kernels,
+    )
 
 
 def plans_of(plans: Plans, params: Any, stacked_axes: StackedAxes) -> list[LeafPlan]:

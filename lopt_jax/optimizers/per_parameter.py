@@ -12,6 +12,7 @@ import optax
 
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators, Decays, SecondMoments
+from lopt_jax.backends import unknown_decays
 from lopt_jax.context import Tracing
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
@@ -34,11 +35,17 @@ class Functions(NamedTuple):
     update: Callable[..., tuple[Any, PerParameterState]]
     # from (tracing, meta_parameters, gradients, state, params, value) to (updates, state)
     apply: Callable[..., tuple[Any, PerParameterState]]  # the same to (new params, state)
+    without_kernels: str  # as in `common.transformation`
 
     def bound(self, weights: Weights) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
         return common.transformation(
-            self.init, self.update, weights.params, PerParameterState, self.apply
+            self.init,
+            self.update,
+            weights.params,
+            PerParameterState,
+            self.apply,
+            self.without_kernels,
         )
 
 
@@ -101,7 +108,8 @@ def per_parameter(
         return results, PerParameterState(optax.safe_increment(state.count), accumulators)
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
-    return Functions(init, of(False), of(True))
+    unknown = unknown_decays(options.accumulator_dtypes(weights.config))
+    return Functions(init, of(False), of(True), unknown or "")
 
 
 def fixed_decays(config: Any) -> Decays:

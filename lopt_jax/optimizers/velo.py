@@ -21,7 +21,6 @@ from lopt_jax.weights import WeightsLike, resolve
 from lopt_jax.weights.advice import mention_recommended
 
 HORIZON = 150_000  # the longest training that VeLO was meta-trained for
-_BANK_GAIN = 100.0
 _BUGGED_LOSS_HORIZON = 10  # the oldest checkpoints were trained with loss decays for ten steps
 
 
@@ -118,7 +117,7 @@ def velo(
         rule,
         options,
         inputs=inputs,
-        banks=lambda controls: _BANK_GAIN * controls,
+        banks=lambda controls: config["ff_mult"] * controls,
         step_size=lambda output: output,
         loss_horizon=_BUGGED_LOSS_HORIZON if config["use_bugged_loss_features"] else None,
         keeps_lstm_state=not config["use_bugged_next_lstm_state"],

@@ -2,8 +2,8 @@
 
 from lopt_jax.weights.base import Weights, WeightsError, WeightsLike
 from lopt_jax.weights.convert import convert_weights
+from lopt_jax.weights.export import export_weights
 from lopt_jax.weights.hub import push_to_hub
-from lopt_jax.weights.pylo import export_weights
 from lopt_jax.weights.registry import list_weights, load_weights, resolve
 from lopt_jax.weights.store import save_weights
 

@@ -158,7 +158,7 @@ ENTRIES: tuple[Entry, ...] = (
         "rnn_mlp_lopt",
         "MIT",
         (_theta("amoudgl/rnn-mlp-lopt"),),
-        "a baseline of the Celo paper; lopt_jax has no optimizer for it",
+        "an MLP and an LSTM (arXiv 2009.11243), a baseline of the Celo paper (arXiv 2501.12670)",
     ),
     Entry(
         "mulo",

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lopt_jax.weights.arguments import gin_config
 from lopt_jax.weights.base import StaticMapping, Weights, brief, weights_error
 from lopt_jax.weights.gin import parse_gin
 from lopt_jax.weights.haiku_pickle import is_pickle, read_pickle
 from lopt_jax.weights.msgpack_tree import read_msgpack
 from lopt_jax.weights.original import (
-    MULTIPLIER_KEY,
     Converted,
     convert_original,
-    gin_config,
-    scale_banks,
     undecided_error,
 )
 from lopt_jax.weights.pylo import convert_pylo, is_safetensors, read_safetensors
@@ -126,9 +124,6 @@ def convert_bundle(
         )
     given = {key: value for key, value in given.items() if key not in converted.consumed}
     stated = {**converted.config, **from_gin, **given}
-    multiplier = stated.pop(MULTIPLIER_KEY, None)
-    if multiplier is not None:
-        converted = scale_banks(converted, multiplier, source)
     sizes = inferred_sizes(chosen, converted.params, source)
     for key, size in sizes.items():
         if key in stated and stated[key] != size:

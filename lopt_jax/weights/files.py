@@ -1,9 +1,10 @@
-"""Reads files of strangers: regular files alone, and never more bytes than a limit."""
+"""Files: those of strangers are read up to a limit, our own are written whole."""
 
 from __future__ import annotations
 
 import os
 import stat
+import uuid
 from pathlib import Path
 
 from lopt_jax.weights.base import weights_error
@@ -61,6 +62,16 @@ def read_tree(folder: Path, limit: int, max_files: int) -> dict[str, bytes]:
             total += len(data)
             files[path.relative_to(folder).as_posix()] = data
     return files
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file that is there whole, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _raise(error: OSError) -> None:

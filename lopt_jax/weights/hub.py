@@ -32,15 +32,16 @@ def model_card(weights: Weights, repo_id: str) -> str:
     return _card(weights, repo_id.rpartition("/")[2], loading, files)
 
 
-def export_card(weights: Weights, name: str) -> str:
-    """As `model_card`, for a folder in the layout of PyLO.
+def export_card(weights: Weights, name: str, layout: str) -> str:
+    """As `model_card`, for a folder in the layout of another code.
 
     Args:
       weights: the weights.
       name: of the folder, for the example.
+      layout: whose layout, after "the layout".
     """
     loading = f"lopt_jax.convert_weights({name!r})"
-    files = "The files are in the layout that PyLO loads, exported by lopt_jax."
+    files = f"The files are in the layout {layout}, exported by lopt_jax."
     return _card(weights, name, loading, files)
 
 

@@ -1,8 +1,6 @@
 """Trees of the original code (google/learned_optimization, amoudgl/celo) to the canonical layout.
 
-References: `init` of AdafacMLPLOpt (learned_optimizers/adafac_mlp_lopt.py), of LearnableSGD and its
-like (learned_optimizers/base.py) and of HyperV2 (research/general_lopt/hyper_v2.py) in
-google/learned_optimization; celo/optimizers/*.py in amoudgl/celo.
+Where each array lies is in `lopt_jax.weights.layouts`; here is how a file tells what it is.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lopt_jax.weights.base import WeightsError, brief, weights_error
+from lopt_jax.weights.layouts import FIELDS, MODULE, SEPARATE_WEIGHTS, read_fields
 from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
 
 
@@ -54,94 +53,6 @@ def undecided_error(
     )
 
 
-# HyperV2 multiplies the mean over its banks by this; amoudgl/celo made it an argument.
-HYPER_MULTIPLIER = 100.0
-MULTIPLIER_KEY = "ff_mult"
-
-# class name in a gin file -> architecture
-GIN_CLASSES = {
-    "HyperV2": "velo",
-    "AdafacMLPLOpt": "small_fc_lopt",
-    "MuAdafacMLPLOpt": "mulo",
-    "Celo": "celo",
-    "Celo2": "celo2",
-    "Celo2Base": "celo2",
-    "MLPLOpt": "mlp_lopt",
-    "LearnableSGD": "learnable_sgd",
-    "LearnableSGDM": "learnable_sgdm",
-    "LearnableAdam": "learnable_adam",
-}
-_GIN_KEYS = {
-    "ff_hidden_size": "hidden_size",
-    "ff_hidden_layers": "hidden_layers",
-}
-# Arguments that change what the original computes and that no optimizer here has: only the
-# value that equals what is implemented is accepted.
-_FIXED = {
-    "mix_layers": True,
-    "with_validation_feature_dim": False,
-    "with_g": True,
-    "with_m": True,
-    "with_m_feat": True,
-    "with_rms": True,
-    "with_rms_feat": True,
-    "with_rms_norm_g": True,
-    "with_rsqrt_rms": True,
-    "with_p": True,
-    "with_fac_norm_g": True,
-    "with_fac_rms": True,
-    "with_fac_rsqrt": True,
-    "with_grad_clip_feat": True,
-    "with_fac_mom_mult": True,
-    "with_rms_only_norm_g": True,
-    "adafactor_accumulator": True,
-    "param_scale_mult": True,
-    "precondition_output": False,
-    "rnn_state_decay": 0.0,
-    "constant_loss": False,
-    "clip_param_scale_amount": None,
-}
-
-
-def gin_config(
-    bindings: Mapping[tuple[str, str], object], known: frozenset[str], source: object
-) -> tuple[str | None, dict[str, Any]]:
-    """Takes architecture and config out of the bindings of a `config.gin`.
-
-    Args:
-      bindings: (name, key) -> value.
-      known: the config keys of all architectures.
-      source: the file, for the message.
-
-    Returns:
-      The architecture, None where the file names no optimizer that is known here, and its config.
-
-    Raises:
-      WeightsError: the optimizer has an argument set that no optimizer here implements.
-    """
-    reference = bindings.get(("run_train", "lopt"))
-    names = {name for name, _ in bindings if name in GIN_CLASSES}
-    name = reference[1:] if isinstance(reference, str) and reference.startswith("@") else ""
-    if name not in GIN_CLASSES:
-        if len(names) != 1:
-            return None, {}
-        (name,) = names
-    config: dict[str, Any] = {}
-    for (owner, key), value in bindings.items():
-        if owner != name:
-            continue
-        if name == "HyperV2" and key in _FIXED:
-            if value != _FIXED[key]:
-                raise weights_error(
-                    source,
-                    expected=f"{name}.{key} = {_FIXED[key]}, the only value implemented here",
-                    found=brief(value),
-                )
-        elif _GIN_KEYS.get(key, key) in known or key == MULTIPLIER_KEY:
-            config[_GIN_KEYS.get(key, key)] = value
-    return GIN_CLASSES[name], config
-
-
 def convert_original(tree: Any, source: object) -> Converted:
     """Converts theta, `{params, gen_id, step}`, or the tuple `(theta, "", 0)`.
 
@@ -178,11 +89,12 @@ def convert_original(tree: Any, source: object) -> Converted:
                 found=f"a {type(leaf).__name__}",
             )
     if "ffmod_params" in tree:
-        raise weights_error(
-            source,
-            expected="an architecture that lopt_jax has",
-            found="RNNMLPLOpt (rnn-mlp-lopt), which it has not",
-        )
+        params = _read_all("rnn_mlp_lopt", tree, ("ffmod_params",), source)
+        mlp = _modules(tree["ffmod_params"], source)
+        return Converted("rnn_mlp_lopt", {"mlp": mlp, **params}, {}, (), notes)
+    if "per_layer_lr" in tree:
+        params = _read_all("nn_adam", tree, (), source)
+        return Converted("nn_adam", params, {}, (), notes)
     if "rnn_params" in tree:
         return _convert_hyper(tree, config, notes, source)
     if "nn" in tree:
@@ -190,34 +102,31 @@ def convert_original(tree: Any, source: object) -> Converted:
     if "ff_mod_stack" in tree:
         mlp = _mlp(tree["ff_mod_stack"], source)
         return Converted("celo2", {"mlp": mlp}, {}, ("elo_celo2",), notes)
-    if _MODULE + "0" in tree:
+    if MODULE + "0" in tree:
         return Converted("mlp_lopt", {"mlp": _modules(tree, source)}, {}, (), notes)
     if "log_lr" in tree:
         return Converted(_learnable_of(tree), dict(tree), {}, (), notes)
     raise weights_error(
         source,
-        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params', 'log_lr' or "
-        f"{_MODULE + '0'!r}",
+        expected="meta-parameters with 'nn', 'ff_mod_stack', 'rnn_params', 'ffmod_params', "
+        f"'per_layer_lr', 'log_lr' or {MODULE + '0'!r}",
         found=f"the keys {brief(sorted(tree))}",
     )
 
 
-def scale_banks(converted: Converted, multiplier: Any, source: object) -> Converted:
-    """Folds another multiplier than HyperV2's 100 into the banks (velo-s has 1).
-
-    Raises:
-      WeightsError: `multiplier` is no number, or the architecture has no banks.
-    """
-    if converted.architecture != "velo" or not isinstance(multiplier, int | float):
+def _read_all(
+    architecture: str, tree: Mapping[str, Any], others: tuple[str, ...], source: object
+) -> dict[str, Any]:
+    """The fields of an architecture, in a tree that holds nothing else but these other subtrees."""
+    known = {field.theirs for field in FIELDS[architecture]}
+    paths = (path for path, _ in walk(tree, source) if path[0] not in others)
+    extra = ["/".join(path) for path in paths if path not in known]
+    params = read_fields(FIELDS[architecture], tree, source)
+    if extra:
         raise weights_error(
-            source, expected=f"{MULTIPLIER_KEY}, a number, with velo alone", found=brief(multiplier)
+            source, expected=f"only the arrays of {architecture}", found=f"also {brief(extra)}"
         )
-    if multiplier == HYPER_MULTIPLIER:
-        return converted
-    scale = np.float32(multiplier / HYPER_MULTIPLIER)
-    mlp = {key: np.asarray(value) * scale for key, value in converted.params["mlp"].items()}
-    notes = {**converted.notes, MULTIPLIER_KEY: float(multiplier)}
-    return dataclasses.replace(converted, params={**converted.params, "mlp": mlp}, notes=notes)
+    return params
 
 
 def _learnable_of(tree: Mapping[str, Any]) -> str:
@@ -228,6 +137,8 @@ def _learnable_of(tree: Mapping[str, Any]) -> str:
 
 def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: object) -> Converted:
     mlp = _mlp(tree["nn"], source)
+    if any(_SCALAR.fullmatch(str(path[-1])) for path, _ in walk(tree["nn"], source)):
+        notes = {**notes, SEPARATE_WEIGHTS: True}
     decays = {
         key: tree[key]
         for key in ("momentum_decays", "rms_decays", "adafactor_decays")
@@ -241,19 +152,8 @@ def _convert_small_fc(tree: Mapping[str, Any], notes: dict[str, Any], source: ob
 def _convert_hyper(
     tree: Mapping[str, Any], config: dict[str, Any], notes: dict[str, Any], source: object
 ) -> Converted:
-    rnn = tree["rnn_params"]
-    state = tree.get("lstm_init_state")
-    params: dict[str, Any] = {
-        "lstm": {
-            "initial_hidden": _row(_member(state, "lstm_init_state", "hidden", source)),
-            "initial_cell": _row(_member(state, "lstm_init_state", "cell", source)),
-            **_linear(rnn, "rnn/linear", source),
-        },
-        # `linear`, the first mixing layer, is computed and discarded there: it is left out.
-        "mix": _linear(rnn, "linear_1", source),
-        "input": _linear(rnn, "linear_2", source),
-        "step_size": _linear(rnn, "step_size", source),
-    }
+    has_network = "ff_mod_stack" in tree
+    params = read_fields(FIELDS["velo" if has_network else "celo_adam"], tree, source)
     inputs = np.shape(params["mix"]["w"])[0] if np.ndim(params["mix"]["w"]) == 2 else None
     if inputs not in (VELO_LSTM_INPUTS, CELO_LSTM_INPUTS):
         raise weights_error(
@@ -261,30 +161,12 @@ def _convert_hyper(
             expected=f"{VELO_LSTM_INPUTS} (VeLO) or {CELO_LSTM_INPUTS} (Celo) inputs of the LSTM",
             found=f"linear_1 of shape {np.shape(params['mix']['w'])}",
         )
-    if "ff_mod_stack" in tree:
+    if has_network:
         params["mlp"] = _mlp(tree["ff_mod_stack"], source)
-        params["controls"] = _linear(rnn, "rnn_to_controls", source)
         architecture = "velo" if inputs == VELO_LSTM_INPUTS else "celo"
     else:
         architecture = "celo_adam"
     return Converted(architecture, params, config if architecture == "velo" else {}, (), notes)
-
-
-def _member(tree: Any, name: str, key: str, source: object) -> Any:
-    if not isinstance(tree, Mapping) or key not in tree:
-        found = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
-        raise weights_error(source, expected=f"{name} with {key!r}", found=brief(found))
-    return tree[key]
-
-
-def _linear(tree: Any, name: str, source: object) -> dict[str, Any]:
-    layer = _member(tree, "rnn_params", name, source)
-    return {key: _member(layer, name, key, source) for key in ("w", "b")}
-
-
-def _row(array: Any) -> Any:
-    """Drops the batch axis of one of an LSTM's initial state; other shapes fail validation."""
-    return array[0] if np.ndim(array) == 2 and np.shape(array)[0] == 1 else array
 
 
 def _mlp(tree: Any, source: object) -> dict[str, Any]:
@@ -310,20 +192,22 @@ def _mlp(tree: Any, source: object) -> dict[str, Any]:
     return layers
 
 
-_MODULE = "mlp/~/linear_"  # what Haiku names the layers of a plain MLP
-
-
-def _modules(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
+def _modules(tree: Any, source: object) -> dict[str, Any]:
     """Returns w0, b0, w1, ... of an MLP whose layers are Haiku modules {"w", "b"}."""
+    if not isinstance(tree, Mapping):
+        raise weights_error(source, expected="the layers of an MLP", found=type(tree).__name__)
     layers: dict[str, Any] = {}
     for name, layer in tree.items():
-        match = re.fullmatch(re.escape(_MODULE) + r"(\d{1,2})", str(name))
+        match = re.fullmatch(re.escape(MODULE) + r"(\d{1,2})", str(name))
         if match is None or not isinstance(layer, Mapping) or set(layer) != {"w", "b"}:
             raise weights_error(
-                source, expected=f"layers {_MODULE}0, ... of w and b alone", found=brief(name)
+                source, expected=f"layers {MODULE}0, ... of w and b alone", found=brief(name)
             )
         layers |= {f"{kind}{match[1]}": array for kind, array in layer.items()}
     return layers
+
+
+_SCALAR = re.compile(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})")
 
 
 def _assembled(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -331,7 +215,7 @@ def _assembled(tree: Mapping[str, Any], source: object) -> dict[str, Any]:
     layers: dict[str, Any] = {}
     scalars: dict[str, dict[tuple[int, ...], Any]] = {}
     for key, value in tree.items():
-        match = re.fullmatch(r"([wb]\d{1,3})((?:_\d{1,5}){1,2})", str(key))
+        match = _SCALAR.fullmatch(str(key))
         if match is None:
             layers[key] = value
         else:

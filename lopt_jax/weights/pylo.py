@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,12 @@ import numpy as np
 
 from lopt_jax.weights.arrays import declared_array
 from lopt_jax.weights.base import Weights, brief, thaw, weights_error
+from lopt_jax.weights.files import write
 from lopt_jax.weights.hub import export_card
+from lopt_jax.weights.layouts import FEATURE_GROUPS
 from lopt_jax.weights.original import Converted, joined, undecided_error
-from lopt_jax.weights.schema import MAX_BYTES, SMALL_FC_INPUTS, validate
-from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER, local_folder
+from lopt_jax.weights.schema import MAX_BYTES, SCHEMAS, SMALL_FC_INPUTS
+from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER
 
 MODEL = "model.safetensors"
 CONFIG = JSON
@@ -36,8 +36,6 @@ META_MLP = ("small_fc_lopt", "mulo", "elo")
 CELO2_MLP = ("celo2", "elo_celo2")
 DECAYS = ("momentum_decays", "rms_decays", "adafactor_decays")
 
-# Widths of the 14 feature groups of Celo2's first layer (CELO2_FEATURE_DIMS).
-_CELO2_GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
 # MetaMLP has no decays: PyLO keeps those of btherien/mulo, and its step_mult, as the defaults of
 # its optimizer (AdafacLO_naive.__init__).
 _MULO_DECAYS = {
@@ -160,7 +158,7 @@ def convert_pylo(
 
 
 def _stated(config_json: bytes | None, source: object) -> dict[str, Any]:
-    """Returns what `export_weights` wrote into config.json, an empty dict if nothing."""
+    """Returns what `export_pylo` wrote into config.json, an empty dict if nothing."""
     if config_json is None:
         return {}
     try:
@@ -178,7 +176,7 @@ _OF_THE_FILE = ("source", "sha256", "sha256_second", "format", "fetched")
 
 
 def _kept_metadata(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata that `export_weights` wrote, their old origin as "exported_from"."""
+    """Returns the metadata that `export_pylo` wrote, their old origin as "exported_from"."""
     metadata = stated.get("metadata")
     if not isinstance(metadata, Mapping):
         return {}
@@ -229,7 +227,7 @@ def _decay_array(key: str, values: Any, source: object) -> np.ndarray:
 
 
 def _celo2_mlp(tensors: Mapping[str, np.ndarray], source: object) -> dict[str, Any]:
-    groups = [_tensor(tensors, f"w0.{index}", source) for index in range(len(_CELO2_GROUPS))]
+    groups = [_tensor(tensors, f"w0.{index}", source) for index in range(len(FEATURE_GROUPS))]
     mlp: dict[str, Any] = {"w0": joined(groups, source), "b0": _tensor(tensors, "b0", source)}
     names = {"b0", *[f"w0.{index}" for index in range(len(groups))]}
     layers = sum(re.fullmatch(r"dense_w\.\d+", name) is not None for name in tensors)
@@ -302,31 +300,24 @@ def _flat_row(array: np.ndarray) -> np.ndarray:
     return array[0] if array.ndim == 2 and array.shape[0] == 1 else array
 
 
-def export_weights(weights: Weights, path: str | os.PathLike[str], format: str = "pylo") -> None:
+def export_pylo(weights: Weights, folder: Path) -> None:
     """Writes weights in the layout that PyLO loads from the Hugging Face Hub.
 
     Args:
-      weights: weights of small_fc_lopt, mulo, elo, velo, celo2 or elo_celo2.
-      path: the folder to write `model.safetensors`, `config.json` and a card, `README.md`, into;
-        for velo, which PyLO keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it. ~ is
-        expanded.
-      format: "pylo".
+      weights: validated weights of small_fc_lopt, mulo, elo, velo, celo2 or elo_celo2.
+      folder: the folder to write `model.safetensors`, `config.json` and a card, `README.md`, into;
+        for velo, which PyLO keeps in two models, the folders VeLO_RNN and VeLO_MLP inside it.
 
     Raises:
-      ValueError: another format, or an architecture or a number of decays that PyLO has not.
-      WeightsError: the weights are not valid, or `path` is an address.
+      ValueError: an architecture or a number of decays that PyLO has not.
     """
-    if format != "pylo":
-        raise ValueError(f"format must be 'pylo', found {format!r}")
-    folder = local_folder(path)
-    weights = validate(weights, f"weights to export to {folder}")
     params = weights.params
     record: dict[str, Any] = {
         "architecture": weights.architecture,
         "config": thaw(weights.config),
         "metadata": thaw(weights.metadata),
     }
-    card = export_card(weights, folder.name)
+    card = export_card(weights, folder.name, "that PyLO loads")
     sizes = weights.config
     if weights.architecture in META_MLP:
         if int(params["mlp"]["w0"].shape[0]) != SMALL_FC_INPUTS:
@@ -343,7 +334,7 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
         _write_model(folder, _meta_mlp_tensors(params["mlp"]), {**model, KEY: record}, card)
     elif weights.architecture in CELO2_MLP:
         model = {
-            "feature_dims": list(_CELO2_GROUPS),
+            "feature_dims": list(FEATURE_GROUPS),
             "hidden_size": sizes["hidden_size"],
             "hidden_layers": sizes["hidden_layers"],
             "output_size": 3,
@@ -351,7 +342,10 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
         }
         _write_model(folder, _celo2_tensors(params["mlp"]), {**model, KEY: record}, card)
     elif weights.architecture == "velo":
-        rnn, mlp = _velo_tensors(params)
+        # PyLO's network is the mean over the banks times 100, whatever the config here says
+        gain = sizes["ff_mult"] / SCHEMAS["velo"].defaults["ff_mult"]
+        record["config"] |= {"ff_mult": SCHEMAS["velo"].defaults["ff_mult"]}
+        rnn, mlp = _velo_tensors(params, np.float32(gain))
         rnn_model = {
             "input_size": int(params["mix"]["w"].shape[0]),
             "lstm_hidden_size": sizes["lstm_hidden_size"],
@@ -386,7 +380,7 @@ def _meta_mlp_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _celo2_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    splits = np.cumsum(_CELO2_GROUPS)[:-1]
+    splits = np.cumsum(FEATURE_GROUPS)[:-1]
     parts = np.split(mlp["w0"], splits, axis=0)
     tensors = {f"w0.{index}": part for index, part in enumerate(parts)}
     tensors["b0"] = mlp["b0"]
@@ -397,7 +391,7 @@ def _celo2_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _velo_tensors(
-    params: Mapping[str, Any],
+    params: Mapping[str, Any], gain: np.float32
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     rnn: dict[str, np.ndarray] = {
         "lstm_init_state.0": params["lstm"]["initial_hidden"][None],
@@ -419,8 +413,8 @@ def _velo_tensors(
     count = len(params["mlp"]) // 2
     names = ["input", *[f"hidden.{index}" for index in range(count - 2)], "output"]
     for layer_index, name in enumerate(names):
-        w = np.swapaxes(params["mlp"][f"w{layer_index}"], -1, -2)
-        b = params["mlp"][f"b{layer_index}"]
+        w = gain * np.swapaxes(params["mlp"][f"w{layer_index}"], -1, -2)
+        b = gain * params["mlp"][f"b{layer_index}"]
         for stored, pair in (("_", (w, b)), ("", (np.zeros_like(w[0]), np.zeros_like(b[0])))):
             # Without "_" are the current MLP's arrays: PyLO overwrites them before their use.
             weight_name, bias_name = _bank_names(name, stored)
@@ -435,16 +429,7 @@ def _write_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    _write(folder / MODEL, save(arrays, metadata={"format": "pt"}))
+    write(folder / MODEL, save(arrays, metadata={"format": "pt"}))
     text = json.dumps(config, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    _write(folder / CONFIG, text.encode())
-    _write(folder / CARD, card.encode())
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write(folder / CONFIG, text.encode())
+    write(folder / CARD, card.encode())

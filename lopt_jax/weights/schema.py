@@ -32,6 +32,10 @@ HYPER_INPUTS = 30
 # Input features of the LSTMs over tensors.
 VELO_LSTM_INPUTS = 30
 CELO_LSTM_INPUTS = 18
+NN_ADAM_LSTM_INPUTS = 19
+# Of rnn_mlp_lopt: inputs of a tensor and of an element, beside what LSTM and MLP tell each other.
+RNN_MLP_TENSOR_INPUTS = 18
+RNN_MLP_ELEMENT_INPUTS = 37
 
 _DECAYS: dict[str, Any] = {
     "initial_momentum_decays": (0.9, 0.99, 0.999),
@@ -69,18 +73,22 @@ def _mlp(config: Config, inputs: int, outputs: int, banks: Shape = ()) -> dict[s
     return tree
 
 
+def _linear(inputs: int, outputs: int) -> dict[str, Shape]:
+    return {"w": (inputs, outputs), "b": (outputs,)}
+
+
+def _lstm_cell(inputs: int, size: int) -> dict[str, Shape]:
+    state = {"initial_hidden": (size,), "initial_cell": (size,)}
+    return state | _linear(inputs + size, 4 * size)
+
+
 def _lstm(config: Config, inputs: int) -> dict[str, dict[str, Shape]]:
     size = config["lstm_hidden_size"]
     return {
-        "lstm": {
-            "initial_hidden": (size,),
-            "initial_cell": (size,),
-            "w": (2 * size, 4 * size),
-            "b": (4 * size,),
-        },
-        "mix": {"w": (inputs, size), "b": (size,)},
-        "input": {"w": (inputs, size), "b": (size,)},
-        "step_size": {"w": (size, 1), "b": (1,)},
+        "lstm": _lstm_cell(size, size),
+        "mix": _linear(inputs, size),
+        "input": _linear(inputs, size),
+        "step_size": _linear(size, 1),
     }
 
 
@@ -102,7 +110,7 @@ def _small_fc_lopt(config: Config) -> dict[str, Any]:
     }
 
 
-def _linear(config: Config) -> dict[str, Any]:
+def _linear_rule(config: Config) -> dict[str, Any]:
     return {"weights": (1 + len(config["initial_momentum_decays"]),)}
 
 
@@ -121,7 +129,7 @@ def _hyper(lstm_inputs: int) -> Callable[[Config], dict[str, Any]]:
         return {
             "mlp": _mlp(config, HYPER_INPUTS, 3, (banks,)),
             **_lstm(config, lstm_inputs),
-            "controls": {"w": (size, banks), "b": (banks,)},
+            "controls": _linear(size, banks),
         }
 
     return shapes
@@ -133,6 +141,35 @@ def _celo_adam(config: Config) -> dict[str, Any]:
 
 def _celo2(config: Config) -> dict[str, Any]:
     return {"mlp": _mlp(config, HYPER_INPUTS, 3)}
+
+
+def _nn_adam(config: Config) -> dict[str, Any]:
+    size = config["lstm_hidden_size"]
+    return {
+        "lstm": _lstm_cell(NN_ADAM_LSTM_INPUTS, size),
+        "controls": _linear(size, len(NN_ADAM_INITIAL)),
+        "initial": dict.fromkeys(NN_ADAM_INITIAL, ()),
+    }
+
+
+def _rnn_mlp_lopt(config: Config) -> dict[str, Any]:
+    momenta, squares = (len(config[f"initial_{kind}_decays"]) for kind in ("momentum", "rms"))
+    if momenta != squares:
+        raise weights_error(
+            "config",
+            expected="as many momentum as rms decays",
+            found=f"{momenta} and {squares}",
+        )
+    size, to_lstm = config["lstm_hidden_size"], config["from_mlp_size"]
+    from_lstm, to_mlp = config["from_lstm_size"], config["lstm_to_mlp_size"]
+    return {
+        "mlp": _mlp(config, RNN_MLP_ELEMENT_INPUTS + to_mlp, 2 + to_lstm),
+        "lstm": _lstm_cell(RNN_MLP_TENSOR_INPUTS + from_lstm + to_lstm, size),
+        "to_mlp": _linear(size, to_mlp),
+        "to_lstm": _linear(size, from_lstm),
+        "initial_from_mlp": (to_lstm,),
+        "initial_from_lstm": (from_lstm,),
+    }
 
 
 def _scalars(*names: str) -> Callable[[Config], dict[str, Any]]:
@@ -161,6 +198,7 @@ _VELO_DEFAULTS = {
     "param_inits": 256,
     "use_bugged_next_lstm_state": False,
     "use_bugged_loss_features": True,
+    "ff_mult": 100.0,  # of the mean over the banks; amoudgl/celo made it an argument
 }
 _ELO_DEFAULTS = {"hidden_size": 32, "hidden_layers": 2, "exp_mult": 0.001, **_DECAYS}
 _CELO_ADAM_DEFAULTS = {
@@ -187,12 +225,36 @@ _MLP_LOPT_DEFAULTS = {
     "initial_momentum_decays": (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999),  # they are not learned
 }
 _LINEAR_DEFAULTS = {"initial_momentum_decays": (0.9,)}  # they are not learned
+# a tenth of the logarithms that a tensor starts with, of one minus the value where it is a beta
+NN_ADAM_INITIAL = ("learning_rate", "beta1", "beta2", "epsilon")
+_NN_ADAM_DEFAULTS = {
+    "lstm_hidden_size": 32,
+    "output_scale": 0.01,
+    "decay_strength": 0.0,
+    "initial_momentum_decays": (0.9,),  # they decide, as below, about dtypes alone
+    "initial_rms_decays": (0.999,),
+}
+_RNN_MLP_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)  # they are not learned
+_RNN_MLP_DEFAULTS = {
+    "hidden_size": 32,
+    "hidden_layers": 2,
+    "lstm_hidden_size": 64,
+    "from_mlp_size": 16,
+    "from_lstm_size": 18,
+    "lstm_to_mlp_size": 17,
+    "exp_mult": 0.001,
+    "step_mult": 0.001,
+    "initial_momentum_decays": _RNN_MLP_DECAYS,
+    "initial_rms_decays": _RNN_MLP_DECAYS,
+}
 # What the original starts meta-training from; it decides which dtypes can hold the averages.
 _LEARNABLE_SGDM_DEFAULTS = {"initial_momentum_decays": (0.9,)}
 _LEARNABLE_ADAM_DEFAULTS = {**_LEARNABLE_SGDM_DEFAULTS, "initial_rms_decays": (0.999,)}
 
 _MLP_SIZES = ("hidden_size", "hidden_layers")
 _HYPER_SIZES = (*_MLP_SIZES, "lstm_hidden_size", "param_inits")
+_MESSAGE_SIZES = ("from_mlp_size", "from_lstm_size", "lstm_to_mlp_size")
+_RNN_MLP_SIZES = (*_MLP_SIZES, "lstm_hidden_size", *_MESSAGE_SIZES)
 
 SCHEMAS: dict[str, Schema] = {
     name: Schema(name, StaticMapping(defaults), shapes, sizes, name == "small_fc_lopt")
@@ -205,8 +267,10 @@ SCHEMAS: dict[str, Schema] = {
         ("celo_adam", _CELO_ADAM_DEFAULTS, _celo_adam, ("lstm_hidden_size",)),
         ("celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
         ("elo_celo2", _CELO2_DEFAULTS, _celo2, _MLP_SIZES),
-        ("linear", _LINEAR_DEFAULTS, _linear, ()),
+        ("linear", _LINEAR_DEFAULTS, _linear_rule, ()),
         ("mlp_lopt", _MLP_LOPT_DEFAULTS, _mlp_lopt, _MLP_SIZES),
+        ("nn_adam", _NN_ADAM_DEFAULTS, _nn_adam, ("lstm_hidden_size",)),
+        ("rnn_mlp_lopt", _RNN_MLP_DEFAULTS, _rnn_mlp_lopt, _RNN_MLP_SIZES),
         ("learnable_sgd", {}, _scalars("log_lr"), ()),
         (
             "learnable_sgdm",
@@ -412,6 +476,10 @@ def inferred_sizes(architecture: str, params: Any, source: object) -> dict[str, 
         found["lstm_hidden_size"] = _dimension(shapes, ("lstm", "initial_hidden"), 0, source)
     if "param_inits" in schema.sizes:
         found["param_inits"] = _dimension(shapes, ("controls", "b"), 0, source)
+    if "from_mlp_size" in schema.sizes:
+        arrays = (("initial_from_mlp",), ("initial_from_lstm",), ("to_mlp", "b"))
+        for key, path in zip(_MESSAGE_SIZES, arrays, strict=True):
+            found[key] = _dimension(shapes, path, 0, source)
     return found
 
 

@@ -1,5 +1,6 @@
 """Elementwise functions of a tensor, evaluated a block at a time to bound their temporaries."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.context import LARGEST_INDEX
+
+
+def elements_for(platform: str) -> int:
+    """Elements of a block that suit a platform: on a CPU, hidden layers stay in its cache."""
+    return 1 << 16 if platform == "cpu" else 1 << 18
 
 
 def map_blocks(
@@ -31,6 +37,28 @@ def map_blocks(
     Returns:
       The result for the whole tensor, of this shape.
     """
+    with_nothing = lambda *block: (function(*block), ())  # noqa: E731
+    return map_and_sum_blocks(with_nothing, arguments, shape, block_elements)[0]
+
+
+def map_and_sum_blocks(
+    function: Callable[..., tuple[jax.Array, Any]],
+    arguments: tuple,
+    shape: Sequence[int],
+    block_elements: int,
+) -> tuple[jax.Array, Any]:
+    """As `map_blocks`, of a function that also returns what is to be summed over the blocks.
+
+    Args:
+      function: takes arrays like `arguments`, cut to a block; returns the block's result and a tree
+        of arrays, sums over the block.
+      arguments: as in `map_blocks`.
+      shape: the tensor's shape.
+      block_elements: elements of a block, about.
+
+    Returns:
+      The result for the whole tensor, of this shape, and the sums over the whole tensor.
+    """
     wanted = math.ceil(math.prod(shape) / block_elements)
     axis = _block_axis(shape)
     size = shape[axis]
@@ -42,10 +70,16 @@ def map_blocks(
     at = [x.ndim - len(shape) + axis for x in leaves]
     is_cut = [x.shape[i] != 1 for x, i in zip(leaves, at, strict=True)]
     dtype, each = jnp.result_type(*leaves), size // blocks
+    add = lambda sums, new: jax.tree.map(jnp.add, sums, new)  # noqa: E731
 
-    def evaluate(choose: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
+    def evaluate(choose: Callable[[jax.Array, int], jax.Array]) -> tuple[jax.Array, Any]:
         chosen = [choose(x, i) if c else x for x, i, c in zip(leaves, at, is_cut, strict=True)]
         return function(*treedef.unflatten(chosen))
+
+    def no_sums() -> Any:
+        first = functools.partial(jax.lax.slice_in_dim, start_index=0, limit_index=each)
+        like = jax.eval_shape(lambda: evaluate(lambda x, i: first(x, axis=i))[1])
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
     if size % blocks:  # an axis of blocks would be a copy of all arrays: contiguous ranges then
         if size > LARGEST_INDEX:  # a range would begin where an int32 cannot say
@@ -57,19 +91,26 @@ def map_blocks(
                 ]
                 shape_of_half = (*shape[:axis], last - first, *shape[axis + 1 :])
                 results.append(
-                    map_blocks(function, treedef.unflatten(of_half), shape_of_half, block_elements)
+                    map_and_sum_blocks(
+                        function, treedef.unflatten(of_half), shape_of_half, block_elements
+                    )
                 )
-            return jnp.concatenate(results, axis)
+            (low, of_low), (high, of_high) = results
+            return jnp.concatenate([low, high], axis), add(of_low, of_high)
 
-        def body_of_range(block: Any, out: jax.Array) -> jax.Array:
-            result = evaluate(
+        def body_of_range(block: Any, carry: Any) -> Any:
+            out, sums = carry
+            result, new = evaluate(
                 lambda x, i: jax.lax.dynamic_slice_in_dim(x, block * each, each, axis=i)
             )
-            return jax.lax.dynamic_update_slice_in_dim(out, result, block * each, axis)
+            out = jax.lax.dynamic_update_slice_in_dim(out, result, block * each, axis)
+            return out, add(sums, new)
 
-        out = jax.lax.fori_loop(0, blocks, body_of_range, jnp.zeros(shape, dtype))
-        rest = evaluate(lambda x, i: jax.lax.slice_in_dim(x, blocks * each, size, axis=i))
-        return jax.lax.dynamic_update_slice_in_dim(out, rest, blocks * each, axis)
+        start = (jnp.zeros(shape, dtype), no_sums())
+        out, sums = jax.lax.fori_loop(0, blocks, body_of_range, start)
+        rest, of_rest = evaluate(lambda x, i: jax.lax.slice_in_dim(x, blocks * each, size, axis=i))
+        out = jax.lax.dynamic_update_slice_in_dim(out, rest, blocks * each, axis)
+        return out, add(sums, of_rest)
 
     def every(x: jax.Array, axis: int) -> jax.Array:
         """Splits an axis into (size // blocks, blocks)."""
@@ -77,14 +118,18 @@ def map_blocks(
 
     split = {id(x): every(x, i) for x, i, c in zip(leaves, at, is_cut, strict=True) if c}
 
-    def body(block: Any, out: jax.Array) -> jax.Array:
-        result = evaluate(
+    def body(block: Any, carry: Any) -> Any:
+        out, sums = carry
+        result, new = evaluate(
             lambda x, i: jax.lax.dynamic_index_in_dim(split[id(x)], block, i + 1, keepdims=False)
         )
-        return jax.lax.dynamic_update_index_in_dim(out, result, block, axis + 1)
+        out = jax.lax.dynamic_update_index_in_dim(out, result, block, axis + 1)
+        return out, add(sums, new)
 
     block_shape = (*shape[:axis], each, blocks, *shape[axis + 1 :])
-    return jax.lax.fori_loop(0, blocks, body, jnp.zeros(block_shape, dtype)).reshape(shape)
+    start = (jnp.zeros(block_shape, dtype), no_sums())
+    out, sums = jax.lax.fori_loop(0, blocks, body, start)
+    return out.reshape(shape), sums
 
 
 def _block_axis(shape: Sequence[int]) -> int:

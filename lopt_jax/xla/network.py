@@ -27,9 +27,7 @@ from lopt_jax.rules.rule import (
     normalizer_axes,
     output_step,
 )
-from lopt_jax.xla.blocks import map_blocks
-
-_CPU_BLOCK, _BLOCK = 1 << 16, 1 << 18  # elements: on a CPU, hidden layers stay in the cache
+from lopt_jax.xla.blocks import elements_for, map_blocks
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ class XlaNetwork:
             return network_step(rule, features, folded, operands)
         one_per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
         if one_per_tensor and not self.unrolled:
-            elements = self.block_elements or (_CPU_BLOCK if self.platform == "cpu" else _BLOCK)
+            elements = self.block_elements or elements_for(self.platform)
             return _step_by_blocks(self.platform, rule, features, folded, operands, elements)
         weights = [barrier("unrolled_weights", w, self.without) for w in folded.weights]
         folded = folded._replace(weights=tuple(weights))
