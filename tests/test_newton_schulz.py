@@ -159,7 +159,7 @@ def orthogonalised_shapes(params, monkeypatch, **options):
     seen = []
     whole = module.newton_schulz
     spy = lambda x, **kwargs: seen.append(x.shape) or whole(x, **kwargs)  # noqa: E731
-    monkeypatch.setattr("lopt_jax.optimizers.matrices.newton_schulz", spy)
+    monkeypatch.setattr("lopt_jax.optimizers.orthogonal.newton_schulz", spy)
     tx = optimizers.make("celo2", **options)
     jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
     return sorted(seen)
@@ -183,7 +183,7 @@ def test_matrices_of_one_shape_are_one_batch(monkeypatch):
         is_leaf=lambda x: isinstance(x, tuple),
     )
     assert orthogonalised_shapes(params, monkeypatch) == [(8, 6), (10, 6, 8)]
-    monkeypatch.setattr("lopt_jax.optimizers.matrices._BATCH_ELEMENTS", 4 * 48)
+    monkeypatch.setattr("lopt_jax.optimizers.orthogonal._BATCH_ELEMENTS", 4 * 48)
     # a and b; the experts; the kernel and the stack
     expected = [(2, 2, 6, 8), (2, 6, 8), (4, 6, 8), (8, 6)]
     assert orthogonalised_shapes(params, monkeypatch) == expected
@@ -195,7 +195,7 @@ def test_batched_updates_are_those_of_leaves_alone(monkeypatch):
     updates = []
     for together in (True, False):
         limit = 1 << 20 if together else 0
-        monkeypatch.setattr("lopt_jax.optimizers.matrices._BATCH_ELEMENTS", limit)
+        monkeypatch.setattr("lopt_jax.optimizers.orthogonal._BATCH_ELEMENTS", limit)
         tx = optimizers.make("celo2", learning_rate=1.0)
         updates.append(tx.update(gradients, tx.init(params), params)[0])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-5), *updates)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lopt_jax import products
+from lopt_jax.compiler import products
 
 
 @pytest.mark.parametrize("inner", [1, 2, 30, 257, 512])

@@ -30,7 +30,7 @@ def mention_recommended(
     )
     if left and any(recommended[name] != default for name, (_, default) in shared.items()):
         defaults = {name: default for name, (_, default) in shared.items()}
-        advised = {name: recommended[name] for name in shared}
         say_once(
-            f"{optimizer}: left at {one_line(defaults)}; its weights recommend {one_line(advised)}."
+            f"{optimizer}: left at {one_line(defaults)}; its weights recommend "
+            f"{one_line(recommended)}."
         )
