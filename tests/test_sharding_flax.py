@@ -47,7 +47,9 @@ def test_state_of_nnx_optimizer(name):
         expected = NamedSharding(mesh_of(), spec)
         assert array.sharding.is_equivalent_to(expected, array.ndim), (array.shape, names)
     like_kernel = sum(x.get_value().shape == KERNEL for x in variables(state))
-    assert like_kernel >= len(optimizers.averages(optimizers.plain(name).init({})))
+    # the linear rule of lopt keeps the momentum of a matrix alone
+    averages = 1 if name == "lopt" else len(optimizers.averages(optimizers.plain(name).init({})))
+    assert like_kernel >= averages
 
 
 @pytest.mark.parametrize(
