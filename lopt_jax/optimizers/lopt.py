@@ -1,4 +1,4 @@
-"""lopt: a learned direction inside a recipe that leaves nothing to tune but the number of steps."""
+"""lopt: a direction for matrices inside a recipe that leaves nothing to tune but the steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
