@@ -58,13 +58,15 @@ def linear_rule(
         momenta = [
             leaves_like("state: momentum", tree, params) for tree in state.accumulators.momentum
         ]
+        given = treedef.flatten_up_to(gradients)
+        for of_decay in momenta:  # of a leaf without a gradient it may be one number
+            read = [None if g is None else m for g, m in zip(given, of_decay, strict=True)]
+            check_shapes("state: momentum", read, params)
         tensors = tensors_of(params, options.stacked_axes, tracing.shards)
         steps: list[Any] = [None] * len(tensors)
-        for i, gradient in enumerate(treedef.flatten_up_to(gradients)):
+        for i, gradient in enumerate(given):
             if gradient is None:
                 continue
-            for of_decay in momenta:
-                check_shapes("state: momentum", [of_decay[i]], [gradient])
             bound = jnp.float32(common.GRADIENT_CLIP)
             clipped = jnp.clip(gradient, -bound, bound)
             new = [
