@@ -332,6 +332,20 @@ def test_loading_while_others_save(weights, saved):
     assert [path.name for path in saved.parent.iterdir()] == ["w"]
 
 
+def test_reader_between_two_renames_of_a_writer(saved, monkeypatch):
+    aside = saved.with_name("aside")
+    saved.rename(aside)
+    look = store_module._is_being_replaced
+
+    def writer_ends(folder):
+        if aside.exists():
+            aside.rename(folder)
+        return look(folder)
+
+    monkeypatch.setattr(store_module, "_is_being_replaced", writer_ends)
+    assert store_module.is_checkpoint(saved)
+
+
 def test_saving_through_a_link(weights, saved, tmp_path):
     link, dangling = tmp_path / "link", tmp_path / "dangling"
     link.symlink_to(saved)

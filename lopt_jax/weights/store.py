@@ -172,8 +172,13 @@ def on_device(weights: Weights) -> Weights:
 
 
 def _unless_replaced[T](folder: Path, read: Callable[[], T]) -> T:
-    """Returns what `read` returns; it reads again where the folder was replaced meanwhile."""
+    """Returns what `read` returns; it reads again where the folder was replaced meanwhile.
+
+    A writer moves the old folder aside before it renames the new one. A reader between the two
+    sees no folder. So a missing folder has to be missing at two moments.
+    """
     deadline = time.monotonic() + _PATIENCE
+    missing = 0
     while True:
         before = _identity(folder)
         result: T | WeightsError
@@ -181,8 +186,11 @@ def _unless_replaced[T](folder: Path, read: Callable[[], T]) -> T:
             result = read()
         except WeightsError as error:
             result = error
-        replaced = _identity(folder) != before or _is_being_replaced(folder)
-        if not replaced or time.monotonic() > deadline:
+        being_replaced = _is_being_replaced(folder)
+        after = _identity(folder)
+        missing = missing + 1 if before is after is None and not being_replaced else 0
+        settled = missing == 2 if before is None else before == after
+        if settled or time.monotonic() > deadline:
             if isinstance(result, WeightsError):
                 raise result
             return result
