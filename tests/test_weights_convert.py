@@ -1,5 +1,6 @@
 """Conversions of foreign formats, against independent readers of the same files."""
 
+import ast
 import json
 import pickle
 import re
@@ -397,6 +398,61 @@ def test_original_to_ours_to_pylo_to_ours(name, tmp_path):
     back = convert_weights(tmp_path / "pylo")
     assert (back.architecture, back.config) == (original.architecture, original.config)
     assert_bitwise(back.params, original.params)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "call"),
+    [
+        ("small_fc_lopt_h4", "small_fc_lopt", "AdafacLO_naive"),
+        ("elo", "elo", "ELO_naive"),
+        ("velo", "velo", "VeLO"),
+        ("elo_celo2", "elo_celo2", "ELO_CELO2_naive"),
+    ],
+)
+def test_card_calls_pylo_with_what_its_files_lack(name, architecture, call, tmp_path):
+    config = {"exp_mult": 0.25}
+    weights = convert_weights(FIXTURES / name, architecture, config=config)
+    export_weights(weights, tmp_path / "w")
+    card = next((tmp_path / "w").rglob("README.md")).read_text()
+    code = card[card.index("## In PyLO") :].split("```python\n")[1].split("```")[0]
+    (used,) = [x for x in ast.walk(ast.parse(code)) if isinstance(x, ast.Call)]
+    given = {x.arg: x.value for x in used.keywords}
+    assert used.func.id == call
+    assert ast.literal_eval(given["exp_mult"]) == 0.25
+    assert ast.literal_eval(given["initial_rms_decays"]) == weights.config["initial_rms_decays"]
+    for key in ("momentum_decays", "rms_decays", "adafactor_decays"):
+        if key in weights.params:
+            np.testing.assert_array_equal(
+                np.float32(ast.literal_eval(given[key])), weights.params[key]
+            )
+        else:
+            assert key not in given
+
+
+def test_exports_of_two_layouts_do_not_share_a_folder(tmp_path):
+    velo = convert_weights(FIXTURES / "velo", "velo")
+    other = convert_weights(FIXTURES / "elo", "elo")
+    export_weights(velo, tmp_path)
+    with pytest.raises(FileExistsError, match=r"VeLO_RNN, VeLO_MLP"):
+        export_weights(other, tmp_path, format="original")
+    with pytest.raises(FileExistsError, match=r"VeLO_RNN, VeLO_MLP"):
+        export_weights(other, tmp_path)
+    export_weights(velo, tmp_path)  # the same again is replaced
+    assert convert_weights(tmp_path).architecture == "velo"
+
+
+def test_settings_that_a_file_does_not_tell_are_said(caplog, tmp_path):
+    file = FIXTURES / "small_fc_lopt_h4" / "theta.state"
+    convert_weights(file, "small_fc_lopt", config={"step_mult": 0.5})
+    (record,) = caplog.records
+    assert "exp_mult=0.001" in record.message
+    assert "step_mult" not in record.message
+    caplog.clear()
+    told = convert_weights(file, "small_fc_lopt")
+    caplog.clear()
+    export_weights(told, tmp_path)
+    assert convert_weights(tmp_path) is not None
+    assert not caplog.records
 
 
 def settings_of(name):

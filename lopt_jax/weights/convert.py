@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from lopt_jax.weights.schema import (
 from lopt_jax.weights.sources import Bundle, local_path, read_local
 from lopt_jax.weights.store import is_checkpoint, load_checkpoint, on_device
 
+_logger = logging.getLogger(__name__)
 _CONFIG_KEYS = frozenset(key for schema in SCHEMAS.values() for key in schema.defaults)
 
 
@@ -85,7 +87,16 @@ def _convert_path(
 ) -> Weights:
     if is_checkpoint(path):  # its own metadata stay as they are
         return reconfigured(load_checkpoint(path), architecture, config, origin or path)
-    return convert_bundle(read_local(path, origin), architecture, config, metadata)
+    weights, untold = _converted(read_local(path, origin), architecture, config, metadata)
+    if untold:
+        values = ", ".join(f"{key}={brief(weights.config[key])}" for key in untold)
+        _logger.warning(
+            "%s does not tell %s: these are the original's defaults. If the weights were trained "
+            "with others, give them as config.",
+            origin or path,
+            values,
+        )
+    return weights
 
 
 def convert_bundle(
@@ -102,6 +113,16 @@ def convert_bundle(
       config: as in `convert_weights`.
       metadata: added to the metadata.
     """
+    return _converted(bundle, architecture, config, metadata)[0]
+
+
+def _converted(
+    bundle: Bundle,
+    architecture: str | None,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
+) -> tuple[Weights, list[str]]:
+    """The weights, and the names of settings that neither the files nor the caller tell."""
     source = bundle.origin
     given = dict(config or {})
     kind, converted = _parse(bundle, given, architecture)
@@ -136,6 +157,7 @@ def convert_bundle(
         known = SCHEMAS[chosen].defaults
         stated = {k: v for k, v in stated.items() if k in known or k in given}
     complete = complete_config(chosen, {**stated, **sizes}, source)
+    untold = [key for key in complete if key not in stated and key not in sizes]
     params = checked_params(chosen, complete, converted.params, source)
     record = {
         "source": source,
@@ -151,7 +173,7 @@ def convert_bundle(
         raise weights_error(
             source, expected="metadata of JSON's types", found=str(error)[:120]
         ) from error
-    return on_device(Weights(chosen, complete, params, frozen))
+    return on_device(Weights(chosen, complete, params, frozen)), untold
 
 
 def _parse(

@@ -32,16 +32,18 @@ def model_card(weights: Weights, repo_id: str) -> str:
     return _card(weights, repo_id.rpartition("/")[2], loading, files)
 
 
-def export_card(weights: Weights, name: str, layout: str) -> str:
+def export_card(weights: Weights, name: str, layout: str, use: str = "") -> str:
     """As `model_card`, for a folder in the layout of another code.
 
     Args:
       weights: the weights.
       name: of the folder, for the example.
       layout: whose layout, after "the layout".
+      use: Markdown that tells how the other code uses the files.
     """
     loading = f"lopt_jax.convert_weights({name!r})"
     files = f"The files are in the layout {layout}, exported by lopt_jax."
+    files = f"{files}\n\n{use}" if use else files
     return _card(weights, name, loading, files)
 
 

@@ -25,6 +25,7 @@ from lopt_jax.weights.files import write
 from lopt_jax.weights.hub import export_card
 from lopt_jax.weights.layouts import FEATURE_GROUPS
 from lopt_jax.weights.original import Converted, joined, undecided_error
+from lopt_jax.weights.pylo_call import DECAYS, pylo_call
 from lopt_jax.weights.schema import MAX_BYTES, SCHEMAS, SMALL_FC_INPUTS
 from lopt_jax.weights.sources import JSON, MLP_FOLDER, RNN_FOLDER
 
@@ -34,7 +35,6 @@ CARD = "README.md"
 KEY = "lopt_jax"
 META_MLP = ("small_fc_lopt", "mulo", "elo")
 CELO2_MLP = ("celo2", "elo_celo2")
-DECAYS = ("momentum_decays", "rms_decays", "adafactor_decays")
 
 # MetaMLP has no decays: PyLO keeps those of btherien/mulo, and its step_mult, as the defaults of
 # its optimizer (AdafacLO_naive.__init__).
@@ -317,7 +317,13 @@ def export_pylo(weights: Weights, folder: Path) -> None:
         "config": thaw(weights.config),
         "metadata": thaw(weights.metadata),
     }
-    card = export_card(weights, folder.name, "that PyLO loads")
+    names = (*META_MLP, *CELO2_MLP, "velo")
+    if weights.architecture not in names:
+        raise ValueError(
+            f"weights must be of an architecture that PyLO has ({', '.join(names)}), "
+            f"found {weights.architecture!r}"
+        )
+    card = export_card(weights, folder.name, "that PyLO loads", _in_pylo(weights, folder.name))
     sizes = weights.config
     if weights.architecture in META_MLP:
         if int(params["mlp"]["w0"].shape[0]) != SMALL_FC_INPUTS:
@@ -341,7 +347,7 @@ def export_pylo(weights: Weights, folder: Path) -> None:
             "activation": "relu",
         }
         _write_model(folder, _celo2_tensors(params["mlp"]), {**model, KEY: record}, card)
-    elif weights.architecture == "velo":
+    else:
         # PyLO's network is the mean over the banks times 100, whatever the config here says
         gain = sizes["ff_mult"] / SCHEMAS["velo"].defaults["ff_mult"]
         record["config"] |= {"ff_mult": SCHEMAS["velo"].defaults["ff_mult"]}
@@ -361,12 +367,23 @@ def export_pylo(weights: Weights, folder: Path) -> None:
         }
         _write_model(folder / RNN_FOLDER, rnn, {**rnn_model, KEY: record}, card)
         _write_model(folder / MLP_FOLDER, mlp, mlp_model, card)
-    else:
-        names = ", ".join((*META_MLP, *CELO2_MLP, "velo"))
-        raise ValueError(
-            f"weights must be of an architecture that PyLO has ({names}), "
-            f"found {weights.architecture!r}"
-        )
+
+
+def _in_pylo(weights: Weights, folder: str) -> str:
+    """The card's section for users of PyLO."""
+    lines = [
+        "## In PyLO",
+        "",
+        "PyLO's files hold the network alone. Its optimizers take multipliers and decays as",
+        "arguments, and their defaults belong to other weights:",
+        "",
+        "```python",
+        pylo_call(weights, folder),
+        "```",
+    ]
+    if weights.config.get("use_bugged_loss_features"):
+        lines += ["", "PyLO's VeLO computes its loss features otherwise than these weights know."]
+    return "\n".join(lines)
 
 
 def _meta_mlp_tensors(mlp: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
