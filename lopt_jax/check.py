@@ -181,7 +181,7 @@ def in_own_process(name: str, seconds: float) -> Finding | str:
     except subprocess.TimeoutExpired:
         return f"took more than {seconds:.0f} seconds"
     if done.returncode != 0:
-        last = ([""] + done.stderr.strip().splitlines())[-1]
+        last = ["", *done.stderr.strip().splitlines()][-1]
         return f"exit status {done.returncode}: {last[:200]}"
     return Finding(**json.loads(done.stdout.splitlines()[-1]))
 
