@@ -19,6 +19,7 @@ _LATE = {
     "meta-train": ("lopt_jax.meta.cli", "meta-train a learned optimizer"),
     "meta-eval": ("lopt_jax.meta.cli", "evaluate meta-trained weights"),
     "bench": ("lopt_jax.benchmark", "measure milliseconds a step of each optimizer"),
+    "check": ("lopt_jax.check", "compare the fused kernels with XLA on this GPU"),
 }
 
 

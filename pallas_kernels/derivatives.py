@@ -40,8 +40,8 @@ def differentiated_as[Result](
             own = [next(given) if v else x for v, x in zip(varies, leaves, strict=True)]
             return plain(*treedef.unflatten(own))
 
-        chosen = (tuple(itertools.compress(x, varies)) for x in (leaves, directions))
-        return jax.jvp(of_varying, *chosen)
+        values, slopes = (tuple(itertools.compress(x, varies)) for x in (leaves, directions))
+        return jax.jvp(of_varying, values, slopes)
 
     return run
 
@@ -57,7 +57,7 @@ def moments(
     out = join_trees([function(part.gradient, part.parameter) for part in parts])
     if lengths is None or out.parameter_mean_square is None:
         return out
-    padded = parts[0].gradient.shape[1] / np.float32(lengths)
+    padded = parts[0].gradient.shape[1] / np.asarray(lengths, np.float32)
     return out._replace(parameter_mean_square=padded * out.parameter_mean_square)
 
 

@@ -44,7 +44,7 @@ def first_sums(
       The sums, of all parts.
     """
     view = plan.view
-    parts = [(g,) for g in gradients]
+    parts: list[tuple[jax.Array, ...]] = [(g,) for g in gradients]
     if parameters is not None:
         parts = [(g, p) for g, p in zip(gradients, parameters, strict=True)]
     down_size = max(v.tiles_down for v in plan.views) * view.rows
@@ -58,9 +58,8 @@ def first_sums(
     ]
 
     def body(program: Any, *refs: Any) -> None:
-        inputs, refs = split(refs, parts)
-        (down_out, across_out, parameter_out), refs = refs[:3], refs[3:]
-        buffers, arrived = refs[:-1], refs[-1]
+        inputs, others = split(refs, parts)
+        down_out, across_out, parameter_out, *buffers, arrived = others
         place = place_of(plan, program)
         of_part = mosaic.any_of(inputs, place.part)
 

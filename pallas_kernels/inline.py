@@ -235,7 +235,8 @@ def _relu_split(x: Any) -> Any:
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     high, low = np.empty_like(x.registers), np.empty_like(x.registers)
     for position, register in np.ndenumerate(x.registers):
-        words = _split(*_numbers(register), roundings=("rz.relu", "rn.relu"))
+        first, second = _numbers(register)
+        words = _split(first, second, roundings=("rz.relu", "rn.relu"))
         high[position], low[position] = (utils.bitcast(word, pair) for word in words)
     registers = np.concatenate([high, low, high], axis=1)
     return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)

@@ -145,7 +145,9 @@ class Lines:
         else:
             of_owner = np.minimum(firsts[:, None] + places, len(owners) - 1)
             sums = jnp.sum(jnp.where(places < each[:, None], _take(sums, of_owner), 0), axis=-1)
-        return totals(sums, counts, names) / jnp.asarray(np.repeat(np.float32(sizes), counts))
+        return totals(sums, counts, names) / jnp.asarray(
+            np.repeat(np.asarray(sizes, np.float32), counts)
+        )
 
 
 def totals(x: jax.Array, counts: Sequence[int], names: Sequence[tuple[str, ...]]) -> jax.Array:

@@ -26,7 +26,6 @@ _OPERAND_TRANSFORMS: Any = (
 )
 
 barrier_wait = plgpu.barrier_wait
-copy_in = plgpu.copy_gmem_to_smem
 
 
 def shared(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> Any:
@@ -95,6 +94,11 @@ def positions(shape: tuple[int, int], axis: int, layout: Any) -> jax.Array:
 def synchronize() -> None:
     """Waits for every thread; makes its writes to shared memory visible to the copy engine."""
     plgpu.commit_smem()
+
+
+def copy_in(source: Any, target: Any, arrived: Any) -> None:
+    """Starts a copy from global to shared memory, which arrives at a barrier."""
+    plgpu.copy_gmem_to_smem(source, target, arrived)
 
 
 def copy_out(sources: Sequence[Any], targets: Sequence[Any]) -> None:
@@ -372,9 +376,9 @@ MATRIX_ROWS = 64  # of the first factor, a multiple
 matrix_layout = plgpu.Layout.WGMMA
 
 
-def operand(shape: tuple[int, int]) -> Any:
-    """A buffer in shared memory that the matrix units read."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_OPERAND_TRANSFORMS)
+def operand(shape: Sequence[int]) -> Any:
+    """A matrix in shared memory that the matrix units read."""
+    return plgpu.SMEM(tuple(shape), jnp.bfloat16, transforms=_OPERAND_TRANSFORMS)
 
 
 def network(

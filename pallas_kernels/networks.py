@@ -35,7 +35,8 @@ def folded(rule: Rule, networks: Shared, means: jax.Array, vectors: Vectors | No
     last = lambda x: jnp.moveaxis(x, 0, -1) if per_tensor else x[..., None]  # noqa: E731
     first_layer = (last(mlp.weights[0]), *mlp.weights[1:]), (last(mlp.biases[0]), *mlp.biases[1:])
     features = rule.features.for_tensor(vectors is not None)
-    operands, lines = None, {}
+    operands: Any = None  # of vectors that are not factored no formula reads any here
+    lines = {}
     if vectors is not None:
         operands, lines = vectors.operands, vectors.lines
     mean_of = lambda varies, x: lines[varies].tensor_means(x)  # noqa: E731

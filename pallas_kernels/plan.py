@@ -113,6 +113,7 @@ def place_of(plan: Plan, program: jax.Array) -> Place:
     if plan.backwards:
         program = plan.programs - 1 - program
     each = plan.programs_of_part
+    part: Any
     if len(set(each)) == 1:
         part, program = jax.lax.div(program, each[0]), jax.lax.rem(program, each[0])
     else:

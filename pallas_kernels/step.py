@@ -27,6 +27,7 @@ from pallas_kernels import batching, derivatives, matrix_units, table
 from pallas_kernels.batching import Shared
 from pallas_kernels.first_pass import first_sums
 from pallas_kernels.launches import Launch, added_up, launches_of, sharing_biases
+from pallas_kernels.matrix_units import Matrices
 from pallas_kernels.networks import Network, centres_of, folded, network_of, statistics_of
 from pallas_kernels.operands import Elements, First, Inputs
 from pallas_kernels.sums_pass import Rates, square_sums
@@ -356,7 +357,7 @@ def _passes(
     kept = None
     if rule.accumulator_statistics:
         tuning = update_tuning(rule, network.hidden)
-        kept = added_up(launches, tuning, [x.sums for x in results])
+        kept = added_up(launches, tuning, [x.sums for x in results if x.sums is not None])
     new_vectors: Any = [[None] * len(unit.parts) for unit in units]
     if vectors is not None:
         new_vectors = vectors.parts(take)
@@ -389,16 +390,31 @@ def _updates(
     results: list[StepOutputs] = []
     remaining = zip(batch.elements, batch.starts, strict=True)
     for sharing in sharing_biases(launches, network.hidden) if has_biases else [launches]:
-        own = [network.matrices] * len(sharing)
-        if has_biases:
-            before = results[-1].elements if results else numbers
-            alone = len(sharing) == len(launches)
-            zero = None if alone else opaque_zero(batch.tracing, jax.tree.leaves(before)[0])
-            biases, first_of = vectors.of_launches(sharing, network.biases, zero)
-            packed = matrix_units.pack_biases(biases)
-            own = [network.matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]
+        before = results[-1].elements if results else numbers
+        own = _matrices_of(batch, network, sharing, jax.tree.leaves(before)[0])
         for launch, matrices in zip(sharing, own, strict=True):
             x, first = next(remaining)
             inputs = Inputs(x, numbers, factors, first, matrices)
             results.append(update(launch.plan(tuning, backwards=True), rule, inputs, entries))
     return results
+
+
+def _matrices_of(
+    batch: _Batch, network: Network, sharing: Sequence[Launch], before: jax.Array
+) -> list[Matrices | None]:
+    """The network of each of some launches for the matrix units, with the launch's own biases.
+
+    Args:
+      batch: the batch.
+      network: the network.
+      sharing: launches whose biases are made at once.
+      before: an array that the launches before these made.
+    """
+    matrices, vectors = network.matrices, batch.vectors
+    if matrices is None or vectors is None:
+        return [matrices] * len(sharing)
+    alone = len(sharing) == len(batch.launches)
+    zero = None if alone else opaque_zero(batch.tracing, before)
+    biases, first_of = vectors.of_launches(sharing, network.biases, zero)
+    packed = matrix_units.pack_biases(biases)
+    return [matrices._replace(biases=packed, down=x, across=y) for x, y in first_of]

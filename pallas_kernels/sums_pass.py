@@ -42,9 +42,8 @@ def square_sums(plan: Plan, rule: Rule, inputs: Inputs, entries: Rates) -> jax.A
     width = len(features) + 2
 
     def body(program: Any, *refs: Any) -> None:
-        sources, refs = split(refs, inputs)
-        out, refs = refs[0], refs[1:]
-        buffers, arrived, once, _ = buffers_of(inputs, refs)
+        sources, (out, *others) = split(refs, inputs)
+        buffers, arrived, once, _ = buffers_of(inputs, others)
         place = place_of(plan, program)
         of_part = mosaic.any_of([(x,) for x in sources.elements], place.part)
         start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)

@@ -14,6 +14,12 @@ import jax
 from lopt_jax.context import Tracing
 from lopt_jax.partition import checked_axes
 
+HOPPER = (9, 0)  # the compute capability that the kernels were made for
+
+# Kernels differ in how pass C runs the network: on CUDA cores, or on the matrix units.
+CUDA_CORES, MATRIX_UNITS = "cuda_cores", "matrix_units"
+KERNELS = (CUDA_CORES, MATRIX_UNITS)
+
 
 def unsupported_reason(tracing: Tracing) -> str | None:
     """Why no kernel runs where it is traced for, part of a sentence, or None."""
@@ -37,16 +43,48 @@ def is_interpreting() -> bool:
 
 
 def device_reason(device: jax.Device) -> str | None:
-    """Why a device cannot run kernels, or None: they are built for Hopper GPUs."""
+    """Why a device can run no kernel, or None: they need what Hopper GPUs brought."""
     if device.platform not in ("gpu", "cuda"):
         return f"the default device is a {device.platform.upper()}, not an NVIDIA GPU"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability != "9.0":
+    if _capability(device) < HOPPER:
         return (
-            f"{device.device_kind} has compute capability {capability}; the kernels are built for "
-            "9.0 (Hopper)"
+            f"{device.device_kind} has compute capability {_capability_name(device)}; the kernels "
+            "need 9.0 (Hopper) or newer"
         )
     return None
+
+
+def kernels_reason(kernels: str, device: jax.Device, is_asked_for: bool) -> str | None:
+    """Why a device that can run some kernels does not run these, or None.
+
+    Args:
+      kernels: which: of `KERNELS`.
+      device: the device.
+      is_asked_for: the user asked for the kernels by name: then only what is impossible counts.
+
+    Returns:
+      The reason, part of a sentence.
+    """
+    if is_interpreting() or _capability(device) == HOPPER:
+        return None
+    kind = f"{device.device_kind} (compute capability {_capability_name(device)})"
+    if kernels == MATRIX_UNITS:
+        return f"{kind} lacks Hopper's instruction for wide hidden layers (wgmma)"
+    from pallas_kernels import checked
+
+    if is_asked_for or kernels in checked.kernels_checked(device):
+        return None
+    return f"the kernels have not been checked on {kind} with these versions: run `lopt check`"
+
+
+def _capability(device: jax.Device) -> tuple[int, ...]:
+    """Such as (9, 0); empty where the device does not tell."""
+    major, _, minor = _capability_name(device).partition(".")
+    return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else ()
+
+
+def _capability_name(device: jax.Device) -> str:
+    return str(getattr(device, "compute_capability", "unknown"))
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Numbers that a kernel reads one at a time: the network of a tensor, decays, scales."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +89,6 @@ def repeat(x: Any, tensors: int) -> jax.Array:
     return jnp.broadcast_to(x, (tensors, *x.shape))
 
 
-def sequence(numbers: Numbers) -> Sequence[jax.Array]:
-    """The numbers of a vector, read at once."""
+def sequence(numbers: Numbers) -> Any:
+    """The numbers of a vector, read at once; the formulas index them as they do an array."""
     return tuple(numbers)

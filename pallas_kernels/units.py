@@ -65,7 +65,7 @@ class Viewed:
         if self.lengths is None:
             return np.full((self.tensors,), math.prod(self.whole.shape), np.float32)
         # a batch of those that have the lengths
-        return np.tile(np.float32(self.lengths), self.tensors // len(self.lengths))
+        return np.tile(np.asarray(self.lengths, np.float32), self.tensors // len(self.lengths))
 
     def view(self, tuning: Tuning) -> View:
         """A tensor, as a pass sees it."""

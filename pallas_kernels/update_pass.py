@@ -82,10 +82,10 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
     ]
 
     def body(program: Any, *refs: Any) -> None:
-        sources, refs = split(refs, inputs)
-        update_outs: Any = refs[: len(updates)] or (None,) * plan.parts
-        sums_out, *refs = refs[len(updates) :]
-        buffers, arrived, once, blocks = buffers_of(inputs, refs)
+        sources, others = split(refs, inputs)
+        update_outs: Any = others[: len(updates)] or (None,) * plan.parts
+        sums_out, *scratch = others[len(updates) :]
+        buffers, arrived, once, blocks = buffers_of(inputs, scratch)
         place = place_of(plan, program)
         of_part = mosaic.any_of(list(zip(sources.elements, update_outs, strict=True)), place.part)
         start, start_constants = kernel.copies(place, of_part, sources, buffers, arrived, once)
@@ -93,15 +93,18 @@ def update(plan: Plan, rule: Rule, inputs: Inputs, entries: Table) -> StepOutput
         written = [buffers.elements.parameter, *stored(buffers.elements)]
 
         def folded(numbers: Table, rates: Decays, slot: Any, row: Any) -> Folded:
-            weights = tuple(_Row(numbers.weights, k) for k in range(len(features)))
-            layers = tuple((_Transposed(weight), bias) for weight, bias in numbers.layers)
+            # views of the table stand for the arrays that the rule's formulas read
+            weights: Any = tuple(_Row(numbers.weights, k) for k in range(len(features)))
+            layers: Any = tuple((_Transposed(weight), bias) for weight, bias in numbers.layers)
             if not view.is_factored:
                 return Folded(weights, numbers.bias[0], None, layers)
             factors = len(rates.factored)
-            down = _VectorBias(
+            down: Any = _VectorBias(
                 (hidden,), lambda j: registers.down(buffers.down, slot, row, factors + j)
             )
-            across = _VectorBias((hidden,), lambda j: registers.across(buffers.across, factors + j))
+            across: Any = _VectorBias(
+                (hidden,), lambda j: registers.across(buffers.across, factors + j)
+            )
             return Folded(weights, down, across, layers)
 
         def network(

@@ -6,6 +6,7 @@ hundreds of launches.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ class Vectors:
         self.row_factor = row_factor(self.row, -1, mean)
         self.column_factor = safe_rsqrt(self.column)
         of_decays = tuple(map(tuple, (self.row, self.column, self.row_factor, self.column_factor)))
-        self.operands = Operands(None, None, (), None, *of_decays)
+        nothing: Any = None  # of elements: only row and column vectors are read
+        self.operands = Operands(nothing, nothing, (), nothing, *of_decays)
 
     def starts(self, unit: int, tensor: int) -> tuple[int, int]:
         """Where the row and the column of a tensor of a unit start in `stacked`."""
@@ -118,14 +120,16 @@ class Vectors:
                 is_all = size == x.shape[1]
                 own.append(x if is_all else jax.lax.dynamic_slice_in_dim(x, place, size, axis=1))
         joined = jnp.concatenate(own, axis=1)
-        first_of = [down_and_across(x, [starts[member] for member in x.members]) for x in launches]
+        first_of = [
+            down_and_across(x, [(starts[m][0], starts[m][1]) for m in x.members]) for x in launches
+        ]
         return joined.reshape((joined.shape[0], -1)), first_of
 
     def parts(self, take: PartTaker) -> list[list[tuple[jax.Array, jax.Array]]]:
         """The new row and column accumulators of each part of each unit."""
         rows, columns = jax.lax.optimization_barrier((self.row, self.column))
-        sides = (("row", rows), ("column", columns))
-        pairs = [self._parts(side, x.reshape((x.shape[0], -1)), take) for side, x in sides]
+        sides: dict[Varies, jax.Array] = {"row": rows, "column": columns}
+        pairs = [self._parts(side, x.reshape((x.shape[0], -1)), take) for side, x in sides.items()]
         return [list(zip(*unit, strict=True)) for unit in zip(*pairs, strict=True)]
 
     def _parts(self, side: Varies, x: jax.Array, take: PartTaker) -> list[list[jax.Array]]:
@@ -184,6 +188,8 @@ def vector_means(
             places = list(run)
             first, view = places[0], units[i].view(FIRST)
             rows = slice(first * plan.groups, (first + len(places)) * plan.groups)
+            assert of_launch.down is not None  # the tensors are factored
+            assert of_launch.across is not None
             down = of_launch.down[rows, :, : plan.strips[first], : view.down]
             across = of_launch.across[rows, :, : plan.chunks[first], : view.across]
             pieces[i].append((first + shift, down, across))
