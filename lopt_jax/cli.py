@@ -22,6 +22,10 @@ _LATE = {
 }
 
 
+# architectures of weights have the name of their optimizer, but for these
+_OPTIMIZERS = {"linear": "lopt"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
@@ -168,7 +172,8 @@ def _list(options: argparse.Namespace) -> None:
     rows = [("NAME", "OPTIMIZER", "OFFLINE", "FROM")]
     for info in list_weights():
         here = "yes" if info.offline else "no"
-        rows.append((info.name, info.architecture, here, ", then ".join(info.source)))
+        optimizer = _OPTIMIZERS.get(info.architecture, info.architecture)
+        rows.append((info.name, optimizer, here, ", then ".join(info.source)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]

@@ -108,7 +108,7 @@ class Partition:
         """The part of the whole tensor that this device holds."""
         for dim, names in enumerate(self.axes):
             if names:
-                parts = _parts(self._pad(whole, dim), dim, jax.lax.axis_size(names))
+                parts = _parts(self._padded(whole, dim), dim, jax.lax.axis_size(names))
                 device = jax.lax.axis_index(names)
                 whole = jax.lax.dynamic_index_in_dim(parts, device, dim, keepdims=False)
         return whole
@@ -159,16 +159,23 @@ class Partition:
         for dim, split in enumerate(self.axes):
             if split:
                 total = jax.lax.psum_scatter(
-                    self._pad(whole, dim), names, scatter_dimension=dim, tiled=True
+                    self._padded(whole, dim), names, scatter_dimension=dim, tiled=True
                 )
                 return total / jax.lax.axis_size(names)
         return jax.lax.pmean(whole, names)
 
-    def _pad(self, whole: jax.Array, dim: int) -> jax.Array:
+    def _padded(self, whole: jax.Array, dim: int) -> jax.Array:
+        """The whole tensor, so long along a dimension that every device gets an equal part."""
         missing = -self.shape[dim] % jax.lax.axis_size(self.axes[dim])
-        if not missing:
-            return whole
-        return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+        return pad_to(whole, dim, self.shape[dim] + missing)
+
+
+def pad_to(x: jax.Array, dim: int, size: int) -> jax.Array:
+    """The array with zeros at the end of a dimension, up to a size."""
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)])
 
 
 def _parts(whole: jax.Array, dim: int, devices: int) -> jax.Array:

@@ -69,15 +69,7 @@ def celo_adam(
       Moudgil et al., arXiv 2501.12670; amoudgl/celo, `celo/optimizers/celo_adam.py`.
     """
     common.check_num_steps(num_steps)
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("celo_adam",))
     config = weights.config
     settings = AdamSettings(

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -215,6 +215,20 @@ class Options:
         check_backend(self.backend)
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Options":
+        """The options among the arguments of a constructor.
+
+        Args:
+          arguments: by name, as `locals()` has them at the start of a constructor.
+          **others: options that have other values than the arguments of their names.
+
+        Returns:
+          The options.
+        """
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{k: x for k, x in arguments.items() if k in names}, **others})
 
     def accumulator_dtypes(self, config: Mapping[str, Any]) -> Accumulators:
         """The dtype of each accumulator, by the decays in the config of the weights.

@@ -53,15 +53,7 @@ def elo(
     Reference:
       Belilovsky-Lab/pylo, `pylo/optim/ELO_naive.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("elo",))
     config = weights.config
     rule = Rule(

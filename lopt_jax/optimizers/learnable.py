@@ -60,15 +60,7 @@ def learnable_sgd(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableSGD`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     return _learnable(weights, "learnable_sgd", options, lambda theta, count: _descend)
 
 
@@ -106,15 +98,7 @@ def learnable_sgdm(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableSGDM`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
 
     def step_of(theta: Any, count: jax.Array) -> Callable[..., Sequence[jax.Array]]:
         del count
@@ -158,15 +142,7 @@ def learnable_adam(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableAdam`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
 
     def step_of(theta: Any, count: jax.Array) -> Callable[..., Sequence[jax.Array]]:
         settings = AdamSettings(

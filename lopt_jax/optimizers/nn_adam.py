@@ -77,15 +77,7 @@ def nn_adam(
     Reference:
       google/learned_optimization, `learned_optimizers/nn_adam.py`, `NNAdam`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("nn_adam",))
     config = weights.config
 

@@ -98,15 +98,7 @@ def rnn_mlp_lopt(
       Metz et al., arXiv 2009.11243; google/learned_optimization,
       `learned_optimizers/rnn_mlp_lopt.py`, `RNNMLPLOpt`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("rnn_mlp_lopt",))
     config = weights.config
     features = rnn_mlp_features(len(config["initial_momentum_decays"]))

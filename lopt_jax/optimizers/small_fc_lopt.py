@@ -61,15 +61,7 @@ def small_fc_lopt(
       Metz et al., arXiv 2203.11860; google/learned_optimization,
       `learned_optimizers/adafac_mlp_lopt.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     return small_fc_rule(
         resolve(weights, ARCHITECTURES), options, lambda rate, decay, _: (rate, decay)
     )
