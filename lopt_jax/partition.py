@@ -573,7 +573,7 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
 class Layout(NamedTuple):
     """An array of the state that belongs to a parameter."""
 
-    dims: tuple[int | None, ...]  # for every dimension the parameter's dimension that it is, or None
+    dims: tuple[int | None, ...]  # the parameter's dimension that each is; None: none of them
     size: int  # of the dimensions that are none of the parameter's
     dtype: Any
 

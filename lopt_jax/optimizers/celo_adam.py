@@ -77,11 +77,10 @@ def celo_adam(
         epsilon=config["initial_epsilon"],
         root_epsilon=1e-10,
     )
+    dtypes = options.accumulator_dtypes(config)
 
     def init(params: Any) -> CeloAdamState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -122,6 +121,7 @@ def celo_adam(
         return updates, CeloAdamState(count, accumulators, controls.state, loss, sizes)
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,

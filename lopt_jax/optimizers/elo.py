@@ -70,7 +70,7 @@ def elo(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate, decay),
     )
-    transformation = functions.bound(weights)
+    transformation = functions.bound(weights, options)
     if max_gradient_norm is None:
         return transformation
     common.check_number("max_gradient_norm", max_gradient_norm)

@@ -175,11 +175,9 @@ def _learnable(
       The transformation.
     """
     resolved = resolve(weights, (architecture,))
-    config = resolved.config
+    dtypes = options.accumulator_dtypes(resolved.config)
 
     def init(params: Any) -> LearnableState:
-        options.say_stacks(params)
-        dtypes = options.accumulator_dtypes(config)
         accumulators = init_accumulators(params, dtypes, 0, options.stacked_axes)
         return LearnableState(jnp.zeros((), jnp.int32), accumulators)
 
@@ -212,6 +210,7 @@ def _learnable(
         return updates, LearnableState(count, new)
 
     return common.transformation(
+        options,
         init,
         update,
         resolved.params,

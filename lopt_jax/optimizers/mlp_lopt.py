@@ -63,4 +63,4 @@ def mlp_lopt(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate * config["step_mult"], decay),
     )
-    return functions.bound(resolved)
+    return functions.bound(resolved, options)

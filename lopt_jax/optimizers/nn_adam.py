@@ -80,11 +80,10 @@ def nn_adam(
     options = common.Options.of(locals())
     weights = resolve(weights, ("nn_adam",))
     config = weights.config
+    dtypes = options.accumulator_dtypes(config)
 
     def init(params: Any) -> NNAdamState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        dtypes = options.accumulator_dtypes(config)
         return NNAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -122,6 +121,7 @@ def nn_adam(
         return updates, NNAdamState(count, accumulators, *new)
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,

@@ -102,12 +102,11 @@ def rnn_mlp_lopt(
     weights = resolve(weights, ("rnn_mlp_lopt",))
     config = weights.config
     features = rnn_mlp_features(len(config["initial_momentum_decays"]))
-    decays = fixed_decays(config)
+    decays, dtypes = fixed_decays(config), options.accumulator_dtypes(config)
 
     def init(params: Any) -> RNNMLPLoptState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        theta, dtypes = weights.params, options.accumulator_dtypes(config)
+        theta = weights.params
         return RNNMLPLoptState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -174,6 +173,7 @@ def rnn_mlp_lopt(
         )
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,
