@@ -75,7 +75,7 @@ def celo(
         rule,
         options,
         inputs=lambda prepared, _, shared: controller.shared_features(
-            len(tensor_shapes(prepared.tensors)), shared
+            len(tensor_shapes(prepared.grouped.tensors)), shared
         ),
         banks=lambda controls: jax.nn.softmax(controls, axis=-1),
         step_size=celo_step_size,

@@ -128,9 +128,10 @@ def controlled(
         loss, shared = observe_loss(
             name, state.loss, value, state.count, num_steps, (gradients, params), loss_horizon
         )
-        prepared = engine.first_pass(
+        grouped = engine.group_tensors(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
+        prepared = engine.first_pass(rule, grouped)
         largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
         quickly = "complex_products" not in tracing.without and may_work(largest)
         controls = controller.run_lstm(

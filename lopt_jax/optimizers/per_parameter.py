@@ -94,9 +94,10 @@ def per_parameter(
     ) -> tuple[Any, PerParameterState]:
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
-        prepared = engine.first_pass(
+        grouped = engine.group_tensors(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
+        prepared = engine.first_pass(rule, grouped)
         results, accumulators, _ = engine.second_pass(
             rule,
             prepared,

@@ -96,7 +96,7 @@ def velo(
         prepared: engine.Prepared, statistics: AccumulatorStatistics, shared: Sequence[jax.Array]
     ) -> jax.Array:
         return controller.tensor_features(
-            tensor_shapes(prepared.tensors),
+            tensor_shapes(prepared.grouped.tensors),
             statistics,
             engine.parameter_mean_squares(prepared),
             shared,
