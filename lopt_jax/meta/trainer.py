@@ -208,6 +208,7 @@ class Trainer:
             config.backend if jax.device_count() == 1 else "xla",
             config.precision,
             dict(config.rule_options),
+            config.recipe,
         )
         scales = dict(config.scales)
 
