@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ def add_commands(subparsers: Any) -> None:
     )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
+    train.add_argument(
+        "--campaign", default=None, metavar="FOLDER",
+        help="begin a chain of runs, or go on with it, by small files in this folder",
+    )  # fmt: skip
     train.add_argument("--weights", default=None, help="start from these weights (name or path)")
     train.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
@@ -146,8 +151,14 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
 
     _use_data(arguments.data)
     config = _load_config(arguments)
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    if arguments.campaign is not None and (arguments.out is not None or arguments.resume):
+        raise ValueError(
+            "--campaign: expected neither --out nor --resume beside it: a campaign always goes on"
+        )
     out = Path(arguments.out or f"outputs/meta/{config.name}")
-    if not arguments.resume and (out / "weights").exists():
+    if arguments.campaign is None and not arguments.resume and (out / "weights").exists():
         raise ValueError(f"--out: {out} already holds weights; choose another folder")
     initial = None
     if arguments.weights is not None:
@@ -160,9 +171,16 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         initial = start.params
         # The weights only work with the config they came with.
         config = dataclasses.replace(config, architecture_config=tuple(dict(start.config).items()))
+    if arguments.campaign is not None and not config.deal_every:
+        raise ValueError(
+            f"--campaign: the config {config.name} has no deal_every, the steps after which a run "
+            "can go on; give it one: --set deal_every=500"
+        )
     trainer = Trainer(config, initial)
     print(f"{config.name}: {config.outer_steps:,} outer steps of {len(config.tasks)} tasks, "
           f"{config.num_pairs} pairs each, on {_hardware()}; compiling", flush=True)  # fmt: skip
+    if arguments.campaign is not None:
+        return _run_campaign(trainer, Path(arguments.campaign), arguments.seconds)
     try:
         with _progress(config.outer_steps) as on_report:
             result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
@@ -188,10 +206,51 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
             if arguments.seconds
             else f"{result.total:,} outer steps were planned when the run began"
         )
+    _end_compilation(result)
+    return 0
+
+
+def _end_compilation(result: Any) -> None:
+    """Ends the process where compilation, which nothing can stop, goes on in the background.
+
+    It may crash while Python ends.
+    """
     if result.compiling:
-        # Compilation that nothing can stop would go on, and may crash, while Python ends.
         sys.stdout.flush()
         os._exit(0)
+
+
+def _run_campaign(trainer: Any, folder: Path, seconds: float | None) -> int:
+    """A run of a campaign, and what it did."""
+    from lopt_jax.meta import campaign
+
+    began = time.monotonic()
+    config = trainer.config
+    before = campaign.read(folder).step if campaign.exists(folder) else 0
+    with _progress(config.outer_steps) as on_report:
+        result = trainer.train(campaign=folder, max_seconds=seconds, on_report=on_report)
+    wall = time.monotonic() - began
+    if result.compiling:
+        print(f"--seconds: {wall:.0f} s were over before the programs were compiled; give it more")
+        _end_compilation(result)
+        return 0
+    kept = campaign.read(folder)
+    done = kept.step - before
+    seconds = kept.record["runs"][-1]["seconds"] if done else 0.0
+    inner = 2 * config.num_pairs * config.truncation_length * len(config.tasks)
+    print(
+        f"{folder}: step {kept.step:,} of {config.outer_steps:,} after {wall:.0f} s, of which "
+        f"{seconds:.0f} s for {done:,} outer steps"
+        + (f" ({inner * done / seconds:,.0f} inner steps/s)" if seconds > 0 else "")
+        + f"; {len(kept.steps)} sets of weights"
+    )
+    if result.steps > kept.step:
+        print(
+            f"the {result.steps - kept.step:,} steps after it are lost: a run can go on after "
+            f"every {config.deal_every:,} alone (deal_every)"
+        )
+    if kept.step < config.outer_steps:
+        print("the same command goes on")
     return 0
 
 

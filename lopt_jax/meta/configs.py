@@ -225,13 +225,13 @@ _ELO_SMALL_FC_PAPER = dataclasses.replace(
     expert="adamw",
 )
 
-# A direction inside the recipe of `lopt`, which is in the loop as users have it. The start says what
-# the linear rule says: the gradient and its momentum, each of root mean square one. So the outer
-# steps are what is learned on top of today's `lopt`.
+# A direction inside the recipe of `lopt`, which is in the loop as users have it. The start says
+# what the linear rule says: the gradient and its momentum, each of root mean square one. So what
+# the outer steps learn comes on top of today's `lopt`.
 _LOPT_LINEAR_START = (("gradient", 1.0), ("momentum_0", 1.0))
 _DIRECTION_NOTES = (
-    "A direction for matrices inside the recipe of lopt_jax.lopt. Meta-trained on networks of about "
-    "ten thousand parameters for at most 2,000 steps."
+    "A direction for matrices inside the recipe of lopt_jax.lopt. Meta-trained on networks of "
+    "3,000 to 67,000 parameters for at most 2,000 steps."
 )
 
 _LOPT_DIRECTION = MetaTrainConfig(
@@ -288,7 +288,7 @@ _LOPT_LINEAR = dataclasses.replace(
 _LOPT_DIRECTION_SMALL = dataclasses.replace(
     _LOPT_DIRECTION,
     name="lopt_direction_small",
-    tasks=("words_transformer_48", "clipart_mlp_norm_32x3", "teacher_mlp_32x3"),
+    tasks=("words_transformer_24", "clipart_mlp_norm_32x3", "teacher_mlp_32x3"),
     num_pairs=4,
     truncation_length=20,
     min_horizon=100,

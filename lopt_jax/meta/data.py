@@ -234,7 +234,9 @@ def _load_text(path: Path, num_bytes: int) -> Text:
         with lzma.open(path) as file:
             return _text_of(file.read(num_bytes))
     except (EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: expected text packed by xz ({error}); prepare it again") from error
+        raise ValueError(
+            f"{path}: expected text packed by xz ({error}); prepare it again"
+        ) from error
 
 
 def _prepared(name: str, suffix: str = ".npz") -> Path:

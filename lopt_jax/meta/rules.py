@@ -36,6 +36,14 @@ LOPT_TAKES = (*ARCHITECTURES, LINEAR)  # what `lopt` takes as weights
 _KNOWS_HORIZON = ("velo", "celo", "celo_adam")
 
 
+def rescaled(meta_parameters: MetaParameters, scales: Mapping[str, float]) -> MetaParameters:
+    """The meta-parameters, those of some top-level keys times a factor."""
+    return {
+        k: jax.tree.map(lambda x, k=k: x * scales[k], v) if k in scales else v
+        for k, v in meta_parameters.items()
+    }
+
+
 def cosine_schedule(num_steps: jax.Array | float, peak: float = 1.0) -> Schedule:
     """The schedule users are told to use: half a cosine from `peak` to 0, without warm-up.
 

@@ -583,10 +583,17 @@ def _direction_tasks() -> list[Task]:
         _classifier(
             "clipart_transformer_colour", colour, Transformer(10, 24, 2, 2, 16, 48), 32
         ),
-        _classifier("words_rnn_48", Characters(16, True, words), Rnn(data.VOCABULARY, 48), 16, valid_size=32),
+        _classifier(
+            "words_rnn_48", Characters(16, True, words), Rnn(data.VOCABULARY, 48), 16,
+            valid_size=32,
+        ),
         _classifier(
             "words_transformer_48", Characters(24, True, words),
             Transformer(data.VOCABULARY, 48, 2, 3, 24), 16, valid_size=32,
+        ),
+        _classifier(
+            "words_transformer_24", Characters(24, True, words),
+            Transformer(data.VOCABULARY, 24, 2, 2, 24), 16, valid_size=32,
         ),
         _classifier("teacher_mlp_32x3", Teacher((16, 32, 8), True), Mlp((16, 32, 32, 32, 8)), 64),
     ]  # fmt: skip
