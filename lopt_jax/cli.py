@@ -17,6 +17,7 @@ from typing import Any
 # command -> (module with add_commands, help)
 _LATE = {
     "meta-train": ("lopt_jax.meta.cli", "meta-train a learned optimizer"),
+    "meta-select": ("lopt_jax.meta.cli", "find the best weights of a meta-training"),
     "meta-eval": ("lopt_jax.meta.cli", "evaluate meta-trained weights"),
     "bench": ("lopt_jax.benchmark", "measure milliseconds a step of each optimizer"),
 }

@@ -1,4 +1,4 @@
-"""The commands `lopt meta-train` and `lopt meta-eval`."""
+"""The commands `lopt meta-train`, `lopt meta-select` and `lopt meta-eval`."""
 
 import argparse
 import collections
@@ -18,7 +18,7 @@ from lopt_jax.meta.data import FOLDER_VARIABLE
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `meta-train` and `meta-eval` to the command line.
+    """Adds `meta-train`, `meta-select` and `meta-eval` to the command line.
 
     Args:
       subparsers: of an argparse parser; each command sets `run`, a function of the arguments that
@@ -52,6 +52,7 @@ def add_commands(subparsers: Any) -> None:
     _add_data(train)
     train.set_defaults(run=run_meta_train)
 
+    _add_select(subparsers)
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
     evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
@@ -88,6 +89,32 @@ def add_commands(subparsers: Any) -> None:
     )  # fmt: skip
     _add_data(evaluate)
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _add_select(subparsers: Any) -> None:
+    select = subparsers.add_parser(
+        "meta-select", help="find the best weights of a campaign of meta-train"
+    )
+    select.add_argument("campaign", help="folder of `lopt meta-train NAME --campaign FOLDER`")
+    select.add_argument(
+        "--tasks", default=None,
+        help="comma-separated, tuning tasks of the scale suite or tasks of meta-training; default: "
+        "a language model of 5M parameters and a vision transformer",
+    )  # fmt: skip
+    select.add_argument("--steps", type=cli.positive_integer, default=1000, help="of each training")
+    select.add_argument("--seeds", type=cli.positive_integer, default=1, help="of each training")
+    select.add_argument(
+        "--checkpoints", type=cli.positive_integer, default=None,
+        help="at most so many of the sets of weights, spread over the campaign; default: all",
+    )  # fmt: skip
+    select.add_argument(
+        "--no-reference", action="store_true", help="do not train with the weights that ship"
+    )
+    select.add_argument("--seconds", type=float, default=math.inf, help="wall-clock budget")
+    select.add_argument("--export", default=None, metavar="DST", help="write the best weights here")
+    select.add_argument("--cache", default="outputs/cache", help="folder for tokens")
+    _add_data(select)
+    select.set_defaults(run=run_meta_select)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +279,75 @@ def _run_campaign(trainer: Any, folder: Path, seconds: float | None) -> int:
     if kept.step < config.outer_steps:
         print("the same command goes on")
     return 0
+
+
+def run_meta_select(arguments: argparse.Namespace) -> int:
+    """Runs `lopt meta-select`.
+
+    Args:
+      arguments: see `add_commands`.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ValueError: for wrong arguments, naming them.
+    """
+    from lopt_jax.meta import campaign, selection
+    from lopt_jax.weights import save_weights
+
+    began = time.monotonic()
+    _use_data(arguments.data)
+    if not arguments.seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    if arguments.export is not None and Path(arguments.export).exists():
+        raise ValueError(f"--export: {arguments.export} already exists; choose another folder")
+    kept = campaign.read(Path(arguments.campaign))
+    names = arguments.tasks.split(",") if arguments.tasks else selection.DEFAULT_TASKS
+    tasks = [selection.selection_task(name) for name in dict.fromkeys(names)]
+    records, complete, compiling = selection.select(
+        kept, tasks, arguments.steps,
+        seeds=arguments.seeds,
+        checkpoints=arguments.checkpoints,
+        with_reference=not arguments.no_reference,
+        seconds=arguments.seconds - (time.monotonic() - began),
+        data_folder=Path(os.environ.get(FOLDER_VARIABLE, "outputs/data")),
+        cache=Path(arguments.cache),
+        say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    if records:
+        _show_selection(kept, records)
+    if not complete:
+        print("Not complete: the same command goes on.")
+    best = selection.best_of(selection.rank(records)[0]) if records else None
+    if best is not None and arguments.export is not None:
+        weights = kept.weights(int(best.label))
+        save_weights(Path(arguments.export), selection.with_evidence(weights, records, best))
+        print(f"{arguments.export}: the weights of step {best.label}")
+    elif arguments.export is not None:
+        print("--export: nothing was written, as no set of weights has been trained on every task")
+    if compiling:
+        sys.stdout.flush()
+        os._exit(0)
+    return 0
+
+
+def _show_selection(kept: Any, records: Sequence[Any]) -> None:
+    """Prints the table, and writes it and the picture into the campaign's folder."""
+    from lopt_jax.meta import selection
+
+    rows, base = selection.rank(records)
+    text = selection.table(kept, rows, base)
+    best = selection.best_of(rows)
+    if best is not None:
+        change = 100 * math.expm1(best.score)
+        text += f"\n\nThe best: step {best.label}, with losses {change:+.2f}% against {base}."
+    (kept.folder / "selection.md").write_text(text + "\n")
+    print(text)
+    try:
+        selection.plot(kept, rows, base, kept.folder / "selection.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
 
 
 def _hardware() -> str:
