@@ -266,6 +266,7 @@ def _versions() -> dict[str, str]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "hardware": f"{len(devices)} {devices[0].device_kind}",
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 
