@@ -3,8 +3,8 @@
 python benchmarks/meta_campaigns.py checkpoints/campaigns lopt_direction lopt_linear --seconds 560
 
 Every campaign has its own folder, and its share of the time: first its meta-training, then the
-selection. The same command goes on. Compiled programs are kept in OUT/../jax_cache, so that a
-second run on the same machine compiles nothing.
+selection. The same command goes on. Compiled programs are kept, so that a second run on the same
+machine compiles nothing.
 """
 
 import argparse
@@ -137,6 +137,8 @@ def main():
     parser.add_argument("--select-tasks", help="names with commas; left out: those of meta-select")
     parser.add_argument("--select-steps", type=int, default=1000)
     parser.add_argument("--checkpoints", type=int, default=9, help="sets of weights in a selection")
+    parser.add_argument("--data", help="folder of prepared data; left out: $LOPT_JAX_DATA")
+    parser.add_argument("--jax-cache", type=Path, default=Path("outputs/jax_cache"))
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     begin = time.monotonic()
@@ -146,7 +148,9 @@ def main():
     if budget <= 0:
         parser.error(f"--seconds: {options.seconds:g} leaves no time to train {count} configs")
     options.out.mkdir(parents=True, exist_ok=True)
-    variables = environment(options.out.parent / "jax_cache")
+    variables = environment(options.jax_cache)
+    if options.data is not None:
+        variables["LOPT_JAX_DATA"] = options.data
     ended = train_all(options, budget, variables)
     for config in options.configs:
         folder = folder_of(options.out, config)

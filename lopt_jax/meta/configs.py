@@ -183,7 +183,7 @@ _CELO2_PAPER = MetaTrainConfig(
     outer_second_decay=0.999,
     gradient_clip=1e6,  # none
     log_every=100,
-    deal_every=2000,
+    deal_every=2000,  # stored states are gone then: a life can be of 100,000 steps
     notes=_PAPER_NOTES,
 )
 
@@ -196,7 +196,6 @@ _ELO_CELO2_PAPER = dataclasses.replace(
     rule_options=(),  # which clips gradients to norm 1
     horizons="uniform",
     resume=0.8,
-    deal_every=5000,  # stored states are gone then: a life can be of 250,000 steps
     expert="muon",
     expert_learning_rate=0.01,
     expert_steps=(5_000, 50_000),
@@ -258,18 +257,18 @@ _LOPT_DIRECTION = MetaTrainConfig(
     recipe="lopt",
     schedule="constant",
     weight_decay=1.0,
-    num_pairs=32,
+    num_pairs=64,
     standard_deviation=0.01,
     truncation_length=50,
     min_horizon=100,
     max_horizon=2000,
     objective=Objective(measure="training", floor=0.01),
     reparametrise=1.5,
-    outer_steps=20_000,
+    outer_steps=4000,
     outer_learning_rate=1e-3,
     outer_warmup=100,
-    log_every=50,
-    deal_every=500,
+    log_every=25,
+    deal_every=250,
     notes=_DIRECTION_NOTES,
 )
 
@@ -280,7 +279,7 @@ _LOPT_LINEAR = dataclasses.replace(
     architecture="linear",
     architecture_config=(("initial_momentum_decays", (0.9, 0.99, 0.999)),),
     standard_deviation=0.05,
-    outer_steps=4000,
+    outer_steps=2000,
     outer_learning_rate=5e-3,
 )
 
@@ -295,7 +294,8 @@ _LOPT_DIRECTION_SMALL = dataclasses.replace(
     max_horizon=400,
     standard_deviation=0.02,
     outer_steps=2000,
-    log_every=10,
+    outer_warmup=20,
+    log_every=5,
     deal_every=50,
 )
 
