@@ -108,9 +108,9 @@ def row(options, config, ended):
     each = 2 * settings.num_pairs * settings.truncation_length * len(settings.tasks)
     inner = each * (last["to"] - last["from"])
     rate = f"{inner / last['seconds']:,.0f}" if last["seconds"] > 0 else ""
-    places = selection.spread(range(len(kept.history)), 5)
-    losses = [kept.history[i] for i in sorted(places)]
-    curve = ", ".join(f"{r['step']:,}: {r['loss']:.4f}" for r in losses if r["loss"] is not None)
+    steps = sorted(selection.spread(kept.steps[1:], 5))
+    means = [(step, selection.mean_loss(kept, step)) for step in steps]
+    curve = ", ".join(f"{step:,}: {loss:.4f}" for step, loss in means if loss is not None)
     best = change = ""
     records = [r for r in selection.read_records(folder) if r["steps"] == options.select_steps]
     if records:

@@ -1,4 +1,7 @@
-"""A direction inside the recipe of `lopt`: where it starts, what is in the loop, what it sees."""
+"""A direction inside the recipe of `lopt`: where it starts, what is in the loop, what it sees.
+
+And tasks of one shape in one program.
+"""
 
 import dataclasses
 import lzma
@@ -8,13 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_meta_trainer import TINY
+from test_meta_trainer import TINY, assert_same
 
 import lopt_jax
 from lopt_jax.meta import data, evaluate, networks, rules
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.tasks import Characters, Pictures, held_out_tasks, training_tasks
+from lopt_jax.meta.networks import Mlp
+from lopt_jax.meta.tasks import (
+    Characters,
+    Pictures,
+    Quadratic,
+    SupervisedTask,
+    Teacher,
+    cross_entropy,
+    held_out_tasks,
+    join,
+    training_tasks,
+)
 from lopt_jax.meta.trainer import Trainer
 
 DIRECTIONS = ("lopt_direction", "lopt_linear", "lopt_direction_small")
@@ -143,3 +157,48 @@ def test_prepared_texts_are_read_as_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv(data.FOLDER_VARIABLE, str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="prepare FOLDER brown"):
         data.load_text("brown")
+
+
+def _teacher(name, noise, size=4):
+    return SupervisedTask(
+        name, Teacher((6, 4, 3), True, max_noise=noise), Mlp((6, size, 3)), cross_entropy, 5
+    )
+
+
+def test_tasks_that_differ_in_their_examples_alone_are_joined():
+    first, wide, second = _teacher("a", 0.5), _teacher("b", 0.5, 5), _teacher("c", 0.02)
+    groups = join([first, Quadratic(), wide, second])
+    assert [(task.name, count) for task, count in groups] == [
+        ("a+c", 2), ("quadratic", 1), ("b", 1),
+    ]  # fmt: skip
+    task = groups[0][0]
+    keys = jax.random.split(jax.random.key(0), 40)
+    contents = jax.vmap(task.sample)(keys)
+    assert 8 < int(contents.which.sum()) < 32
+    for which, single in enumerate((first, second)):
+        place = int(np.flatnonzero(contents.which == which)[0])
+        content = jax.tree.map(lambda x, place=place: x[place], contents)
+        own = content.contents[which]
+        key = jax.random.key(7)
+        params = task.init(key, content)
+        assert_same(params, single.init(key, own))
+        for split in ("train", "valid"):
+            batch = task.batch(key, content, split)
+            assert_same(batch, single.batch(key, own, split))
+            assert task.loss(params, content, batch) == single.loss(params, own, batch)
+        assert_same(task.examples(content, "valid", 9), single.examples(own, "valid", 9))
+
+
+def test_a_joined_task_counts_as_many():
+    """The meta-gradient and the report weigh a program by the tasks that it stands for."""
+    config = dataclasses.replace(TINY, tasks=("a", "b", "c"), join=True, outer_steps=1)
+    tasks = {"a": _teacher("a", 0.5), "b": _teacher("b", 0.5, 5), "c": _teacher("c", 0.02)}
+    trainer = Trainer(config, tasks=tasks)
+    assert trainer.counts == [2, 1]
+    state = trainer.init()
+    assert [jax.tree.leaves(s.accumulator)[0].shape[0] for s in state.estimators] == [8, 4]
+    assert trainer._mean(np.float32(1.0), np.float32(4.0)) == 2.0
+    result = trainer.train()
+    assert len(result.history[0].task_scores) == 2
+    assert np.isfinite(result.history[0].loss)
+    assert Trainer(dataclasses.replace(config, join=False), tasks=tasks).counts == [1, 1, 1]

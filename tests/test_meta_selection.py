@@ -129,6 +129,14 @@ def test_the_ranking_is_by_the_mean_log_ratio():
         selection.rank([])
 
 
+def test_meta_losses_are_means_since_the_kept_step_before():
+    history = [{"step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 3.0), (6, None))]
+    kept = campaign.Kept(None, CONFIG, {}, 8, (0, 4, 6), [*history, {"step": 8, "loss": 9.0}])
+    assert selection.mean_loss(kept, 0) is None
+    assert selection.mean_loss(kept, 4) == 2.0
+    assert selection.mean_loss(kept, 6) is None
+
+
 def test_a_direction_is_trained_by_lopt_and_can_be_exported(tmp_path, capsys):
     Trainer(LOPT).train(campaign=tmp_path / "run")
     destination = tmp_path / "best"

@@ -475,8 +475,10 @@ def _plot_history(history: Sequence[Any], config: Any, path: Path) -> None:
     axes[0].plot(steps, [report.final_score for report in history], label="near the horizon")
     axes[0].set_ylabel("meta-loss")
     axes[0].legend()
-    for i, task in enumerate(config.tasks):
-        axes[1].plot(steps, [report.task_scores[i] for report in history], label=task)
+    count = len(history[0].task_scores)
+    joined = [f"program {i + 1}" for i in range(count)]
+    for i, label in enumerate(config.tasks if count == len(config.tasks) else joined):
+        axes[1].plot(steps, [report.task_scores[i] for report in history], label=label)
     axes[1].set_ylabel("score near the horizon")
     axes[1].legend(fontsize="x-small")
     for axis in axes:

@@ -43,6 +43,8 @@ class MetaTrainConfig:
       architecture: of `lopt_jax.Weights`.
       architecture_config: (name, value) pairs of `lopt_jax.Weights.config`, all sizes among them.
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
+      join: run tasks that differ in their examples alone in one program, each life with one of them
+        drawn at random, and with as many pairs as they have together. A GPU is quicker so.
       gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`. None: all
         layers are random.
       learning_rate_peak: peak of the schedule that rules with a learning rate are given.
@@ -106,6 +108,7 @@ class MetaTrainConfig:
     architecture: str
     architecture_config: tuple[tuple[str, Any], ...]
     tasks: tuple[str, ...]
+    join: bool = False
     gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
     learning_rate_peak: float = 1.0
     schedule: Literal["cosine", "constant", "warmup_cosine", "warmup_constant"] = "cosine"

@@ -163,6 +163,7 @@ _CELO2_PAPER = MetaTrainConfig(
         ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
     ),
     tasks=_PICTURES,
+    join=True,  # three of them have one shape
     gains=(),
     learning_rate_peak=0.001,
     schedule="constant",

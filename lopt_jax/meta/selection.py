@@ -453,6 +453,17 @@ def best_of(rows: Sequence[Row]) -> Row | None:
     return min(own, key=lambda row: row.score, default=None)
 
 
+def mean_loss(kept: Kept, step: int) -> float | None:
+    """The mean meta-loss of the steps before one, back to the kept one before; None at the first.
+
+    One report is noisy: trainings of other ages have other losses.
+    """
+    before = max((s for s in kept.steps if s < step), default=step)
+    losses = [r["loss"] for r in kept.history if before < r["step"] <= step]
+    finite = [loss for loss in losses if loss is not None]
+    return sum(finite) / len(finite) if finite else None
+
+
 def with_evidence(weights: Weights, records: Sequence[Mapping[str, Any]], best: Row) -> Weights:
     """The weights, whose metadata say what they were chosen by.
 
@@ -474,13 +485,12 @@ def table(kept: Kept, rows: Sequence[Row], base: str) -> str:
     """The ranking as a Markdown table, with the meta-loss up to each step."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.losses))
     best = best_of(rows)
-    reports = {row["step"]: row["loss"] for row in kept.history}
     lines = [
         "| weights | meta-loss | " + " | ".join(tasks) + f" | against {base} |",
         "| --- | ---: |" + " ---: |" * (len(tasks) + 1),
     ]
     for row in rows:
-        meta = reports.get(int(row.label)) if row.label != REFERENCE else None
+        meta = mean_loss(kept, int(row.label)) if row.label != REFERENCE else None
         cells = [f"{row.losses[task]:.4f}" if task in row.losses else "" for task in tasks]
         score = f"{100 * math.expm1(row.score):+.2f}%" if math.isfinite(row.score) else ""
         name = f"**{row.label}**" if best is not None and row.label == best.label else row.label
@@ -501,7 +511,11 @@ def plot(kept: Kept, rows: Sequence[Row], base: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    axes[0].plot([r["step"] for r in kept.history], [r["loss"] for r in kept.history])
+    reports = [(r["step"], r["loss"]) for r in kept.history if r["loss"] is not None]
+    axes[0].plot(*zip(*reports, strict=True) if reports else ([], []), alpha=0.3)
+    means = [(step, mean_loss(kept, step)) for step in kept.steps]
+    smooth = [(step, loss) for step, loss in means if loss is not None]
+    axes[0].plot(*zip(*smooth, strict=True) if smooth else ([], []))
     axes[0].set_ylabel("meta-loss")
     own = [row for row in rows if row.label != REFERENCE]
     bases = next(row for row in rows if row.label == base).losses

@@ -479,6 +479,106 @@ class SupervisedTask:
         return self.loss_function(outputs, batch.targets)
 
 
+class JoinedContent(NamedTuple):
+    """Which of several tasks a problem is of, and a content of each of them."""
+
+    which: jax.Array  # () int32
+    contents: tuple[SupervisedContent, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Tasks of one shape as one: a problem is of one of them, drawn at random.
+
+    They run in one program, side by side. The examples of all are drawn, which costs little beside
+    a step of the network and of the optimizer.
+
+    Args:
+      tasks: supervised tasks that differ in their sources alone; see `join`.
+    """
+
+    tasks: tuple[SupervisedTask, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return "+".join(task.name for task in self.tasks)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """Those of all."""
+        return data_hashes(self.tasks)
+
+    def sample(self, key: jax.Array) -> JoinedContent:
+        """Draws a task, and a problem of each."""
+        keys = jax.random.split(key, len(self.tasks) + 1)
+        which = jax.random.randint(keys[-1], (), 0, len(self.tasks))
+        contents = [task.sample(k) for task, k in zip(self.tasks, keys[:-1], strict=True)]
+        return JoinedContent(which, tuple(contents))
+
+    def _chosen(self, content: JoinedContent, items: list[Any]) -> Any:
+        return jax.tree.map(lambda *x: jax.lax.select_n(content.which, *x), *items)
+
+    def _shared(self, content: JoinedContent) -> SupervisedContent:
+        """What the network needs to know: the chosen task's, but for the source's part."""
+        plain = [c._replace(source=()) for c in content.contents]
+        return self._chosen(content, plain)
+
+    def init(self, key: jax.Array, content: JoinedContent) -> Params:
+        """Draws the network's parameters."""
+        return self.tasks[0].init(key, self._shared(content))
+
+    def batch(self, key: jax.Array, content: JoinedContent, split: Split) -> Example:
+        """Draws examples from the task's source."""
+        pairs = zip(self.tasks, content.contents, strict=True)
+        return self._chosen(content, [task.batch(key, c, split) for task, c in pairs])
+
+    def examples(self, content: JoinedContent, split: Split, limit: int) -> Example:
+        """The first examples of the task's source; as many as the smallest has."""
+        pairs = zip(self.tasks, content.contents, strict=True)
+        found = [task.examples(c, split, limit) for task, c in pairs]
+        count = min(len(example.inputs) for example in found)
+        return self._chosen(content, [jax.tree.map(lambda x: x[:count], e) for e in found])
+
+    def loss(self, params: Params, content: JoinedContent, batch: Example) -> jax.Array:
+        """The loss of the network's outputs."""
+        return self.tasks[0].loss(params, self._shared(content), batch)
+
+
+def join(tasks: Iterable[Task]) -> list[tuple[Task, int]]:
+    """Tasks of one shape as one.
+
+    Args:
+      tasks: any.
+
+    Returns:
+      Tasks, each with the number of those that it stands for, in the order of their first ones.
+    """
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(_shape_of(task), []).append(task)
+    joined: list[tuple[Task, int]] = []
+    for group in groups.values():
+        if len(group) == 1:
+            joined.append((group[0], 1))
+        else:
+            joined.append((Joined(tuple(group)), len(group)))  # type: ignore[arg-type]
+    return joined
+
+
+def _shape_of(task: Task) -> Any:
+    """Equal for tasks that can be joined."""
+    if not isinstance(task, SupervisedTask):
+        return task.name
+    plain = dataclasses.replace(task, name="", source=())  # type: ignore[arg-type]
+
+    def batches(key: jax.Array) -> Any:
+        content = task.sample(key)
+        return [task.batch(key, content, split) for split in ("train", "valid")]
+
+    shapes = jax.eval_shape(batches, jax.random.key(0))
+    return plain, tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(shapes))
+
+
 class QuadraticContent(NamedTuple):
     """A diagonal quadratic bowl: curvature and minimum of each coordinate."""
 

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -31,7 +31,7 @@ from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
 from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule, rescaled
-from lopt_jax.meta.tasks import Task, data_hashes, training_tasks
+from lopt_jax.meta.tasks import Task, data_hashes, join, training_tasks
 from lopt_jax.meta.unroll import Guidance, Unroll
 
 _PAIRS = "pairs"
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
 
     meta_parameters: MetaParameters  # in units of MetaTrainConfig.scales
     optimizer_state: Any
-    estimators: Any  # a tuple with one a task; None where they are to be dealt
+    estimators: Any  # a tuple with one a program; None where they are to be dealt
 
 
 class Report(NamedTuple):
@@ -55,7 +55,7 @@ class Report(NamedTuple):
     diverged: float  # fraction of particles above their initial loss
     rejected: float  # fraction of pairs with a loss that is not finite
     gradient_norm: float
-    task_scores: tuple[float, ...]  # final_score of each task
+    task_scores: tuple[float, ...]  # final_score of each task, or of those that are joined
 
 
 Ending = Literal["finished", "max_steps", "budget", "interrupted"]
@@ -218,9 +218,17 @@ class Trainer:
         missing = [name for name in config.tasks if name not in known]
         if missing:
             raise ValueError(f"tasks: unknown names {missing}; known: {sorted(known)}")
-        self.tasks = [self._augment(known[name]) for name in config.tasks]
+        chosen: list[tuple[Task, int]] = [(known[name], 1) for name in config.tasks]
+        if config.join:
+            chosen = join(task for task, _ in chosen)
+        # How many of the config's tasks each program stands for.
+        self.counts = [count for _, count in chosen]
+        self.tasks = [self._augment(task) for task, _ in chosen]
         self.data = data_hashes(self.tasks)
-        self.estimators = [self._estimator(task, scaled_rule) for task in self.tasks]
+        self.estimators = [
+            self._estimator(task, scaled_rule, config.num_pairs * count)
+            for task, count in zip(self.tasks, self.counts, strict=True)
+        ]
         self._initial = initial
         _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
@@ -235,7 +243,7 @@ class Trainer:
             return task
         return Reparametrised(task, self.config.reparametrise, self.config.reparametrise_level)
 
-    def _estimator(self, task: Task, rule: MakeOptimizer) -> Estimator:
+    def _estimator(self, task: Task, rule: MakeOptimizer, num_pairs: int) -> Estimator:
         config = self.config
         unroll = Unroll(
             task,
@@ -255,7 +263,14 @@ class Trainer:
         options: dict[str, Any] = {}
         if config.resume:
             options["resumption"] = Resumption(config.resume, config.resume_slots)
-        return make(unroll, config.num_pairs, config.standard_deviation, **options)
+        return make(unroll, num_pairs, config.standard_deviation, **options)
+
+    def _mean(self, *values: Any) -> Any:
+        """The mean over the config's tasks of what each program found."""
+        if max(self.counts) == 1:
+            return sum(values) / len(values)
+        pairs = zip(self.counts, values, strict=True)
+        return sum(count * value for count, value in pairs) / sum(self.counts)
 
     def _guidance(self, step: jax.Array) -> Guidance | None:
         config = self.config
@@ -359,7 +374,7 @@ class Trainer:
         def outer(
             theta: Any, optimizer_state: Any, gradients: list[Any], step: Any, total: Any
         ) -> tuple[Any, Any, jax.Array]:
-            gradient = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
+            gradient = jax.tree.map(self._mean, *gradients)
             gradient = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
             updates, optimizer_state = self.optimizer.update(gradient, optimizer_state, theta)
             mask = _phase_mask(config, theta, step, total)
@@ -506,7 +521,7 @@ class Trainer:
                 if step % config.log_every and step != end and not over:
                     continue
                 now_spent = spent + time.monotonic() - loop_began
-                report = _report(step, now_spent, pending)
+                report = _report(step, now_spent, pending, self.counts)
                 history.append(report)
                 now = time.monotonic()  # the report waited for the device
                 rate = len(pending) / max(now - last, 1e-6)
@@ -529,7 +544,8 @@ class Trainer:
                         # Steps that would not reach the next save are not begun.
                         over |= saved + every / rate > deadline
             if pending:  # interrupted between two reports
-                history.append(_report(step, spent + time.monotonic() - loop_began, pending))
+                now_spent = spent + time.monotonic() - loop_began
+                history.append(_report(step, now_spent, pending, self.counts))
             save()
         seconds = spent + time.monotonic() - loop_began
         if interruption.asked:
@@ -581,18 +597,27 @@ def _compile_all(lowers: list[Callable[[], Any]], deadline: float | None) -> lis
     return [future.result() for future in futures]
 
 
-def _report(step: int, seconds: float, pending: list[tuple[list[Estimate], jax.Array]]) -> Report:
+def _report(
+    step: int,
+    seconds: float,
+    pending: list[tuple[list[Estimate], jax.Array]],
+    counts: Sequence[int],
+) -> Report:
+    """Means over steps, and over tasks: `counts` says how many each program stands for."""
     values = jax.device_get(pending)
     scores = np.array([[e.final_score for e in estimates] for estimates, _ in values])
 
     def mean(name: str) -> float:
-        return float(np.mean([[getattr(e, name) for e in row] for row, _ in values]))
+        found = np.array([[getattr(e, name) for e in row] for row, _ in values])
+        return float(np.mean(np.average(found, 1, counts)))
 
     known = np.isfinite(scores)
     totals = np.where(known, scores, 0.0).sum(0)
-    counts = known.sum(0)
-    tasks = np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
-    final = float(np.mean(tasks[counts > 0])) if counts.any() else math.nan
+    times = known.sum(0)
+    tasks = np.where(times > 0, totals / np.maximum(times, 1), np.nan)
+    final = math.nan
+    if times.any():
+        final = float(np.average(tasks[times > 0], weights=np.asarray(counts)[times > 0]))
     norm = float(np.mean([norm for _, norm in values]))
     return Report(
         step, seconds, mean("loss"), final, mean("diverged"), mean("rejected"), norm,
