@@ -1,27 +1,23 @@
-"""The two backends: which of them updates which groups, and how each updates those of a run.
+"""The two backends: which of them updates which groups, and how each updates its batches.
 
 The fused kernels update what they can and where it is worth it, XLA the rest.
 """
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
-import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays, SecondMoments
-from lopt_jax.batches import TURNS, Group, Run, equal
+from lopt_jax.batches import Batch, Group
 from lopt_jax.context import Tracing
-from lopt_jax.device_statistics import of_shards
 from lopt_jax.features import NormalizerAxes
-from lopt_jax.partition import Partition, Partitions, say_once
-from lopt_jax.rows import in_order, join_trees
+from lopt_jax.padded_vectors import alike_vectors, pad_vectors
+from lopt_jax.rows import join_trees
 from lopt_jax.rules.rule import (
-    AccumulatorStatistics,
     GradientStatistics,
     Rule,
     TensorArrays,
@@ -43,30 +39,55 @@ def _log_once(message: str) -> None:
     _logger.info(message)
 
 
-def choose_backend(
+def assign_backends(
     rule: Rule,
     backend: str,
     tracing: Tracing,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    vectors: Sequence[Sequence[int]] = (),
-) -> list[bool]:
-    """For each group, whether the fused kernels update it.
+    is_local: bool,
+) -> tuple[list[Group], list[TensorArrays]]:
+    """Decides which groups the fused kernels update.
 
     Args:
       rule: the rule.
       backend: "auto", "xla" or "pallas".
       tracing: what steers the trace.
       groups: the groups.
-      inputs: of the groups.
-      vectors: of `alike_vectors`: where the kernels take one of them, they take all.
+      inputs: their arrays.
+      is_local: as `Tracing.is_local`.
+
+    Returns:
+      Groups and arrays as each backend takes them: for the kernels, vectors of different lengths
+      are one padded group.
 
     Raises:
-      NotImplementedError: the backend is "pallas" and they cannot.
+      NotImplementedError: the backend is "pallas" and the kernels cannot update them.
     """
-    if backend == "xla" or not inputs:
-        return [False] * len(inputs)
-    must = backend == "pallas"
+    groups, inputs = list(groups), list(inputs)
+    if backend != "xla" and inputs:
+        vectors = alike_vectors(groups, inputs, is_local)
+        on_kernels = _choices(rule, backend == "pallas", tracing, inputs, vectors, is_local)
+        groups = [replace(g, on_kernels=on) for g, on in zip(groups, on_kernels, strict=True)]
+        groups, inputs = pad_vectors(groups, inputs, vectors)
+    return groups, [
+        x if group.on_kernels else passes.joined_once(tracing, x, len(group.leaves))
+        for group, x in zip(groups, inputs, strict=True)
+    ]
+
+
+def _choices(
+    rule: Rule,
+    must: bool,
+    tracing: Tracing,
+    inputs: Sequence[TensorArrays],
+    vectors: Sequence[Sequence[int]],
+    is_local: bool,
+) -> list[bool]:
+    """For each group, whether the kernels update it, which they must where they are asked for.
+
+    Of the vectors that may be padded to one length they take all or none.
+    """
     reason = supports.unsupported_reason(tracing) or unknown_decays(inputs[0].accumulators)
     choices: list[str | None] = [reason] * len(inputs)
     if reason is None:
@@ -81,7 +102,7 @@ def choose_backend(
             )
             for x in inputs
         ]
-        if tracing.is_local:
+        if is_local:
             choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
@@ -139,186 +160,120 @@ def _reasons(choices: Sequence[str | None]) -> str:
     return "; ".join(dict.fromkeys(filter(None, choices)))
 
 
-def kernels_split(group: Group, partition: Partition | None, x: TensorArrays) -> bool:
-    """Whether the kernels can update shards: they know of no padding."""
-    if partition is None or not partition.is_padded(x.gradient.shape[1:]):
-        return True
-    say_once(
-        f"{group.name}: its shape {partition.shape} does not divide evenly over the devices; XLA "
-        "updates its shards, as the fused kernels know of no padding."
-    )
-    return False
-
-
-# How a backend updates the groups of a run
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class GroupStatistics:
-    """Statistics of the gradients of the tensors of some groups, joined.
-
-    Attributes:
-      members: positions of the groups.
-      moments: with a leading axis of tensors.
-    """
-
-    members: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    moments: GradientStatistics
-
-
-class _Batch(NamedTuple):
-    """Groups of a run whose tensors are equal and split alike."""
-
-    members: list[int]  # positions among the groups of the run
-    partition: Partition | None
-    on_kernels: bool
-
-
-def _batches(
-    run: Run, groups: Sequence[Group], inputs: Sequence[TensorArrays], partitions: Partitions
-) -> list[_Batch]:
-    """The batches of a run; what the kernels cannot take because of how it is split is XLA's."""
-    batches = []
-    for members in equal(range(len(groups)), groups, inputs, partitions):
-        partition = partitions[members[0]]
-        splits = [
-            run.on_kernels and kernels_split(groups[k], partition, inputs[k]) for k in members
-        ]
-        able = all(splits)
-        if able or (run.in_turn and len(members) >= TURNS):
-            batches.append(_Batch(members, partition, able))
-        else:
-            batches += [_Batch([k], partition, False) for k in members]
-    return batches
+# How a backend updates batches
 
 
 def gradient_statistics(
     rule: Rule,
     tracing: Tracing,
-    run: Run,
+    batches: Sequence[Batch],
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    partitions: Partitions,
-) -> list[GroupStatistics]:
-    """Pass A over the groups of a run.
+) -> list[GradientStatistics]:
+    """Pass A.
 
     Args:
       rule: the rule.
       tracing: what steers the trace.
-      run: the run.
-      groups: its groups.
-      inputs: their arrays.
-      partitions: for each group how its tensors are split; None: they are whole.
+      batches: those of the kernels come first.
+      groups: of which the batches are made.
+      inputs: the arrays of each group.
 
     Returns:
-      Gradient statistics, whose members are positions among the groups of the run.
+      Gradient statistics of each batch, with a leading axis of tensors.
     """
-    batches = _batches(run, groups, inputs, partitions)
-    on_kernels = [batch for batch in batches if batch.on_kernels]
-    made = []
-    if on_kernels:
+    statistics = []
+    if fused := [batch for batch in batches if batch.on_kernels]:
         from pallas_kernels import step
 
-        moments = step.first_pass(rule, tracing, _units(on_kernels, groups, inputs))
-        pairs = zip(on_kernels, moments, strict=True)
-        made += [GroupStatistics(tuple(batch.members), x) for batch, x in pairs]
-    for batch in batches:
-        for k in [] if batch.on_kernels else batch.members:
-            made.append(GroupStatistics((k,), passes.moments_of(rule, batch.partition, inputs[k])))
-    return made
+        statistics = step.first_pass(rule, tracing, _units(fused, groups, inputs))
+    for batch in batches[len(statistics) :]:
+        of_groups = [passes.moments_of(rule, batch.partition, inputs[k]) for k in batch.members]
+        statistics.append(of_groups[0] if len(of_groups) == 1 else join_trees(of_groups))
+    return statistics
 
 
 def update(
     rule: Rule,
     tracing: Tracing,
-    run: Run,
+    batches: Sequence[Batch],
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    partitions: Partitions,
-    moments: Sequence[GroupStatistics],
+    statistics: Sequence[GradientStatistics],
     decays: Decays,
     settings: TensorSettings,
+    tensors: Sequence[Sequence[int]],
     networks: Sequence[XlaNetwork],
     zero: jax.Array | None,
-    moments_are_whole: bool = False,
-) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
-    """Passes B and C over the groups of a run.
+) -> tuple[list[TensorUpdate], list[tuple[Sequence[int], Any]]]:
+    """Passes B and C.
 
     Args:
       rule: the rule.
       tracing: what steers the trace.
-      run: the run.
-      groups: its groups.
-      inputs: their arrays.
-      partitions: for each group how its tensors are split; None: they are whole.
-      moments: of `gradient_statistics`.
+      batches: as in `gradient_statistics`.
+      groups: of which the batches are made.
+      inputs: the arrays of each group.
+      statistics: of `gradient_statistics`.
       decays: decay rates.
-      settings: of the run's tensors.
+      settings: of the tensors.
+      tensors: for each group the positions of its tensors among those of the settings.
       networks: for each group how XLA runs the network.
       zero: that parts are taken by, see `lopt_jax.compiler.slices`; None: as the kernels like.
-      moments_are_whole: whether the moments are those of whole tensors where these are split.
 
     Returns:
-      The updates of each group, and where the rule keeps statistics, these for all tensors.
+      The updates of each group; and by the positions of tensors the statistics of their new
+      accumulators, None where the rule keeps none.
     """
-    ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
-    known = {x.members: x.moments for x in moments}
-
-    def tensors(members: Sequence[int]) -> list[int]:
-        return [i for k in members for i in range(ends[k], ends[k + 1])]
-
-    def moments_of(batch: _Batch) -> GradientStatistics:
-        whole = known.get(tuple(batch.members))
-        if whole is None:
-            whole = join_trees([known[(k,)] for k in batch.members])
-        dims = groups[batch.members[0]].dims
-        return of_shards(whole, batch.partition, dims) if moments_are_whole else whole
-
     updates: dict[int, TensorUpdate] = {}
-    statistics: list[tuple[list[int], Any]] = []
-    batches = _batches(run, groups, inputs, partitions)
-    on_kernels = [batch for batch in batches if batch.on_kernels]
-    if on_kernels:
+    kept: list[tuple[Sequence[int], Any]] = []
+
+    def positions(some: Sequence[Batch]) -> list[int]:
+        return [i for batch in some for k in batch.members for i in tensors[k]]
+
+    if fused := [batch for batch in batches if batch.on_kernels]:
         from pallas_kernels import step
 
-        positions = tensors([k for batch in on_kernels for k in batch.members])
-        of_batches, kept = step.second_pass(
-            rule,
-            tracing,
-            _units(on_kernels, groups, inputs),
-            list(map(moments_of, on_kernels)),
-            settings.rows(positions),
-            decays,
-            zero,
+        units, own = _units(fused, groups, inputs), positions(fused)
+        of_units, of_tensors = step.second_pass(
+            rule, tracing, units, statistics[: len(fused)], settings.rows(own), decays, zero
         )
-        for batch, of_batch in zip(on_kernels, of_batches, strict=True):
-            updates |= dict(zip(batch.members, of_batch, strict=True))
-        statistics.append((positions, kept))
-    for batch in batches:
-        if batch.on_kernels:
+        for batch, made in zip(fused, of_units, strict=True):
+            updates |= dict(zip(batch.members, made, strict=True))
+        kept.append((own, of_tensors))
+    settings = replace(settings, statistics=None)  # XLA makes new ones without the old
+    if together := passes.joined_batches(rule, tracing, batches, groups, networks, settings):
+        members = [batches[i].members[0] for i in together]
+        made = passes.small_updates(
+            rule,
+            tracing.platform,
+            [inputs[k] for k in members],
+            [statistics[i] for i in together],
+            decays,
+            [settings.rows(tensors[k]) for k in members],
+        )
+        updates |= dict(zip(members, made, strict=True))
+    for i, batch in enumerate(batches):
+        if batch.on_kernels or i in together:
             continue
-        positions = tensors(batch.members)
-        results, kept = passes.updates(
+        own = positions([batch])
+        made, of_tensors = passes.updates(
             rule,
             tracing,
             networks[batch.members[0]],
             batch.partition,
             [inputs[k] for k in batch.members],
-            moments_of(batch),
+            statistics[i],
             decays,
-            settings.rows(positions),
+            settings.rows(own),
         )
-        updates |= dict(zip(batch.members, results, strict=True))
-        statistics.append((positions, kept))
-    in_run = [updates[k] for k in range(len(inputs))]
-    if any(kept is None for _, kept in statistics):
-        return in_run, None
-    return in_run, in_order(statistics)
+        updates |= dict(zip(batch.members, made, strict=True))
+        kept.append((own, of_tensors))
+    return [updates[k] for k in range(len(inputs))], kept
 
 
 def _units(
-    batches: Sequence[_Batch], groups: Sequence[Group], inputs: Sequence[TensorArrays]
+    batches: Sequence[Batch], groups: Sequence[Group], inputs: Sequence[TensorArrays]
 ) -> list[Any]:
     """Batches as the kernels take them."""
     from pallas_kernels import step

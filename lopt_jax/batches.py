@@ -1,8 +1,8 @@
-"""From leaves to the groups of tensors that are updated together, and back.
+"""From leaves to groups and batches of tensors that are updated together, and back.
 
 Small tensors of one shape are stacked, so that hundreds of leaves do not become hundreds of copies
 of the code. Each stack is a `Group`: arrays with one leading axis, of tensors. `gather` makes these
-of leaves, `scatter` is its inverse. Groups that one call of a backend updates are a `Run`.
+of leaves, `scatter` is its inverse. Groups whose code is the same are a `Batch`.
 """
 
 import math
@@ -13,29 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lopt_jax.accumulators import (
-    FactoredDims,
-    SecondMoments,
-    factored_dims,
-    factored_shapes,
-    second_moments,
-)
+from lopt_jax.accumulators import FactoredDims, factored_shapes
 from lopt_jax.compiler.quirks import barrier
 from lopt_jax.compiler.slices import PartTaker
 from lopt_jax.context import LARGEST_INDEX, Tracing
-from lopt_jax.partition import (
-    REPLICATED_ELEMENTS,
-    Partition,
-    is_split,
-    match_sharding,
-    varying_axes,
-)
-from lopt_jax.rows import concatenate
+from lopt_jax.partition import Partition, match_sharding, say_once, varying_axes
+from lopt_jax.rows import join_trees
 from lopt_jax.rules.rule import TensorArrays, TensorUpdate
 from lopt_jax.tensors import Tensors
 
 STACKED_LEAF_ELEMENTS = 1 << 16  # tensors up to this size are stacked with others of their shape
-PADDED_TIMES = 4  # the kernels stack vectors of different lengths, padded to at most so many times
 # Off CPUs, so many large tensors of one shape take turns in a loop where there are many: compilers
 # see one of them, for less than one more copy of each. (On CPUs a loop keeps to one core.)
 TURNS, LARGE_GROUPS = 3, 16
@@ -43,32 +30,43 @@ TURNS, LARGE_GROUPS = 3, 16
 
 @dataclass(frozen=True)
 class Group:
-    """Leaves that are updated together: their tensors have one shape."""
+    """Leaves that are updated together: their tensors have one shape.
 
-    leaves: tuple[int, ...]  # positions in the list of leaves
-    tensors: tuple[int, ...]  # positions of their tensors among all tensors of the tree
-    shape: tuple[int, ...]  # of each tensor
-    partition: Partition | None  # where they are shards, of what
-    name: str  # of the first leaf
-    lengths: tuple[int, ...] | None = None  # of each tensor, where they are vectors padded to shape
+    Attributes:
+      leaves: positions in the list of leaves.
+      tensors: positions of their tensors among all tensors of the tree.
+      shape: of each tensor.
+      dims: factored dims of each tensor.
+      partition: where the tensors are shards, of what.
+      name: of the first leaf.
+      lengths: of each tensor, where they are vectors padded to the shape.
+      on_kernels: whether the fused kernels update it.
+    """
+
+    leaves: tuple[int, ...]
+    tensors: tuple[int, ...]
+    shape: tuple[int, ...]
+    dims: FactoredDims | None
+    partition: Partition | None
+    name: str
+    lengths: tuple[int, ...] | None = None
+    on_kernels: bool = False
 
     @property
     def size(self) -> int:
         """Number of elements of all tensors."""
         return len(self.tensors) * math.prod(self.shape)
 
-    @property
-    def dims(self) -> FactoredDims | None:
-        """Factored dims of each tensor."""
-        return factored_dims(self.shape if self.partition is None else self.partition.shape)
 
+class Batch(NamedTuple):
+    """Groups whose tensors are alike in shape and dtypes, and split alike.
 
-class Run(NamedTuple):
-    """Groups that one call of a backend updates."""
+    The kernels take the tensors of a batch as one array of them. XLA has its groups take turns.
+    """
 
     members: tuple[int, ...]  # positions of the groups
-    on_kernels: bool  # whether it is the fused kernels that update them
-    in_turn: bool = False  # on XLA: whether equal ones take turns in a loop
+    partition: Partition | None  # of each tensor
+    on_kernels: bool
 
 
 def _group_key(position: int, entry: Tensors, leaf: jax.Array, gradient: jax.Array) -> Any:
@@ -115,6 +113,7 @@ def make_groups(
                 for k in range(tensors[i].first, tensors[i].first + tensors[i].count)
             ),
             shape=tensors[leaves[0]].shape,
+            dims=tensors[leaves[0]].dims,
             partition=tensors[leaves[0]].partition,
             name=names[leaves[0]],
         )
@@ -122,7 +121,7 @@ def make_groups(
     ]
 
 
-def _joined(shape: tuple[int, ...], tensors: int, is_local: bool) -> tuple[int, ...]:
+def _joined_shape(shape: Sequence[int], tensors: int, is_local: bool) -> tuple[int, ...]:
     """The shape of so many tensors of a shape that are joined: along their first axis.
 
     Leaves have it as they are; a reshape of each would be one more operation that XLA looks at
@@ -148,40 +147,26 @@ def gather(
     Returns:
       The arrays: gradient (B, *shape) and so on; row (B, n, ...).
     """
-    counts = [tensors[i].count for i in group.leaves]
-    gradients, params, accumulators = zip(*(leaves[i] for i in group.leaves), strict=True)
-    momentum, second_moment, rows, columns = zip(*accumulators, strict=True)
+    first = leaves[group.leaves[0]]
+    treedef = jax.tree.structure(first)
+    row = first.accumulators.row
+    factored = () if row is None else factored_shapes(group.shape, row.shape[0], group.dims)
+    shapes = [group.shape] * (treedef.num_leaves - len(factored)) + [*factored]
+    joined_shapes = [_joined_shape(shape, 1, is_local) for shape in shapes]
 
-    def stack(arrays: Sequence[jax.Array], shape: tuple[int, ...]) -> jax.Array:
-        joined = concatenate([x.reshape(_joined(shape, 1, is_local)) for x in arrays])
-        return joined.reshape((-1, *shape))
-
-    def elementwise(*arrays: jax.Array) -> jax.Array:
-        return stack(arrays, group.shape)
-
-    def factored(arrays: Sequence[Any], which: int) -> jax.Array | None:
-        if arrays[0] is None:
-            return None
-        moved = []
-        for x, count in zip(arrays, counts, strict=True):
-            shape = factored_shapes(group.shape, x.shape[0], group.dims)[which]
-            if group.dims is None and which == 1:
-                x = jnp.broadcast_to(x, (count, 1))
+    def of_leaf(i: int) -> list[jax.Array]:
+        arrays, count = jax.tree.leaves(leaves[i]), tensors[i].count
+        for k in range(len(arrays) - len(factored), len(arrays)):
+            if group.dims is None and k == len(arrays) - 1:  # the column, which nothing reads
+                arrays[k] = jnp.broadcast_to(arrays[k], (count, 1))
             elif count > 1:
-                x = jnp.moveaxis(x.reshape((shape[0], count, *shape[1:])), 0, 1)
-            moved.append(x)
-        return stack(moved, shape)
+                decays, *others = shapes[k]
+                arrays[k] = jnp.moveaxis(arrays[k].reshape((decays, count, *others)), 0, 1)
+        return [x.reshape(shape) for x, shape in zip(arrays, joined_shapes, strict=True)]
 
-    return TensorArrays(
-        gradient=elementwise(*gradients),
-        parameter=elementwise(*params),
-        accumulators=accumulators[0]._replace(
-            momentum=jax.tree.map(elementwise, *momentum),
-            second_moment=jax.tree.map(elementwise, *second_moment),
-            row=factored(rows, 0),
-            column=factored(columns, 1),
-        ),
-    )
+    joined = join_trees([of_leaf(i) for i in group.leaves])
+    arrays = [x.reshape((-1, *shape)) for x, shape in zip(joined, shapes, strict=True)]
+    return treedef.unflatten(arrays)
 
 
 def scatter(
@@ -191,7 +176,8 @@ def scatter(
     old: Sequence[TensorArrays],
     take: PartTaker,
     take_state: PartTaker,
-    tracing: Tracing,
+    is_local: bool,
+    without: tuple[str, ...] = (),
 ) -> list[TensorUpdate]:
     """A group's results leaf by leaf, the inverse of `gather`.
 
@@ -203,88 +189,47 @@ def scatter(
         take.
       take: takes parts of the update.
       take_state: takes parts of the accumulators.
-      tracing: what steers the trace.
+      is_local: as `Tracing.is_local`.
+      without: as in `Tracing`.
 
     Returns:
       The result of every leaf of the group, without statistics.
     """
-    new, before = result.accumulators, [x.accumulators for x in old]
-    averages = (*second_moments(new.second_moment), *new.momentum)
-    old_averages = zip(
-        *((*second_moments(x.second_moment), *x.momentum) for x in before), strict=True
-    )
-    factored = [] if new.row is None else [(new.row, [x.row for x in before])]
-    if factored and group.dims is not None:
-        factored.append((new.column, [x.column for x in before]))
-    kinds = [  # an array of the group, what takes parts of it, and arrays of the leaves like them
-        (result.update, take, [x.parameter for x in old]),
-        *((x, take_state, like) for x, like in zip(averages, old_averages, strict=True)),
-        *((x, take_state, like) for x, like in factored),
-    ]
-    joined = [x.reshape(_joined(x.shape[1:], x.shape[0], tracing.is_local)) for x, _, _ in kinds]
+    arrays, treedef = jax.tree.flatten(result._replace(statistics=None))
+    has_factors = result.accumulators.row is not None
+    like = [[x.parameter, *jax.tree.leaves(x.accumulators)] for x in old]
+    unread = [x.pop() for x in like] if has_factors and group.dims is None else []  # the columns
+    arrays = arrays[: len(like[0])]
+    first_factored = treedef.num_leaves - 2 * has_factors
+    joined = [x.reshape(_joined_shape(x.shape[1:], len(x), is_local)) for x in arrays]
     if len(old) > 1:
-        joined = barrier("scattered_results", joined, tracing.without)
-    first_factored = len(kinds) - len(factored)
-    updates, *others = (
-        _of_leaves(group, tensors, x, kind[0].shape[1:], *kind[1:], k >= first_factored)
-        for k, (x, kind) in enumerate(zip(joined, kinds, strict=True))
-    )
-    out = []
-    for update, leaf, *arrays in zip(updates, before, *others, strict=True):
-        several = isinstance(leaf.second_moment, SecondMoments)
-        count = len(second_moments(leaf.second_moment))
-        second_moment, arrays = arrays[:count], arrays[count:]
-        momentum, factors = arrays[: len(leaf.momentum)], arrays[len(leaf.momentum) :]
-        accumulators = leaf._replace(
-            momentum=tuple(momentum),
-            second_moment=SecondMoments(tuple(second_moment)) if several else second_moment[0],
-            **dict(zip(("row", "column"), factors, strict=False)),
-        )
-        out.append(TensorUpdate(update, accumulators, None))
-    return out
-
-
-def _of_leaves(
-    group: Group,
-    tensors: Sequence[Tensors],
-    joined: jax.Array,
-    shape: tuple[int, ...],
-    take: PartTaker,
-    like: Sequence[jax.Array],
-    decays_come_first: bool,
-) -> list[jax.Array]:
-    """The parts of an array that belong to the leaves of a group.
-
-    Args:
-      group: the group.
-      tensors: of `tensors_of`.
-      joined: the tensors of all leaves, as `_joined` says.
-      shape: of each tensor in it.
-      take: takes parts.
-      like: an array for each leaf, whose shape, dtype and sharding the part takes.
-      decays_come_first: whether in a leaf the axis of decays comes before the stacked axes.
-    """
-    parts, first = [], 0
-    for i, old in zip(group.leaves, like, strict=True):
-        part, count, own = joined, tensors[i].count, shape
-        if group.lengths:
-            own = (*shape[:-1], tensors[i].shape[-1])
-        if len(group.leaves) > 1:
-            part = take(joined, *_place_in(joined, shape, first, count, own))
-        if count > 1 and decays_come_first:
-            part = jnp.moveaxis(part.reshape((count, *own)), 1, 0)
-        parts.append(match_sharding(part.reshape(old.shape).astype(old.dtype), old))
-        first += count
-    return parts
+        joined = barrier("scattered_results", joined, without)
+    results, first = [], 0
+    for n, i in enumerate(group.leaves):
+        parts = []
+        for k, (x, made) in enumerate(zip(joined, arrays, strict=True)):
+            shape, count, own = made.shape[1:], tensors[i].count, made.shape[1:]
+            if group.lengths:
+                own = (*shape[:-1], tensors[i].shape[-1])
+            if len(old) > 1:
+                taker = take_state if k else take
+                x = taker(x, *_place_in(x, shape, first, count, own))
+            if count > 1 and k >= first_factored:
+                x = jnp.moveaxis(x.reshape((count, *own)), 1, 0)
+            parts.append(x.reshape(like[n][k].shape).astype(like[n][k].dtype))
+        parts = [match_sharding(x, before) for x, before in zip(parts, like[n], strict=True)]
+        results.append(treedef.unflatten([*parts, *unread[n : n + 1]]))
+        first += tensors[i].count
+    return results
 
 
 def _place_in(
-    joined: jax.Array, shape: tuple[int, ...], first: int, count: int, own: tuple[int, ...]
+    joined: jax.Array, shape: Sequence[int], first: int, count: int, own: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where some of the tensors of a shape that `_joined` joined lie, and the shape of that part.
+    """Where some of the joined tensors of a shape lie, and the shape of that part.
 
     Args:
-      joined: the array.
+      joined: the array, as `_joined_shape` says.
       shape: of the tensors in it.
       first: the first of them.
       count: how many; one, where the last axis of its own is shorter.
@@ -296,168 +241,59 @@ def _place_in(
     return (first * shape[0], *zeros[1:]), ((count - 1) * shape[0] + own[0], *own[1:])
 
 
-def alike_vectors(
-    groups: Sequence[Group], inputs: Sequence[TensorArrays], is_local: bool
-) -> list[list[int]]:
-    """Groups of vectors that differ in length alone, and not much; the longest come first.
-
-    Where a partitioner may split tensors, only vectors that are best left whole: joined they are.
-    """
-    longest = STACKED_LEAF_ELEMENTS if is_local else REPLICATED_ELEMENTS
-    kinds: dict[Any, list[list[int]]] = {}
-    for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
-        shape = groups[i].shape
-        if len(shape) > 1 or shape[0] > longest or groups[i].partition is not None:
-            continue
-        if any(map(is_split, jax.tree.leaves(inputs[i]))):
-            continue
-        alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
-        if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:
-            alike.append([])
-        alike[-1].append(i)
-    return [members for alike in kinds.values() for members in alike if len(members) > 1]
-
-
-def pad_vectors(
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-    on_kernels: Sequence[bool],
-    vectors: Sequence[Sequence[int]],
-) -> tuple[list[Group], list[TensorArrays], list[bool]]:
-    """The groups, where the kernels take vectors of different lengths as one padded group.
-
-    Args:
-      groups: the groups.
-      inputs: their arrays.
-      on_kernels: for each, whether the kernels update it.
-      vectors: of `alike_vectors`.
-
-    Returns:
-      Groups, arrays, and whether the kernels update them.
-    """
-    first = {members[0]: members for members in vectors if on_kernels[members[0]]}
-    gone = {i for members in first.values() for i in members[1:]}
-    kept = [i for i in range(len(groups)) if i not in gone]
-    joined = [
-        join_vectors([groups[k] for k in first[i]], [inputs[k] for k in first[i]])
-        if i in first
-        else (groups[i], inputs[i])
-        for i in kept
-    ]
-    return [x for x, _ in joined], [x for _, x in joined], [on_kernels[i] for i in kept]
-
-
-def join_vectors(
-    groups: Sequence[Group], inputs: Sequence[TensorArrays]
-) -> tuple[Group, TensorArrays]:
-    """One group of vectors of different lengths, the longest first, from one a length."""
-    longest = groups[0].shape[0]
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, longest - x.shape[-1]),))
-
-    columns = [x.accumulators.column for x in inputs]  # of no meaning, and of one length
-    joined = jax.tree.map(lambda *xs: jnp.concatenate([padded(x) for x in xs]), *inputs)
-    group = Group(
-        leaves=tuple(i for group in groups for i in group.leaves),
-        tensors=tuple(k for group in groups for k in group.tensors),
-        shape=groups[0].shape,
-        partition=None,
-        name=groups[0].name,
-        lengths=tuple(group.shape[0] for group in groups for _ in group.tensors),
-    )
-    column = jnp.concatenate(columns)
-    return group, joined._replace(accumulators=joined.accumulators._replace(column=column))
-
-
-def make_runs(
+def make_batches(
     tracing: Tracing,
-    on_kernels: Sequence[bool],
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-) -> list[Run]:
-    """Which groups are updated by one call of a backend.
-
-    One call of the kernels takes all that it can, and so does one of XLA where a partitioner may
-    split tensors: each call is an operation of the partitioner, whose code XLA asks for, traces and
-    lowers apart. It may split tensors in different ways, so these are groups of one tensor, and
-    vectors that it may not split: other stacks may be split along their axis of tensors. On XLA it
-    is large tensors that take turns.
+    partitions: Sequence[Partition | None],
+) -> list[Batch]:
+    """Which groups share their code.
 
     Args:
       tracing: what steers the trace.
-      on_kernels: for each group, whether the kernels update it.
       groups: the groups.
       inputs: their arrays.
+      partitions: for each how its tensors are split; None: they are whole.
 
     Returns:
-      The runs; that of the kernels comes first.
+      The batches; those of the kernels come first. What the kernels cannot take because of how it
+      is split is XLA's.
     """
-    everything = range(len(groups))
-    joins = tracing.is_local or any(group.partition is not None for group in groups)
-    joinable = {i for i in everything if joins or _is_one(groups[i])}
-    xla = [i for i in everything if not on_kernels[i]]
-    kernels = [i for i in everything if on_kernels[i] and i in joinable]
-    if joins:
-        together = _turns(tracing, xla, groups, inputs)
-        runs = [Run(tuple(members), False, in_turn=True) for members in together]
-    else:
-        together = [members] if (members := [i for i in xla if i in joinable]) else []
-        runs = []
-    gone = {i for members in (kernels, *together) for i in members}
-    runs += [Run((i,), on_kernels[i]) for i in everything if i not in gone]
-    if not joins:
-        in_turn = [_takes_turns(tracing, members, groups) for members in together]
-        runs += [Run(tuple(m), False, t) for m, t in zip(together, in_turn, strict=True)]
-    if kernels:
-        # what has vectors first: then what is by tensor lies as the kernels take it
-        alike = [i for members in equal(kernels, groups, inputs) for i in members]
-        alike.sort(key=lambda i: groups[i].dims is None)
-        runs.insert(0, Run(tuple(alike), True))
-    return runs
+    kernels: dict[Any, list[int]] = {}
+    xla = []
+    for i, (group, x, partition) in enumerate(zip(groups, inputs, partitions, strict=True)):
+        if group.on_kernels and _divides_evenly(group, x, partition):
+            dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
+            key = (x.gradient.shape[1:], dtypes, partition, group.lengths)
+            kernels.setdefault(key, []).append(i)
+        else:
+            xla.append(i)
+    # what has vectors first: then what is by tensor lies as the kernels take it
+    alike = sorted(kernels.values(), key=lambda members: groups[members[0]].dims is None)
+    batches = [Batch(tuple(members), partitions[members[0]], True) for members in alike]
+    turns = _turns(tracing, xla, groups, inputs, partitions)
+    taken = {i for members in turns for i in members}
+    alone = [[i] for i in xla if i not in taken]
+    return batches + [Batch(tuple(m), partitions[m[0]], False) for m in [*turns, *alone]]
 
 
-def _is_one(group: Group) -> bool:
-    """Whether a partitioner may not split a group along its axis of tensors."""
-    return len(group.tensors) == 1 or group.lengths is not None
+def one_by_one(groups: Sequence[Group], partitions: Sequence[Partition | None]) -> list[Batch]:
+    """A batch for each group."""
+    return [
+        Batch((i,), partition, group.on_kernels)
+        for i, (group, partition) in enumerate(zip(groups, partitions, strict=True))
+    ]
 
 
-def equal(
-    members: Sequence[int],
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-    partitions: Sequence[Partition | None] | None = None,
-) -> list[list[int]]:
-    """The groups whose tensors are equal in shape and dtypes, and in how they are split.
-
-    Args:
-      members: positions of groups.
-      groups: all groups.
-      inputs: their arrays.
-      partitions: how the tensors of each are split, where that is known only now.
-
-    Returns:
-      Lists of positions.
-    """
-    alike: dict[Any, list[int]] = {}
-    for i in members:
-        partition = groups[i].partition if partitions is None else partitions[i]
-        dtypes = tuple(x.dtype for x in jax.tree.leaves(inputs[i]))
-        key = (inputs[i].gradient.shape[1:], dtypes, partition, groups[i].lengths)
-        alike.setdefault(key, []).append(i)
-    return list(alike.values())
-
-
-def is_large(group: Group) -> bool:
-    """Whether a group's tensors are not stacked with others of their shape."""
-    return math.prod(group.shape) > STACKED_LEAF_ELEMENTS
-
-
-def _takes_turns(tracing: Tracing, candidates: Sequence[int], groups: Sequence[Group]) -> bool:
-    """Whether there are so many large groups that equal ones should take turns."""
-    large = sum(is_large(groups[i]) for i in candidates)
-    may_take = tracing.platform != "cpu" and "turns" not in tracing.without
-    return may_take and large > LARGE_GROUPS
+def _divides_evenly(group: Group, x: TensorArrays, partition: Partition | None) -> bool:
+    """Whether the kernels can update the shards of a group: they know of no padding."""
+    if partition is None or not partition.is_padded(x.gradient.shape[1:]):
+        return True
+    say_once(
+        f"{group.name}: its shape {partition.shape} does not divide evenly over the devices; XLA "
+        "updates its shards, as the fused kernels know of no padding."
+    )
+    return False
 
 
 def _turns(
@@ -465,15 +301,17 @@ def _turns(
     candidates: Sequence[int],
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
+    partitions: Sequence[Partition | None],
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
-    if not _takes_turns(tracing, candidates, groups):
+    large = [i for i in candidates if math.prod(groups[i].shape) > STACKED_LEAF_ELEMENTS]
+    if len(large) <= LARGE_GROUPS or tracing.platform == "cpu" or "turns" in tracing.without:
         return []
     alike: dict[Any, list[int]] = {}
-    for i in candidates:
+    for i in large:
         leaves = jax.tree.leaves(inputs[i])
-        if not is_large(groups[i]) or len(set(map(varying_axes, leaves))) > 1:
+        if len(set(map(varying_axes, leaves))) > 1:
             continue  # what a loop carries keeps its type, which results may widen
         kinds = tuple(map(jax.typeof, leaves))  # shardings are part of types
-        alike.setdefault((kinds, groups[i].partition), []).append(i)
+        alike.setdefault((kinds, partitions[i]), []).append(i)
     return [members for members in alike.values() if len(members) >= TURNS]

@@ -16,7 +16,9 @@ _SHARDINGS = ("out_sharding", "optimizer_sharding", "sharding", "sharding_names"
 
 def is_box(x: Any) -> bool:
     """Whether it is a box: of linen, as `flax.linen.Partitioned`, or a `flax.nnx.Variable`."""
-    return _is_of_linen(x) or _is_variable(x)
+    kind = type(x)
+    is_of_linen = hasattr(kind, "replace_boxed") and hasattr(kind, "unbox")
+    return is_of_linen or (hasattr(kind, "from_metadata") and hasattr(kind, "get_metadata"))
 
 
 def content(box: Any) -> Any:
@@ -35,7 +37,7 @@ def reboxed(box: Any, array: Any, dims: Sequence[int | None]) -> Any:
     Returns:
       A box of the same type, whose names of axes, mesh axes or logical ones, follow the dimensions.
     """
-    if _is_variable(box):
+    if hasattr(box, "from_metadata"):
         metadata = {
             key: _of_dims(value, dims) if key in _SHARDINGS else value
             for key, value in box.get_metadata().items()
@@ -43,14 +45,6 @@ def reboxed(box: Any, array: Any, dims: Sequence[int | None]) -> Any:
         return box.from_metadata(array, metadata)
     new = box.replace_boxed(array)
     return new.replace(names=_of_dims(box.names, dims)) if hasattr(box, "names") else new
-
-
-def _is_of_linen(x: Any) -> bool:
-    return hasattr(type(x), "replace_boxed") and hasattr(type(x), "unbox")
-
-
-def _is_variable(x: Any) -> bool:
-    return hasattr(type(x), "from_metadata") and hasattr(type(x), "get_metadata")
 
 
 def _of_dims(axes: Any, dims: Sequence[int | None]) -> Any:

@@ -17,10 +17,15 @@ from typing import Any
 # command -> (module with add_commands, help)
 _LATE = {
     "meta-train": ("lopt_jax.meta.cli", "meta-train a learned optimizer"),
+    "meta-select": ("lopt_jax.meta.cli", "find the best weights of a meta-training"),
     "meta-eval": ("lopt_jax.meta.cli", "evaluate meta-trained weights"),
     "bench": ("lopt_jax.benchmark", "measure milliseconds a step of each optimizer"),
     "check": ("lopt_jax.check", "compare the fused kernels with XLA on this GPU"),
 }
+
+
+# architectures of weights have the name of their optimizer, but for these
+_OPTIMIZERS = {"linear": "lopt"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -169,7 +174,8 @@ def _list(options: argparse.Namespace) -> None:
     rows = [("NAME", "OPTIMIZER", "OFFLINE", "FROM")]
     for info in list_weights():
         here = "yes" if info.offline else "no"
-        rows.append((info.name, info.architecture, here, ", then ".join(info.source)))
+        optimizer = _OPTIMIZERS.get(info.architecture, info.architecture)
+        rows.append((info.name, optimizer, here, ", then ".join(info.source)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]

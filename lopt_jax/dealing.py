@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lopt_jax.context import Tracing
-from lopt_jax.partition import Partition
+from lopt_jax.partition import Partition, pad_to
 
 
 def devices_of(tracing: Tracing) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def dealt(
         return function(tensors)
 
     parts = {dim: math.prod(map(jax.lax.axis_size, names)) for dim, names in split.items()}
-    own = _padded(tensors, count + -count % (shares * copies), 0).astype(dtype)
+    own = pad_to(tensors, 0, count + -count % (shares * copies)).astype(dtype)
     if holders:
         own = jax.lax.all_to_all(own, holders, split_axis=0, concat_axis=0, tiled=True)
         own = _joined(own, parts)
@@ -64,7 +64,7 @@ def dealt(
     own = own[(slice(None), *map(slice, partition.shape))]
     own = function(own.astype(tensors.dtype)).astype(dtype)
     for dim, size in enumerate(padded_shape):
-        own = _padded(own, size, dim)
+        own = pad_to(own, dim, size)
     if rest:
         own = jax.lax.all_gather(own, rest, axis=0, tiled=True, to="invarying")
     if holders:
@@ -104,11 +104,3 @@ def _parted(x: jax.Array, parts: Mapping[int, int]) -> jax.Array:
     others = [d for d in range(len(shape)) if d not in places]
     x = jnp.transpose(x.reshape(shape), (*places, *others))
     return x.reshape((-1, *x.shape[len(split) + 1 :]))
-
-
-def _padded(x: jax.Array, size: int, dim: int) -> jax.Array:
-    """The array with zeros at the end of a dimension, up to a size."""
-    missing = size - x.shape[dim]
-    if not missing:
-        return x
-    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)])

@@ -1,62 +1,60 @@
 """One step of a rule over a pytree of parameters, in two calls.
 
 What sets the networks may look at all tensors between the two. Leaves become tensors, tensors of
-equal shape groups; a backend updates the groups, run by run, and the results become leaves again.
+equal shape groups, groups with equal code batches; a backend updates the batches, and the results
+become leaves again.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax import runs as of_runs
-from lopt_jax.accumulators import Accumulators, Decays, each_second_moment, second_moments
-from lopt_jax.backends import GroupStatistics, choose_backend
-from lopt_jax.batches import (
-    Group,
-    Run,
-    alike_vectors,
-    gather,
-    make_groups,
-    make_runs,
-    pad_vectors,
-    scatter,
-)
+from lopt_jax import backends, partitioned
+from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
+from lopt_jax.batches import Batch, Group, gather, make_batches, make_groups, one_by_one, scatter
 from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
+from lopt_jax.partition import is_explicit
 from lopt_jax.rows import concatenate
-from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Rule, TensorArrays, TensorUpdate
-from lopt_jax.settings import TensorSettings
-from lopt_jax.tensors import (
-    StackedAxes,
-    Tensors,
-    check_shapes,
-    leaves_like,
-    number_of,
-    paths,
-    tensors_of,
+from lopt_jax.rules.rule import (
+    MLP,
+    AccumulatorStatistics,
+    GradientStatistics,
+    Rule,
+    TensorArrays,
+    TensorUpdate,
 )
+from lopt_jax.settings import TensorSettings
+from lopt_jax.tensors import StackedAxes, Tensors, check_shapes, number_of, paths, tensors_of
 from lopt_jax.xla import passes as xla
+
+
+class Grouped(NamedTuple):
+    """The tensors of a tree, in groups that are updated together."""
+
+    tracing: Tracing
+    is_local: bool  # as `Tracing.is_local`
+    tensors: list[Tensors]  # of each leaf
+    leaves: list[TensorArrays]  # the arrays of each leaf; the gradient may be None
+    groups: list[Group]
+    inputs: list[TensorArrays]  # of each group
+    params: Any  # structure of the params
+    accumulators: Any  # structure of the accumulators: boxes of rows and columns name other axes
 
 
 class Prepared(NamedTuple):
     """A step after its first pass: what the second needs."""
 
-    tracing: Tracing
-    tensors: list[Tensors]  # of each leaf
-    leaves: list[TensorArrays]  # the arrays of each leaf; the gradient may be None
-    groups: list[Group]
-    inputs: list[TensorArrays]  # of each group
-    runs: list[Run]
-    moments: list[list[GroupStatistics]]  # of each run; members are positions among its groups
-    treedef: Any  # of the params
-    accumulators: Accumulators  # trees as they came: boxes of rows and columns name other axes
+    grouped: Grouped
+    may_be_split: bool  # whether a partitioner may split the tensors
+    batches: list[Batch]
+    statistics: list[GradientStatistics]  # of the gradients of each batch
 
 
-def first_pass(
+def group_tensors(
     rule: Rule,
     tracing: Tracing,
     gradients: Any,
@@ -64,8 +62,8 @@ def first_pass(
     accumulators: Accumulators,
     stacked_axes: StackedAxes,
     backend: str = "auto",
-) -> Prepared:
-    """Pass A over every tensor of a tree.
+) -> Grouped:
+    """Groups the tensors of a tree.
 
     Args:
       rule: the rule.
@@ -77,46 +75,57 @@ def first_pass(
       backend: "auto", "xla" or "pallas".
 
     Returns:
-      The prepared step.
+      The groups.
 
     Raises:
       NotImplementedError: the backend is "pallas" and the kernels cannot run here.
       ValueError: the state is one of other params; the message names the leaf.
     """
+    is_local = tracing.is_local
     tensors = tensors_of(params, stacked_axes, tracing.shards)
     leaves = _leaves(gradients, params, accumulators)
     groups = make_groups(
         tensors, [x.parameter for x in leaves], [x.gradient for x in leaves], paths(params)
     )
-    inputs = [gather(group, tensors, leaves, tracing.is_local) for group in groups]
-    vectors = alike_vectors(groups, inputs, tracing.is_local)
-    chosen = choose_backend(rule, backend, tracing, groups, inputs, vectors)
-    groups, inputs, on_kernels = pad_vectors(groups, inputs, chosen, vectors)
-    inputs = [
-        x if on else xla.joined_once(tracing, x, len(group.leaves))
-        for x, on, group in zip(inputs, on_kernels, groups, strict=True)
-    ]
-    runs = make_runs(tracing, on_kernels, groups, inputs)
-    moments = [
-        of_runs.gradient_statistics(
-            rule, tracing, run, [groups[i] for i in run.members], [inputs[i] for i in run.members]
-        )
-        for run in runs
-    ]
-    treedef = jax.tree.structure(params)
-    return Prepared(tracing, tensors, leaves, groups, inputs, runs, moments, treedef, accumulators)
+    inputs = [gather(group, tensors, leaves, is_local) for group in groups]
+    groups, inputs = backends.assign_backends(rule, backend, tracing, groups, inputs, is_local)
+    structures = jax.tree.structure(params), jax.tree.structure(accumulators)
+    return Grouped(tracing, is_local, tensors, leaves, groups, inputs, *structures)
+
+
+def first_pass(rule: Rule, grouped: Grouped) -> Prepared:
+    """Pass A over every tensor of a tree.
+
+    Args:
+      rule: the rule.
+      grouped: of `group_tensors`.
+
+    Returns:
+      The prepared step.
+    """
+    tracing, groups, inputs = grouped.tracing, grouped.groups, grouped.inputs
+    partitions = [group.partition for group in groups]
+    may_be_split = not any(partitions) and _may_be_split(grouped)
+    if may_be_split:
+        batches = one_by_one(groups, partitions)
+        statistics = partitioned.gradient_statistics(rule, tracing, groups, inputs)
+    else:
+        batches = make_batches(tracing, groups, inputs, partitions)
+        statistics = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
+    return Prepared(grouped, may_be_split, batches, statistics)
+
+
+def _may_be_split(grouped: Grouped) -> bool:
+    """Whether a partitioner may split the tensors, or types say that it does."""
+    return not grouped.is_local or any(map(is_explicit, jax.tree.leaves(grouped.inputs)))
 
 
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
-    order, pieces = [], []
-    for run, moments in zip(prepared.runs, prepared.moments, strict=True):
-        for x in moments:
-            groups = [prepared.groups[run.members[k]] for k in x.members]
-            order += [i for group in groups for i in group.tensors]
-            pieces.append(x.moments.parameter_mean_square)
-    count = number_of(prepared.tensors)
-    return _by_tensor(pieces, order, jnp.zeros((count,), jnp.float32))
+    groups, count = prepared.grouped.groups, number_of(prepared.grouped.tensors)
+    order = [i for batch in prepared.batches for k in batch.members for i in groups[k].tensors]
+    arrays = [x.parameter_mean_square for x in prepared.statistics]
+    return _by_tensor(arrays, order, jnp.zeros((count,), jnp.float32))
 
 
 def second_pass(
@@ -146,65 +155,49 @@ def second_pass(
       Updates like the params (in their dtypes; None where there was no gradient), or the new params
       where the rule applies its updates; the new accumulators, and the new statistics.
     """
-    groups, runs, tracing = prepared.groups, prepared.runs, prepared.tracing
-    count = number_of(prepared.tensors)
+    grouped = prepared.grouped
+    tracing, groups, inputs = grouped.tracing, grouped.groups, grouped.inputs
+    count = number_of(grouped.tensors)
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
     settings = TensorSettings(mlp, scale, weight_decay, statistics, mlp_per_tensor)
     networks = xla.networks_of(tracing, groups)
-    gradients = [x.gradient for x in prepared.inputs]
-    # the smallest is the least likely to be split
-    zero = opaque_zero(tracing, min(gradients, key=lambda x: x.size)) if gradients else None
-    small = xla.joined_runs(rule, tracing, runs, groups, networks, settings)
-    results = _updated_together(rule, prepared, small, decays, settings)  # of each group
-    order, new_statistics = [], []
-    for i, (run, moments) in enumerate(zip(runs, prepared.moments, strict=True)):
-        if i in small:
-            continue
-        own = [groups[k] for k in run.members]
-        tensors = [k for group in own for k in group.tensors]
-        of_run = settings if run.on_kernels else replace(settings, statistics=None)
-        updates, kept = of_runs.update(
+    zero = zero_of(grouped)
+    if prepared.may_be_split:
+        results, kept = partitioned.update(
+            rule, tracing, groups, inputs, prepared.statistics, decays, settings, networks
+        )
+    else:
+        results, kept = backends.update(
             rule,
             tracing,
-            run,
-            own,
-            [prepared.inputs[k] for k in run.members],
-            moments,
+            prepared.batches,
+            groups,
+            inputs,
+            prepared.statistics,
             decays,
-            of_run.rows(tensors),
-            [networks[k] for k in run.members],
-            zero,
+            settings,
+            [group.tensors for group in groups],
+            networks,
+            zero if grouped.is_local else None,
         )
-        results |= dict(zip(run.members, updates, strict=True))
-        order += tensors
-        new_statistics.append(kept)
-    if statistics is not None and new_statistics:
+    if statistics is not None:
+        order = [i for tensors, _ in kept for i in tensors]
         statistics = jax.tree.map(
-            lambda default, *rows: _by_tensor(rows, order, default), statistics, *new_statistics
+            lambda default, *rows: _by_tensor(rows, order, default),
+            statistics,
+            *(x for _, x in kept),
         )
-    updates, accumulators = as_trees(rule, prepared, results, zero)
+    updates, accumulators = as_trees(grouped, results, zero, rule.applies)
     return updates, accumulators, statistics
 
 
-def _updated_together(
-    rule: Rule, prepared: Prepared, runs: Sequence[int], decays: Decays, settings: TensorSettings
-) -> dict[int, TensorUpdate]:
-    """Results of runs of one group of small tensors each, whose network runs once for all."""
-    if not runs:
-        return {}
-    members = [prepared.runs[i].members[0] for i in runs]
-    settings = replace(settings, statistics=None)
-    updates = xla.small_updates(
-        rule,
-        prepared.tracing.platform,
-        [prepared.inputs[k] for k in members],
-        [prepared.moments[i][0].moments for i in runs],
-        decays,
-        [settings.rows(prepared.groups[k].tensors) for k in members],
-    )
-    return dict(zip(members, updates, strict=True))
+def zero_of(grouped: Grouped) -> jax.Array | None:
+    """The zero that parts of groups are taken by, see `lopt_jax.compiler.slices`."""
+    # the smallest is the least likely to be split
+    smallest = min((x.gradient for x in grouped.inputs), key=lambda x: x.size, default=None)
+    return None if smallest is None else opaque_zero(grouped.tracing, smallest)
 
 
 def _by_tensor(arrays: Sequence[jax.Array], order: Sequence[int], default: jax.Array) -> jax.Array:
@@ -224,68 +217,73 @@ def _by_tensor(arrays: Sequence[jax.Array], order: Sequence[int], default: jax.A
 
 
 def _leaves(gradients: Any, params: Any, accumulators: Accumulators) -> list[TensorArrays]:
-    """The arrays of every leaf; None for the rows and columns of a rule that has none."""
-    leaves, treedef = jax.tree.flatten(params)
-    gradient_leaves = treedef.flatten_up_to(gradients)
-    momentum = [leaves_like("state: momentum", m, params) for m in accumulators.momentum]
-    second_moment = each_second_moment(
-        lambda v: leaves_like("state: second_moment", v, params), accumulators.second_moment
+    """The arrays of every leaf; None for the rows and columns of a rule that has none.
+
+    The structure of the accumulators is known to be right, and the shapes are, but of shards.
+    """
+    parameters, treedef = jax.tree.flatten(params)
+    given = treedef.flatten_up_to(gradients)
+    none = [None] * len(parameters)
+    columns = Accumulators(
+        tuple(map(jax.tree.leaves, accumulators.momentum)),
+        each_second_moment(jax.tree.leaves, accumulators.second_moment),
+        jax.tree.leaves(accumulators.row) or none,
+        jax.tree.leaves(accumulators.column) or none,
     )
-    for averages in (*momentum, *second_moments(second_moment)):
+    is_column = lambda x: isinstance(x, list)  # noqa: E731
+    for averages in jax.tree.leaves((columns.momentum, columns.second_moment), is_leaf=is_column):
         # of what is not updated here there may be less
-        updated = zip(averages, gradient_leaves, strict=True)
-        check_shapes("state: accumulators", [None if g is None else x for x, g in updated], params)
-    none = [None] * len(leaves)
-    rows = jax.tree.leaves(accumulators.row) or none
-    columns = jax.tree.leaves(accumulators.column) or none
-
-    def of_leaf(i: int) -> Accumulators:
-        second = each_second_moment(lambda averages: averages[i], second_moment)
-        return Accumulators(tuple(m[i] for m in momentum), second, rows[i], columns[i])
-
+        updated = [None if g is None else x for x, g in zip(averages, given, strict=True)]
+        check_shapes("state: accumulators", updated, params)
     return [
-        TensorArrays(gradient, parameter, of_leaf(i))
-        for i, (gradient, parameter) in enumerate(zip(gradient_leaves, leaves, strict=True))
+        TensorArrays(
+            gradient,
+            parameter,
+            jax.tree.map(lambda column, i=i: column[i], columns, is_leaf=is_column),
+        )
+        for i, (gradient, parameter) in enumerate(zip(given, parameters, strict=True))
     ]
 
 
 def as_trees(
-    rule: Rule, prepared: Prepared, results: dict[int, TensorUpdate], zero: jax.Array | None
+    grouped: Grouped, results: Sequence[TensorUpdate], zero: jax.Array | None, applies: bool = False
 ) -> tuple[Any, Accumulators]:
     """Updates and accumulators as trees, the inverse of `_leaves` and of the groups.
 
     Args:
-      rule: the rule.
-      prepared: the step.
+      grouped: the groups.
       results: of each group.
-      zero: of `opaque_zero`.
+      zero: of `zero_of`.
+      applies: whether the updates are the new parameters.
 
     Returns:
       Updates like the params, or where the rule applies them the new params; the accumulators.
     """
-    take, take_state = part_taker(zero), part_taker(None if prepared.tracing.joined_state else zero)
+    take = part_taker(zero)
+    take_state = part_taker(None if grouped.tracing.joined_state else zero)
     of_leaves: dict[int, TensorUpdate] = {}
-    for k, result in results.items():
-        group = prepared.groups[k]
-        old = [prepared.leaves[i] for i in group.leaves]
-        parts = scatter(group, prepared.tensors, result, old, take, take_state, prepared.tracing)
+    for group, result in zip(grouped.groups, results, strict=True):
+        parts = scatter(
+            group,
+            grouped.tensors,
+            result,
+            [grouped.leaves[i] for i in group.leaves],
+            take,
+            take_state,
+            grouped.is_local,
+            grouped.tracing.without,
+        )
         of_leaves |= dict(zip(group.leaves, parts, strict=True))
     updates, accumulators = [], []
-    for i, leaf in enumerate(prepared.leaves):
+    for i, leaf in enumerate(grouped.leaves):
         if i in of_leaves:
             updates.append(of_leaves[i].update)
             accumulators.append(of_leaves[i].accumulators)
             continue
         # without a gradient, or without elements
-        still = leaf.parameter if rule.applies else jnp.zeros_like(leaf.parameter)
-        updates.append(None if leaf.gradient is None and not rule.applies else still)
+        still = leaf.parameter if applies else jnp.zeros_like(leaf.parameter)
+        updates.append(None if leaf.gradient is None and not applies else still)
         accumulators.append(leaf.accumulators)
-    columns = [
-        *zip(*(x.momentum for x in accumulators), strict=True),
-        *zip(*(second_moments(x.second_moment) for x in accumulators), strict=True),
-        *zip(*((x.row, x.column) for x in accumulators), strict=True),
-    ]
-    # boxes of rows and columns name other axes than the params' boxes
-    treedef = jax.tree.structure(prepared.accumulators)
-    new_accumulators = treedef.unflatten(jax.tree.leaves(columns))
-    return prepared.treedef.unflatten(updates), new_accumulators
+    columns = zip(*map(jax.tree.leaves, accumulators), strict=True)
+    flat = [x for column in columns for x in column]
+    return grouped.params.unflatten(updates), grouped.accumulators.unflatten(flat)

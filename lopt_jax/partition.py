@@ -23,7 +23,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -108,7 +108,7 @@ class Partition:
         """The part of the whole tensor that this device holds."""
         for dim, names in enumerate(self.axes):
             if names:
-                parts = _parts(self._pad(whole, dim), dim, jax.lax.axis_size(names))
+                parts = _parts(self._padded(whole, dim), dim, jax.lax.axis_size(names))
                 device = jax.lax.axis_index(names)
                 whole = jax.lax.dynamic_index_in_dim(parts, device, dim, keepdims=False)
         return whole
@@ -159,16 +159,23 @@ class Partition:
         for dim, split in enumerate(self.axes):
             if split:
                 total = jax.lax.psum_scatter(
-                    self._pad(whole, dim), names, scatter_dimension=dim, tiled=True
+                    self._padded(whole, dim), names, scatter_dimension=dim, tiled=True
                 )
                 return total / jax.lax.axis_size(names)
         return jax.lax.pmean(whole, names)
 
-    def _pad(self, whole: jax.Array, dim: int) -> jax.Array:
+    def _padded(self, whole: jax.Array, dim: int) -> jax.Array:
+        """The whole tensor, so long along a dimension that every device gets an equal part."""
         missing = -self.shape[dim] % jax.lax.axis_size(self.axes[dim])
-        if not missing:
-            return whole
-        return jnp.pad(whole, [(0, missing if d == dim else 0) for d in range(whole.ndim)])
+        return pad_to(whole, dim, self.shape[dim] + missing)
+
+
+def pad_to(x: jax.Array, dim: int, size: int) -> jax.Array:
+    """The array with zeros at the end of a dimension, up to a size."""
+    missing = size - x.shape[dim]
+    if not missing:
+        return x
+    return jnp.pad(x, [(0, missing if d == dim else 0) for d in range(x.ndim)])
 
 
 def _parts(whole: jax.Array, dim: int, devices: int) -> jax.Array:
@@ -376,9 +383,7 @@ def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
 def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
     """How the type says that an array is split; None where it says nothing."""
     sharding = _explicit_sharding(x)
-    if sharding is None:
-        return None
-    return _axes(sharding.spec, dims)
+    return None if sharding is None else _axes(sharding.spec, dims)
 
 
 def _in_shard_map(
@@ -565,28 +570,43 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
 # Arrays of the state
 
 
-def zeros(shape: Sequence[int], dtype: Any, like: Any, dims: Sequence[int | None]) -> jax.Array:
+class Layout(NamedTuple):
+    """An array of the state that belongs to a parameter."""
+
+    dims: tuple[int | None, ...]  # the parameter's dimension that each is; None: none of them
+    size: int  # of the dimensions that are none of the parameter's
+    dtype: Any
+
+
+def zeros(like: Any, layouts: Sequence[Layout]) -> list[jax.Array]:
     """Zeros that lie where the array lies that they belong to, as far as Python knows it.
 
     Args:
-      shape: the shape.
-      dtype: the dtype.
       like: the array.
-      dims: for every dimension of the zeros, the dimension of the array that it is, or None.
+      layouts: of the zeros.
 
     Returns:
       The zeros: split as the array, in its kind of memory; where no device was chosen for the
       array, none is for them.
     """
-    out = lambda **kwargs: jnp.zeros(shape, dtype, **kwargs)  # noqa: E731
+    shapes = [tuple(x.size if d is None else like.shape[d] for d in x.dims) for x in layouts]
+    pairs = list(zip(shapes, layouts, strict=True))
     if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
-        return out(device=_sharding_of_dims(like.sharding, dims)) if like.committed else out()
+        if not like.committed:
+            return [jnp.zeros(shape, x.dtype) for shape, x in pairs]
+        places = [_sharding_of_dims(like.sharding, x.dims) for x in layouts]
+        return [
+            jnp.zeros(shape, x.dtype, device=place)
+            for (shape, x), place in zip(pairs, places, strict=True)
+        ]
     sharding = _explicit_sharding(like)
+    made = [jnp.zeros(shape, x.dtype) for shape, x in pairs]
     if sharding is None:
-        return out()
-    made = jax.sharding.reshard(out(), spec_of_dims(sharding.spec, dims))
+        return made
+    specs = [spec_of_dims(sharding.spec, x.dims) for x in layouts]
+    split = [jax.sharding.reshard(x, spec) for x, spec in zip(made, specs, strict=True)]
     # a program that reads no parameter would not know the devices
-    return jax.lax.optimization_barrier((made, like))[0]
+    return jax.lax.optimization_barrier((split, like))[0]
 
 
 def _sharding_of_dims(sharding: Any, dims: Sequence[int | None]) -> Any:

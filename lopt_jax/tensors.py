@@ -6,22 +6,17 @@ keeps is by tensor too: accumulators like the leaves, and numbers with one row a
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax.accumulators import (
-    Accumulators,
-    FactoredDims,
-    each_second_moment,
-    factored_dims,
-    factored_shapes,
-)
+from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims
 from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.context import Shards
-from lopt_jax.partition import Partition, partitions_of, zeros
+from lopt_jax.partition import Layout, Partition, partitions_of, zeros
 from lopt_jax.rules.rule import AccumulatorStatistics
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
@@ -31,23 +26,25 @@ StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (pat
 IN_STATIC_ARGS = " Inside optax.inject_hyperparams, name it in static_args."
 
 
-class Tensors(NamedTuple):
-    """How one leaf is seen as tensors."""
+@dataclass(frozen=True)
+class Tensors:
+    """How one leaf is seen as tensors.
 
-    stack: tuple[int, ...]  # the leaf's leading axes that hold tensors
-    shape: tuple[int, ...]  # of each tensor; scalars are vectors of one element
-    first: int  # position of the leaf's first tensor among all tensors of the tree
-    partition: Partition | None = None  # where the leaf is a shard, of what
+    Attributes:
+      stack: the leaf's leading axes that hold tensors.
+      shape: of each tensor; scalars are vectors of one element.
+      first: position of the leaf's first tensor among all tensors of the tree.
+      count: number of tensors in the leaf.
+      dims: factored dims of each tensor, of the whole one where the leaf is a shard.
+      partition: where the leaf is a shard, of what each tensor is one.
+    """
 
-    @property
-    def count(self) -> int:  # type: ignore[override]
-        """Number of tensors in the leaf."""
-        return math.prod(self.stack)
-
-    @property
-    def dims(self) -> FactoredDims | None:
-        """Factored dims of each tensor."""
-        return factored_dims(self.whole_shape)
+    stack: tuple[int, ...]
+    shape: tuple[int, ...]
+    first: int
+    count: int
+    dims: FactoredDims | None
+    partition: Partition | None = None
 
     @property
     def leaf_partition(self) -> Partition | None:
@@ -137,9 +134,11 @@ def tensors_of(
                     "same stacked_axes as the optimizer."
                 )
             partition = Partition(partition.shape[n:] or (1,), partition.axes[n:] or ((),))
-        entry = Tensors(tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,), first, partition)
-        out.append(entry)
-        first += entry.count
+        stack, shape = tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,)
+        count = math.prod(stack)
+        dims = factored_dims(shape if partition is None else partition.shape)
+        out.append(Tensors(stack, shape, first, count, dims, partition))
+        first += count
     return out
 
 
@@ -315,7 +314,11 @@ def arrays_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
 
 def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """A tree of zeros like the params, sharded as they are."""
-    return jax.tree.map(lambda x: zeros(x.shape, dtype, x, range(len(x.shape))), params)
+    return jax.tree.map(lambda x: zeros(x, [_elementwise(x, dtype)])[0], params)
+
+
+def _elementwise(leaf: Any, dtype: Any) -> Layout:
+    return Layout(tuple(range(len(leaf.shape))), 0, dtype)
 
 
 def init_accumulators(
@@ -339,44 +342,38 @@ def init_accumulators(
       axes.
     """
     tensors = tensors_of(params, stacked_axes)  # refuses axes that are not there
-    entries = iter(tensors)
+    boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    of_leaves = [
+        _zero_accumulators(x, entry, dtypes, factored)
+        for x, entry in zip(boxes, tensors, strict=True)
+    ]
+    tree_of = lambda _, *arrays: treedef.unflatten(arrays)  # noqa: E731
+    kinds = dtypes if factored else dtypes._replace(row=(), column=())
+    return jax.tree.map(tree_of, kinds, *of_leaves)
 
-    def factored_of(leaf: Any, box: Any) -> tuple[Any, Any]:
-        entry = next(entries)
-        n, dims = len(entry.stack), entry.dims
-        stack, shape = leaf.shape[:n], leaf.shape[n:]
-        row, column = factored_shapes(shape, factored, dims)
-        kept = lambda d: (None, *(i for i in range(leaf.ndim) if d is None or i != n + d))  # noqa: E731
-        row_dims = kept(dims.d0 if dims else None)
-        column_dims = kept(dims.d1) if dims else (None,)
-        arrays = (
-            zeros((row[0], *stack, *row[1:]), dtypes.row, leaf, row_dims),
-            zeros((column[0], *stack, *column[1:]), dtypes.column, leaf, column_dims)
-            if dims
-            else jnp.zeros((1,), dtypes.column),
-        )
-        if box is None:
-            return arrays
-        return reboxed(box, arrays[0], row_dims), reboxed(box, arrays[1], column_dims)
 
-    momentum = tuple(zeros_like(params, dtype) for dtype in dtypes.momentum)
-    second_moment = each_second_moment(
-        lambda dtype: zeros_like(params, dtype), dtypes.second_moment
-    )
-    if not factored:
-        return Accumulators(momentum, second_moment, row=(), column=())
-    pairs = jax.tree.map(
-        lambda x: factored_of(content(x), x) if is_box(x) else factored_of(x, None),
-        params,
-        is_leaf=is_box,
-    )
-    take = lambda i: jax.tree.map(lambda _, pair: pair[i], params, pairs, is_leaf=is_box)  # noqa: E731
-    return Accumulators(
-        momentum=momentum,
-        second_moment=second_moment,
-        row=take(0),
-        column=take(1),
-    )
+def _zero_accumulators(x: Any, entry: Tensors, dtypes: Accumulators, factored: int) -> Accumulators:
+    """Zero accumulators of one leaf, in boxes where it is in one."""
+    leaf = content(x) if is_box(x) else x
+    averages, structure = jax.tree.flatten((dtypes.momentum, dtypes.second_moment))
+    layouts = [_elementwise(leaf, dtype) for dtype in averages]
+    if factored:
+        n, dims, axes = len(entry.stack), entry.dims, range(leaf.ndim)
+        without = lambda d: (None, *(i for i in axes if i != n + d))  # noqa: E731
+        layouts.append(Layout(without(dims.d0) if dims else (None, *axes), factored, dtypes.row))
+        if dims:
+            layouts.append(Layout(without(dims.d1), factored, dtypes.column))
+    arrays = zeros(leaf, layouts)
+    if factored and entry.dims is None:
+        arrays.append(jnp.zeros((1,), dtypes.column))  # of no meaning: it lies anywhere
+        layouts.append(Layout((None,), 1, dtypes.column))
+    if is_box(x):
+        inside = jax.tree.structure(x)
+        like = [inside.unflatten([a]) for a in arrays[: len(averages)]]
+        others = zip(arrays[len(averages) :], layouts[len(averages) :], strict=True)
+        arrays = [*like, *(reboxed(x, array, layout.dims) for array, layout in others)]
+    momentum, second_moment = structure.unflatten(arrays[: len(averages)])
+    return Accumulators(momentum, second_moment, *(arrays[len(averages) :] or ((), ())))
 
 
 def init_statistics(tensors: int, momenta: int) -> AccumulatorStatistics:

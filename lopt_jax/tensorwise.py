@@ -15,13 +15,12 @@ import numpy as np
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
 from lopt_jax.batches import Group
-from lopt_jax.compiler.slices import opaque_zero
 from lopt_jax.context import Tracing
 from lopt_jax.features import FeatureSet
 from lopt_jax.partition import Partition, Partitions
+from lopt_jax.partitioned import GroupDims, on_shards, shared_dims
 from lopt_jax.rows import in_order, take_rows
 from lopt_jax.rules.rule import Rule, TensorArrays, TensorUpdate
-from lopt_jax.runs import GroupDims, on_shards, shared_dims
 from lopt_jax.tensors import StackedAxes, number_of
 from lopt_jax.xla import passes as xla
 
@@ -41,13 +40,13 @@ OfTensor = Callable[[Tracing, Partition | None, TensorArrays, Any, Any], Result]
 _NO_NETWORK = Rule(FeatureSet((), ()))
 
 
-def grouped(
+def group(
     tracing: Tracing,
     gradients: Any,
     params: Any,
     accumulators: Accumulators,
     stacked_axes: StackedAxes,
-) -> engine.Prepared:
+) -> engine.Grouped:
     """The tensors of a tree, in groups of one shape.
 
     Args:
@@ -63,37 +62,37 @@ def grouped(
     Raises:
       ValueError: the state is one of other params; the message names the leaf.
     """
-    return engine.first_pass(
+    return engine.group_tensors(
         _NO_NETWORK, tracing, gradients, params, accumulators, stacked_axes, "xla"
     )
 
 
-def positions(prepared: engine.Prepared) -> np.ndarray:
+def positions(grouped: engine.Grouped) -> np.ndarray:
     """Where the tensors are among those of the whole tree, in its order."""
-    return np.sort(np.asarray([k for group in prepared.groups for k in group.tensors], int))
+    return np.sort(np.asarray([k for group in grouped.groups for k in group.tensors], int))
 
 
-def taken(prepared: engine.Prepared, tree: Any) -> Any:
+def taken(grouped: engine.Grouped, tree: Any) -> Any:
     """The rows of the tensors, from arrays with a row for each of the whole tree."""
-    own = positions(prepared)
-    return tree if len(own) == number_of(prepared.tensors) else take_rows(tree, own)
+    own = positions(grouped)
+    return tree if len(own) == number_of(grouped.tensors) else take_rows(tree, own)
 
 
-def put_back(prepared: engine.Prepared, old: Any, new: Any) -> Any:
+def put_back(grouped: engine.Grouped, old: Any, new: Any) -> Any:
     """The inverse of `taken`: the new rows of the tensors, and the old ones of the others."""
-    own = positions(prepared)
-    if len(own) == number_of(prepared.tensors):
+    own = positions(grouped)
+    if len(own) == number_of(grouped.tensors):
         return new
     return jax.tree.map(lambda x, rows: x.at[own].set(rows), old, new)
 
 
 def over_tensors(
-    prepared: engine.Prepared, function: OfTensor, own: Any, shared: Any
+    grouped: engine.Grouped, function: OfTensor, own: Any, shared: Any
 ) -> list[Result]:
     """Runs a function of one tensor over groups of them.
 
     Args:
-      prepared: of `grouped`.
+      grouped: of `group`.
       function: of one tensor; it takes sums over shards through `lopt_jax.reductions`.
       own: tree of arrays with a row a tensor.
       shared: tree of arrays.
@@ -101,17 +100,17 @@ def over_tensors(
     Returns:
       The results of each group, with a leading axis of its tensors.
     """
-    of_all = positions(prepared)
+    of_all = positions(grouped)
     return [
         _over_group(
             function,
-            prepared.tracing,
+            grouped.tracing,
             group,
             inputs,
             take_rows(own, np.searchsorted(of_all, group.tensors)),
             shared,
         )
-        for group, inputs in zip(prepared.groups, prepared.inputs, strict=True)
+        for group, inputs in zip(grouped.groups, grouped.inputs, strict=True)
     ]
 
 
@@ -153,37 +152,31 @@ def _over_group(
     )
 
 
-def numbers(prepared: engine.Prepared, results: Sequence[Result]) -> Any:
+def numbers(grouped: engine.Grouped, results: Sequence[Result]) -> Any:
     """The numbers of all tensors: the tree of arrays, each with a row a tensor.
 
     Args:
-      prepared: of `grouped`; there is a tensor.
+      grouped: of `group`; there is a tensor.
       results: of `over_tensors`.
     """
     return in_order(
         [
             (group.tensors, result.numbers)
-            for group, result in zip(prepared.groups, results, strict=True)
+            for group, result in zip(grouped.groups, results, strict=True)
         ]
     )
 
 
-def as_trees(prepared: engine.Prepared, results: Sequence[Result]) -> tuple[Any, Accumulators]:
+def as_trees(grouped: engine.Grouped, results: Sequence[Result]) -> tuple[Any, Accumulators]:
     """Updates and accumulators as trees like the params.
 
     Args:
-      prepared: of `grouped`.
+      grouped: of `group`.
       results: of `over_tensors`; each has an update and accumulators.
 
     Returns:
       The updates in the parameters' dtypes, None where there is no gradient, and the accumulators,
       in their dtypes; those of what is not updated stay.
     """
-    gradients = [x.gradient for x in prepared.inputs]
-    smallest = min(gradients, key=lambda x: x.size) if gradients else None
-    zero = None if smallest is None else opaque_zero(prepared.tracing, smallest)
-    updates = {
-        k: TensorUpdate(result.update, result.accumulators, None)
-        for k, result in enumerate(results)
-    }
-    return engine.as_trees(_NO_NETWORK, prepared, updates, zero)
+    updates = [TensorUpdate(x.update, x.accumulators, None) for x in results]
+    return engine.as_trees(grouped, updates, engine.zero_of(grouped))

@@ -128,7 +128,7 @@ def test_joined_leaves_keep_the_axis_of_tensors(monkeypatch):
         monkeypatch.setattr(batches, "LARGEST_INDEX", limit)
         taker = part_taker(opaque_zero(Tracing(), inputs.gradient))
         result = TensorUpdate(inputs.gradient, inputs.accumulators, None)
-        parts = batches.scatter(group, tensors, result, leaves, taker, taker, Tracing())
+        parts = batches.scatter(group, tensors, result, leaves, taker, taker, True)
         for part, leaf in zip(parts, leaves, strict=True):
             np.testing.assert_array_equal(part.update, leaf.gradient)
             jax.tree.map(np.testing.assert_array_equal, part.accumulators, leaf.accumulators)

@@ -1,6 +1,7 @@
 """Tasks' losses against plain numpy, and augmentation against its definition."""
 
 import hashlib
+import lzma
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,15 @@ import pytest
 
 from lopt_jax.meta import data
 from lopt_jax.meta.augmentation import Reparametrised, Stacked
+from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.networks import ConvNet, Rnn, Transformer
-from lopt_jax.meta.tasks import Quadratic, data_hashes, held_out_tasks, training_tasks
+from lopt_jax.meta.tasks import (
+    Characters,
+    Quadratic,
+    data_hashes,
+    held_out_tasks,
+    training_tasks,
+)
 
 TRAINING, HELD_OUT = training_tasks(), held_out_tasks()
 
@@ -115,7 +123,7 @@ def test_transformer_is_causal_over_tokens():
 
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
-    """A folder of prepared data: tiny files of both kinds."""
+    """A folder of prepared data: tiny files of each kind."""
     rng = np.random.default_rng(0)
     labels = np.arange(24) % 10
     np.savez(
@@ -129,6 +137,7 @@ def pictures(tmp_path, monkeypatch):
         images=rng.integers(0, 256, (26, 32, 32, 3), np.uint8),
         labels=np.array([3] * 5 + [7] + 2 * [0, 1, 2, 4, 5, 6, 8, 9, 10, 11], np.uint8),
     )
+    (tmp_path / "brown.txt.xz").write_bytes(lzma.compress(b"The Fulton County " * 99))
     monkeypatch.setenv("LOPT_JAX_DATA", str(tmp_path))
     return tmp_path
 
@@ -218,8 +227,20 @@ def test_held_out_tasks_are_held_out_by_kind():
     )
     assert "breast_cancer" not in trained_tables
     assert "flower" not in trained_tables
-    kinds = {type(getattr(t, "network", None)).__name__ for t in TRAINING.values()}
-    assert "Transformer" not in kinds
+
+    def transformers(tasks):
+        return [t for t in tasks if isinstance(getattr(t, "network", None), Transformer)]
+
+    def sources(tasks):
+        return {s.text if isinstance(s, Characters) else s for s in (t.source for t in tasks)}
+
+    seen, unseen = transformers(TRAINING.values()), transformers(HELD_OUT.values())
+    assert seen
+    assert len(unseen) == 3
+    assert not sources(seen) & sources(unseen)
+    assert not {t.network.width for t in seen} & {t.network.width for t in unseen}
+    for name in ("small_fc_lopt", "celo_small", "velo_small", "celo2_small"):
+        assert not transformers(TRAINING[task] for task in CONFIGS[name].tasks)
 
 
 def test_training_and_validation_rows_do_not_overlap():

@@ -141,6 +141,18 @@ def test_shards_take_turns(monkeypatch):
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
+def test_equal_leaves_that_are_split_in_different_ways(name, monkeypatch):
+    """One operation takes them; whole they are alike, and their shards are not."""
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
+    shapes = {"first": (8, 12), "other": (12, 12), "second": (8, 12)}
+    specs = {"first": P("data"), "other": P(), "second": P(None, "data")}
+    params = draw(shapes)
+    tx = optimizers.make(name, backend="xla")
+    expected = step_of(tx)(draw(shapes, 1), tx.init(params), params)
+    assert_close(step_of(tx)(*arguments_of(tx, make_mesh(), shapes, specs)), expected)
+
+
 def modules(*transformations, apply=False):
     """What the cache hashes of an update by each: its module, without addresses of callbacks."""
     arguments = arguments_of(transformations[0], make_mesh())

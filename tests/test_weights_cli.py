@@ -98,6 +98,7 @@ def test_list(tmp_path, capsys, monkeypatch):
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "gs://gresearch" in lines["velo"]
     assert lines["velo"].split()[1:3] == ["velo", "no"]
+    assert lines["lopt"].split()[1:3] == ["lopt", "yes"]  # its weights are of the linear rule
 
 
 def test_show(tmp_path, capsys):

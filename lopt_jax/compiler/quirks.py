@@ -79,7 +79,7 @@ QUIRKS = {
     "turns": Quirk(
         why="Equal large leaves are compiled one by one, two seconds each.",
         gain="Off CPUs, one of them is compiled where there are more than sixteen.",
-        where="lopt_jax.batches.make_runs",
+        where="lopt_jax.batches.make_batches",
     ),
     "complex_products": Quirk(
         why="XLA compiles dozens of variants of a real product for a GPU and times them.",

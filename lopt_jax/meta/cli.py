@@ -1,4 +1,4 @@
-"""The commands `lopt meta-train` and `lopt meta-eval`."""
+"""The commands `lopt meta-train`, `lopt meta-select` and `lopt meta-eval`."""
 
 import argparse
 import collections
@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lopt_jax.meta.data import FOLDER_VARIABLE
 
 
 def add_commands(subparsers: Any) -> None:
-    """Adds `meta-train` and `meta-eval` to the command line.
+    """Adds `meta-train`, `meta-select` and `meta-eval` to the command line.
 
     Args:
       subparsers: of an argparse parser; each command sets `run`, a function of the arguments that
@@ -39,6 +40,10 @@ def add_commands(subparsers: Any) -> None:
     )
     train.add_argument("--seed", type=int, default=None, help="instead of the config's")
     train.add_argument("--resume", action="store_true", help="continue from --out's checkpoint")
+    train.add_argument(
+        "--campaign", default=None, metavar="FOLDER",
+        help="begin a chain of runs, or go on with it, by small files in this folder",
+    )  # fmt: skip
     train.add_argument("--weights", default=None, help="start from these weights (name or path)")
     train.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
@@ -47,6 +52,7 @@ def add_commands(subparsers: Any) -> None:
     _add_data(train)
     train.set_defaults(run=run_meta_train)
 
+    _add_select(subparsers)
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
     evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
@@ -83,6 +89,32 @@ def add_commands(subparsers: Any) -> None:
     )  # fmt: skip
     _add_data(evaluate)
     evaluate.set_defaults(run=run_meta_eval)
+
+
+def _add_select(subparsers: Any) -> None:
+    select = subparsers.add_parser(
+        "meta-select", help="find the best weights of a campaign of meta-train"
+    )
+    select.add_argument("campaign", help="folder of `lopt meta-train NAME --campaign FOLDER`")
+    select.add_argument(
+        "--tasks", default=None,
+        help="comma-separated, tuning tasks of the scale suite or tasks of meta-training; default: "
+        "a language model of 5M parameters and a vision transformer",
+    )  # fmt: skip
+    select.add_argument("--steps", type=cli.positive_integer, default=1000, help="of each training")
+    select.add_argument("--seeds", type=cli.positive_integer, default=1, help="of each training")
+    select.add_argument(
+        "--checkpoints", type=cli.positive_integer, default=None,
+        help="at most so many of the sets of weights, spread over the campaign; default: all",
+    )  # fmt: skip
+    select.add_argument(
+        "--no-reference", action="store_true", help="do not train with the weights that ship"
+    )
+    select.add_argument("--seconds", type=float, default=math.inf, help="wall-clock budget")
+    select.add_argument("--export", default=None, metavar="DST", help="write the best weights here")
+    select.add_argument("--cache", default="outputs/cache", help="folder for tokens")
+    _add_data(select)
+    select.set_defaults(run=run_meta_select)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -146,8 +178,14 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
 
     _use_data(arguments.data)
     config = _load_config(arguments)
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    if arguments.campaign is not None and (arguments.out is not None or arguments.resume):
+        raise ValueError(
+            "--campaign: expected neither --out nor --resume beside it: a campaign always goes on"
+        )
     out = Path(arguments.out or f"outputs/meta/{config.name}")
-    if not arguments.resume and (out / "weights").exists():
+    if arguments.campaign is None and not arguments.resume and (out / "weights").exists():
         raise ValueError(f"--out: {out} already holds weights; choose another folder")
     initial = None
     if arguments.weights is not None:
@@ -160,9 +198,16 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
         initial = start.params
         # The weights only work with the config they came with.
         config = dataclasses.replace(config, architecture_config=tuple(dict(start.config).items()))
+    if arguments.campaign is not None and not config.deal_every:
+        raise ValueError(
+            f"--campaign: the config {config.name} has no deal_every, the steps after which a run "
+            "can go on; give it one: --set deal_every=500"
+        )
     trainer = Trainer(config, initial)
     print(f"{config.name}: {config.outer_steps:,} outer steps of {len(config.tasks)} tasks, "
           f"{config.num_pairs} pairs each, on {_hardware()}; compiling", flush=True)  # fmt: skip
+    if arguments.campaign is not None:
+        return _run_campaign(trainer, Path(arguments.campaign), arguments.seconds)
     try:
         with _progress(config.outer_steps) as on_report:
             result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
@@ -188,11 +233,121 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
             if arguments.seconds
             else f"{result.total:,} outer steps were planned when the run began"
         )
+    _end_compilation(result)
+    return 0
+
+
+def _end_compilation(result: Any) -> None:
+    """Ends the process where compilation, which nothing can stop, goes on in the background.
+
+    It may crash while Python ends.
+    """
     if result.compiling:
-        # Compilation that nothing can stop would go on, and may crash, while Python ends.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _run_campaign(trainer: Any, folder: Path, seconds: float | None) -> int:
+    """A run of a campaign, and what it did."""
+    from lopt_jax.meta import campaign
+
+    began = time.monotonic()
+    config = trainer.config
+    before = campaign.read(folder).step if campaign.exists(folder) else 0
+    with _progress(config.outer_steps) as on_report:
+        result = trainer.train(campaign=folder, max_seconds=seconds, on_report=on_report)
+    wall = time.monotonic() - began
+    if result.compiling:
+        print(f"--seconds: {wall:.0f} s were over before the programs were compiled; give it more")
+        _end_compilation(result)
+        return 0
+    kept = campaign.read(folder)
+    done = kept.step - before
+    seconds = kept.record["runs"][-1]["seconds"] if done else 0.0
+    inner = 2 * config.num_pairs * config.truncation_length * len(config.tasks)
+    print(
+        f"{folder}: step {kept.step:,} of {config.outer_steps:,} after {wall:.0f} s, of which "
+        f"{seconds:.0f} s for {done:,} outer steps"
+        + (f" ({inner * done / seconds:,.0f} inner steps/s)" if seconds > 0 else "")
+        + f"; {len(kept.steps)} sets of weights"
+    )
+    if result.steps > kept.step:
+        print(
+            f"the {result.steps - kept.step:,} steps after it are lost: a run can go on after "
+            f"every {config.deal_every:,} alone (deal_every)"
+        )
+    if kept.step < config.outer_steps:
+        print("the same command goes on")
+    return 0
+
+
+def run_meta_select(arguments: argparse.Namespace) -> int:
+    """Runs `lopt meta-select`.
+
+    Args:
+      arguments: see `add_commands`.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ValueError: for wrong arguments, naming them.
+    """
+    from lopt_jax.meta import campaign, selection
+    from lopt_jax.weights import save_weights
+
+    began = time.monotonic()
+    _use_data(arguments.data)
+    if not arguments.seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    if arguments.export is not None and Path(arguments.export).exists():
+        raise ValueError(f"--export: {arguments.export} already exists; choose another folder")
+    kept = campaign.read(Path(arguments.campaign))
+    names = arguments.tasks.split(",") if arguments.tasks else selection.DEFAULT_TASKS
+    tasks = [selection.selection_task(name) for name in dict.fromkeys(names)]
+    records, complete, compiling = selection.select(
+        kept, tasks, arguments.steps,
+        seeds=arguments.seeds,
+        checkpoints=arguments.checkpoints,
+        with_reference=not arguments.no_reference,
+        seconds=arguments.seconds - (time.monotonic() - began),
+        data_folder=Path(os.environ.get(FOLDER_VARIABLE, "outputs/data")),
+        cache=Path(arguments.cache),
+        say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    if records:
+        _show_selection(kept, records)
+    if not complete:
+        print("Not complete: the same command goes on.")
+    best = selection.best_of(selection.rank(records)[0]) if records else None
+    if best is not None and arguments.export is not None:
+        weights = kept.weights(int(best.label))
+        save_weights(Path(arguments.export), selection.with_evidence(weights, records, best))
+        print(f"{arguments.export}: the weights of step {best.label}")
+    elif arguments.export is not None:
+        print("--export: nothing was written, as no set of weights has been trained on every task")
+    if compiling:
         sys.stdout.flush()
         os._exit(0)
     return 0
+
+
+def _show_selection(kept: Any, records: Sequence[Any]) -> None:
+    """Prints the table, and writes it and the picture into the campaign's folder."""
+    from lopt_jax.meta import selection
+
+    rows, base = selection.rank(records)
+    text = selection.table(kept, rows, base)
+    best = selection.best_of(rows)
+    if best is not None:
+        change = 100 * math.expm1(best.score)
+        text += f"\n\nThe best: step {best.label}, with losses {change:+.2f}% against {base}."
+    (kept.folder / "selection.md").write_text(text + "\n")
+    print(text)
+    try:
+        selection.plot(kept, rows, base, kept.folder / "selection.png")
+    except ImportError:
+        print("no picture: matplotlib is not installed")
 
 
 def _hardware() -> str:
@@ -320,8 +475,10 @@ def _plot_history(history: Sequence[Any], config: Any, path: Path) -> None:
     axes[0].plot(steps, [report.final_score for report in history], label="near the horizon")
     axes[0].set_ylabel("meta-loss")
     axes[0].legend()
-    for i, task in enumerate(config.tasks):
-        axes[1].plot(steps, [report.task_scores[i] for report in history], label=task)
+    count = len(history[0].task_scores)
+    joined = [f"program {i + 1}" for i in range(count)]
+    for i, label in enumerate(config.tasks if count == len(config.tasks) else joined):
+        axes[1].plot(steps, [report.task_scores[i] for report in history], label=label)
     axes[1].set_ylabel("score near the horizon")
     axes[1].legend(fontsize="x-small")
     for axis in axes:

@@ -27,6 +27,7 @@ _LEAST = {
     "resume_slots": 1,
     "expert_learning_rate": 0,
     "seed": 0,
+    "deal_every": 0,
     "log_every": 1,
     "checkpoint_seconds": 0,
 }
@@ -42,10 +43,15 @@ class MetaTrainConfig:
       architecture: of `lopt_jax.Weights`.
       architecture_config: (name, value) pairs of `lopt_jax.Weights.config`, all sizes among them.
       tasks: names of `tasks.training_tasks`; every outer step unrolls each of them.
+      join: run tasks that differ in their examples alone in one program, each life with one of them
+        drawn at random, and with as many pairs as they have together. A GPU is quicker so.
       gains: (feature, weight) pairs: the direction at the start, see `initial.FEATURES`. None: all
         layers are random.
       learning_rate_peak: peak of the schedule that rules with a learning rate are given.
       schedule: of the inner learning rate, a name of `rules.SCHEDULES`.
+      recipe: what is around the direction: "own", the architecture's constructor, or "lopt", the
+        recipe of `lopt_jax.lopt`. The latter has a schedule and a decay: learning_rate_peak,
+        schedule and weight_decay multiply them, and 1.0, "constant" and 1.0 leave them alone.
       rule_options: (name, value) pairs: further arguments of the optimizer's constructor.
       weight_decay: that the rule is given: decoupled, times the learning rate.
       estimator: a name of `estimators.ESTIMATORS`.
@@ -86,6 +92,9 @@ class MetaTrainConfig:
         GPUs "default" is tf32, exact enough for celo2's Newton-Schulz, whose singular values end
         between 0.7 and 1.2 anyway, and faster.
       seed: of everything random.
+      deal_every: after this many outer steps all inner trainings are dealt anew, by seed and step
+        alone; 0: never. A campaign goes on from these steps, without the trainings on their way.
+        Lives end there, and trainings all begin at once: so give it hundreds of steps.
       log_every: outer steps between reports; a wall-clock limit is checked as often.
       checkpoint_seconds: time between checkpoints.
       notes: what the model card says the weights are not good for.
@@ -99,9 +108,11 @@ class MetaTrainConfig:
     architecture: str
     architecture_config: tuple[tuple[str, Any], ...]
     tasks: tuple[str, ...]
+    join: bool = False
     gains: tuple[tuple[str, float], ...] = (("rms_0", 1.0),)
     learning_rate_peak: float = 1.0
     schedule: Literal["cosine", "constant", "warmup_cosine", "warmup_constant"] = "cosine"
+    recipe: Literal["own", "lopt"] = "own"
     rule_options: tuple[tuple[str, Any], ...] = ()
     weight_decay: float = 0.0
     estimator: EstimatorName = "truncated_pes"
@@ -135,6 +146,7 @@ class MetaTrainConfig:
     backend: Literal["xla", "auto"] = "xla"
     precision: Literal["own", "highest", "high", "default"] = "own"
     seed: int = 0
+    deal_every: int = 0
     log_every: int = 20
     checkpoint_seconds: float = 180.0
     notes: str = ""
@@ -159,6 +171,11 @@ class MetaTrainConfig:
             )
         if self.seed >= 2**32:  # JAX would take its last 32 bits
             raise ValueError(f"seed: expected less than 2**32, found {self.seed}")
+        if self.deal_every % self.log_every:
+            raise ValueError(
+                f"deal_every: expected a multiple of log_every={self.log_every}, "
+                f"found {self.deal_every}"
+            )
         if not self.tasks:
             raise ValueError("tasks: expected at least one name, found none")
         if any(factor <= 0 for _, factor in self.scales):

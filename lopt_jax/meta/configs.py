@@ -163,6 +163,7 @@ _CELO2_PAPER = MetaTrainConfig(
         ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
     ),
     tasks=_PICTURES,
+    join=True,  # three of them have one shape
     gains=(),
     learning_rate_peak=0.001,
     schedule="constant",
@@ -182,7 +183,8 @@ _CELO2_PAPER = MetaTrainConfig(
     outer_weight_decay=1e-4,
     outer_second_decay=0.999,
     gradient_clip=1e6,  # none
-    log_every=500,
+    log_every=100,
+    deal_every=2000,  # stored states are gone then: a life can be of 100,000 steps
     notes=_PAPER_NOTES,
 )
 
@@ -221,6 +223,81 @@ _ELO_SMALL_FC_PAPER = dataclasses.replace(
     weight_decay=0.0,
     schedule="warmup_constant",
     expert="adamw",
+)
+
+# A direction inside the recipe of `lopt`, which is in the loop as users have it. The start says
+# what the linear rule says: the gradient and its momentum, each of root mean square one. So what
+# the outer steps learn comes on top of today's `lopt`.
+_LOPT_LINEAR_START = (("gradient", 1.0), ("momentum_0", 1.0))
+_DIRECTION_NOTES = (
+    "A direction for matrices inside the recipe of lopt_jax.lopt. Meta-trained on networks of "
+    "3,000 to 67,000 parameters for at most 2,000 steps."
+)
+
+_LOPT_DIRECTION = MetaTrainConfig(
+    name="lopt_direction",
+    architecture="celo2",
+    architecture_config=(
+        ("hidden_size", 8),
+        ("hidden_layers", 2),
+        ("exp_mult", 0.0),
+        ("initial_momentum_decays", (0.9, 0.99, 0.999)),
+        ("initial_rms_decays", (0.95,)),
+        ("initial_adafactor_decays", (0.9, 0.99, 0.999)),
+    ),
+    tasks=(
+        "clipart_mlp_norm_32x3",
+        "clipart_mlp_48x2_colour",
+        "clipart_conv_colour",
+        "clipart_transformer_colour",
+        "words_rnn_48",
+        "words_transformer_48",
+        "teacher_mlp_32x3",
+    ),
+    gains=_LOPT_LINEAR_START,
+    recipe="lopt",
+    schedule="constant",
+    weight_decay=1.0,
+    num_pairs=64,
+    standard_deviation=0.01,
+    truncation_length=50,
+    min_horizon=100,
+    max_horizon=2000,
+    objective=Objective(measure="training", floor=0.01),
+    reparametrise=1.5,
+    outer_steps=4000,
+    outer_learning_rate=1e-3,
+    outer_warmup=100,
+    log_every=25,
+    deal_every=250,
+    notes=_DIRECTION_NOTES,
+)
+
+# Four numbers in place of a network: the gradient and three momenta.
+_LOPT_LINEAR = dataclasses.replace(
+    _LOPT_DIRECTION,
+    name="lopt_linear",
+    architecture="linear",
+    architecture_config=(("initial_momentum_decays", (0.9, 0.99, 0.999)),),
+    standard_deviation=0.05,
+    outer_steps=2000,
+    outer_learning_rate=5e-3,
+)
+
+# For CPUs: few pairs and short trainings of small networks.
+_LOPT_DIRECTION_SMALL = dataclasses.replace(
+    _LOPT_DIRECTION,
+    name="lopt_direction_small",
+    tasks=("words_transformer_24", "clipart_mlp_norm_32x3", "teacher_mlp_32x3"),
+    num_pairs=4,
+    truncation_length=20,
+    min_horizon=100,
+    max_horizon=400,
+    standard_deviation=0.02,
+    outer_steps=2000,
+    outer_warmup=20,
+    log_every=5,
+    deal_every=50,
 )
 
 _TINY = MetaTrainConfig(
@@ -282,5 +359,8 @@ CONFIGS: dict[str, MetaTrainConfig] = {
         _CELO2_PAPER,
         _ELO_CELO2_PAPER,
         _ELO_SMALL_FC_PAPER,
+        _LOPT_DIRECTION,
+        _LOPT_LINEAR,
+        _LOPT_DIRECTION_SMALL,
     )
 }

@@ -1,4 +1,4 @@
-"""Data: scikit-learn's data sets, Python's own source, and pictures that `prepare` wrote.
+"""Data: scikit-learn's data sets, Python's own source, and what `prepare` wrote.
 
 Every data set has a hash, of what was read before anything was computed: two machines that read the
 same have the same hash, whatever their arithmetic.
@@ -6,6 +6,7 @@ same have the same hash, whatever their arithmetic.
 
 import functools
 import hashlib
+import lzma
 import os
 import zipfile
 import zlib
@@ -199,19 +200,53 @@ def load_source_code(num_bytes: int = 400_000) -> Text:
     text = b"".join(Path(path).read_bytes() for path in paths if os.path.exists(path))
     if len(text) < 10_000:
         raise FileNotFoundError(f"no standard library sources found in {folder}")
-    raw = np.frombuffer(text[:num_bytes], np.uint8).astype(np.int32)
+    return _text_of(text[:num_bytes])
+
+
+def _text_of(text: bytes) -> Text:
+    raw = np.frombuffer(text, np.uint8).astype(np.int32)
     tokens = np.where((raw >= 32) & (raw < 127), raw - 31, 0).astype(np.int32)
     return Text(tokens, int(len(tokens) * (1 - _VALID_FRACTION)), digest(tokens))
 
 
-def _prepared(name: str) -> Path:
+def load_text(name: str, num_bytes: int = 1_000_000) -> Text:
+    """A text that `python -m lopt_jax.meta.prepare` wrote.
+
+    Args:
+      name: "brown", stories and news; or "docs", technical English.
+      num_bytes: length to keep.
+
+    Returns:
+      tokens in [0, VOCABULARY).
+
+    Raises:
+      FileNotFoundError: where the folder or the file is missing.
+      ValueError: for an unknown name, or a file of another kind.
+    """
+    if name not in ("brown", "docs"):
+        raise ValueError(f"name: expected brown or docs, found {name!r}")
+    return _load_text(_prepared(name, ".txt.xz"), num_bytes)
+
+
+@functools.cache
+def _load_text(path: Path, num_bytes: int) -> Text:
+    try:
+        with lzma.open(path) as file:
+            return _text_of(file.read(num_bytes))
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(
+            f"{path}: expected text packed by xz ({error}); prepare it again"
+        ) from error
+
+
+def _prepared(name: str, suffix: str = ".npz") -> Path:
     """The path of a file of `prepare`.
 
     Raises:
       FileNotFoundError: where there is none.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
-    path = Path(folder or "") / f"{name}.npz"
+    path = Path(folder or "") / f"{name}{suffix}"
     if not folder or not path.is_file():
         found = f"no {path}" if folder else "none"
         raise FileNotFoundError(

@@ -27,7 +27,7 @@ import optax
 
 from lopt_jax.checks import check_value
 from lopt_jax.meta.locks import lock
-from lopt_jax.meta.rules import cosine_schedule, make_rule
+from lopt_jax.meta.rules import cosine_schedule, make_rule, make_schedule
 from lopt_jax.meta.shampoo import shampoo
 from lopt_jax.meta.tasks import Task, data_hashes, held_out_tasks
 from lopt_jax.weights import Weights
@@ -104,20 +104,26 @@ def baselines() -> dict[str, Contender]:
 def learned(name: str, weights: Weights) -> Contender:
     """A learned optimizer as it comes: with the learning rate and weight decay that its card names.
 
-    And with the further arguments (`rule_options`) that it was meta-trained with.
+    And with the further arguments (`rule_options`) that it was meta-trained with. Directions that
+    were meta-trained inside the recipe of `lopt` have it, and its schedule.
     """
     recommended = weights.metadata.get("recommended", {})
     trained = weights.metadata.get("meta_training", {})
     peak = float(recommended.get("learning_rate", trained.get("learning_rate_peak", 1.0)))
     decay = float(recommended.get("weight_decay", trained.get("weight_decay", 0.0)))
     options = dict(trained.get("rule_options", ()))
-    rule = make_rule(weights.architecture, weights.config, weight_decay=decay, options=options)
+    recipe = trained.get("recipe", "own")
+    rule = make_rule(
+        weights.architecture, weights.config, weight_decay=decay, options=options, recipe=recipe
+    )
 
     def build(rate: jax.Array, steps: jax.Array) -> optax.GradientTransformation:
-        return rule(weights.params, steps, lambda step: rate * cosine_schedule(steps)(step))
+        level = make_schedule("constant" if recipe == "lopt" else "cosine", steps)
+        return rule(weights.params, steps, lambda step: rate * level(step))
 
     parts = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights.params)]
-    settings = (dict(weights.config), decay) + ((options,) if options else ())
+    settings: tuple[Any, ...] = (dict(weights.config), decay) + ((options,) if options else ())
+    settings += () if recipe == "own" else (recipe,)
     parts.append(repr(settings).encode())
     return Contender(name, build, (peak,), digest=hashlib.sha256(b"".join(parts)).hexdigest()[:16])
 

@@ -22,11 +22,12 @@ import optax
 from lopt_jax import controller
 from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.meta.original_starts import STARTS
+from lopt_jax.optimizers.matrices import LINEAR
 from lopt_jax.weights.schema import complete_config, schema_of
 
 # The passed features, most useful first, and their index among the 28 of small_fc_lopt and the 30
 # of VeLO and Celo: momenta of decays 0.9, 0.99, 0.999 over the root of the second moment ("rms"),
-# over that of the factored one ("factored"), and plain.
+# over that of the factored one ("factored"), and plain; and the gradient.
 FEATURES = {
     "rms_0": (6, 7),
     "parameter": (1, 2),
@@ -36,6 +37,7 @@ FEATURES = {
     "momentum_1": (3, 4),
     "factored_1": (26, 28),
     "rms_2": (8, 9),
+    "gradient": (0, 0),
 }
 Gains = Mapping[str, float]
 _TIME_FEATURES = 11
@@ -237,6 +239,18 @@ def fit_schedule(
     return {**params, **fit(part, key)}
 
 
+def _linear_start(config: Mapping[str, Any], gains: Gains) -> jax.Array:
+    """The weights of the linear rule: of the gradient, then of each momentum."""
+    if "initial_momentum_decays" not in config:
+        raise ValueError("architecture_config: expected initial_momentum_decays, found none")
+    count = len(config["initial_momentum_decays"])
+    names = ["gradient", *(f"momentum_{i}" for i in range(count))]
+    unknown = sorted(set(gains) - set(names))
+    if unknown:
+        raise ValueError(f"gains: the linear rule has no {unknown}; known: {names}")
+    return jnp.array([gains.get(name, 0.0) for name in names], jnp.float32)
+
+
 def initial_parameters(
     architecture: str, key: jax.Array, config: Mapping[str, Any], gains: Gains
 ) -> dict[str, Any]:
@@ -264,6 +278,8 @@ def initial_parameters(
         }
     if architecture == "learned_sgd":
         return {"log_learning_rate": jnp.log(jnp.float32(0.03))}
+    if architecture == LINEAR:
+        return {"weights": _linear_start(config, gains)}
     passes = ("small_fc_lopt", "elo", "celo2", "elo_celo2", "celo", "velo")
     if architecture not in (*passes, *STARTS):
         raise ValueError(f"architecture: no meta-training start is known for {architecture!r}")

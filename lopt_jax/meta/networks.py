@@ -82,17 +82,25 @@ class Mlp:
 
 @dataclasses.dataclass(frozen=True)
 class ConvNet:
-    """Two 3x3 convolutions (the second with stride 2), a mean over places, a linear layer."""
+    """Two 3x3 convolutions (the second with stride 2), a mean over places, a linear layer.
+
+    Args:
+      side: height and width of the pictures.
+      channels: outputs of the two convolutions.
+      num_classes: outputs.
+      inputs: channels of the pictures.
+    """
 
     side: int
     channels: tuple[int, int]
     num_classes: int
+    inputs: int = 1
 
     def init(self, key: jax.Array, scale: jax.Array) -> Params:
         """Draws parameters: fan-in scaled kernels, zero biases."""
         keys = jax.random.split(key, 3)
         params = {}
-        channels_in = 1
+        channels_in = self.inputs
         for i, channels in enumerate(self.channels):
             kernel = jax.random.truncated_normal(keys[i], -2.0, 2.0, (3, 3, channels_in, channels))
             params[f"conv{i}"] = {
@@ -104,8 +112,8 @@ class ConvNet:
         return params
 
     def apply(self, params: Params, inputs: jax.Array, activation: jax.Array) -> jax.Array:
-        """Maps (batch, side * side) to (batch, num_classes)."""
-        x = inputs.reshape(-1, self.side, self.side, 1)
+        """Maps (batch, side * side * inputs) to (batch, num_classes)."""
+        x = inputs.reshape(-1, self.side, self.side, self.inputs)
         for i in range(2):
             layer = params[f"conv{i}"]
             x = _convolve(x, layer["w"], 1 + i) + layer["b"]

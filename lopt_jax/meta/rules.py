@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax.optimizers.lopt import lopt
+from lopt_jax.optimizers.matrices import ARCHITECTURES, LINEAR
 from lopt_jax.weights import Weights
 
 MetaParameters = Any
@@ -30,7 +32,16 @@ _TAKES_LEARNING_RATE = (
     "learnable_adam",
 )
 _WARMUP = 0.05  # of the horizon
+LOPT_TAKES = (*ARCHITECTURES, LINEAR)  # what `lopt` takes as weights
 _KNOWS_HORIZON = ("velo", "celo", "celo_adam")
+
+
+def rescaled(meta_parameters: MetaParameters, scales: Mapping[str, float]) -> MetaParameters:
+    """The meta-parameters, those of some top-level keys times a factor."""
+    return {
+        k: jax.tree.map(lambda x, k=k: x * scales[k], v) if k in scales else v
+        for k, v in meta_parameters.items()
+    }
 
 
 def cosine_schedule(num_steps: jax.Array | float, peak: float = 1.0) -> Schedule:
@@ -133,6 +144,33 @@ def decays_at_rank_two(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim == 2, params)
 
 
+def _lopt_rule(
+    architecture: str,
+    config: Mapping[str, Any],
+    learning_rate: float,
+    weight_decay: float | jax.Array,
+    backend: str,
+    precision: str,
+    options: Mapping[str, Any] | None,
+) -> MakeOptimizer:
+    """`lopt` as a function of the meta-parameters of its direction; arguments as `make_rule`'s."""
+    if architecture not in LOPT_TAKES:
+        raise ValueError(
+            f"recipe: lopt takes weights of {', '.join(LOPT_TAKES)}; found {architecture!r}"
+        )
+    arguments: dict[str, Any] = {"weight_decay": weight_decay, "backend": backend}
+    if precision != "own":
+        arguments["precision"] = precision
+    arguments.update(options or {})
+
+    def make(theta: MetaParameters, num_steps: jax.Array, schedule: Schedule) -> Any:
+        weights = Weights(architecture, config, theta, {})
+        rate = lambda step: learning_rate * schedule(step)  # noqa: E731
+        return lopt(num_steps, weights, learning_rate=rate, **arguments)
+
+    return make
+
+
 def make_rule(
     architecture: str,
     config: Mapping[str, Any],
@@ -141,6 +179,7 @@ def make_rule(
     backend: str = "xla",
     precision: str = "own",
     options: Mapping[str, Any] | None = None,
+    recipe: str = "own",
 ) -> MakeOptimizer:
     """The optimizer of an architecture as a function of its meta-parameters.
 
@@ -152,13 +191,20 @@ def make_rule(
       backend: as the optimizers'.
       precision: of matrix products, as the optimizers'; "own" for each one's default.
       options: further arguments of the optimizer.
+      recipe: "own", the architecture's constructor; or "lopt", the recipe of `lopt_jax.lopt` around
+        the architecture's direction. Then learning rate and weight decay are multipliers.
 
     Returns:
       A function that builds the optimizer.
 
     Raises:
-      ValueError: for an architecture that is neither meta-trained nor evaluated here.
+      ValueError: for an architecture that is neither meta-trained nor evaluated here, or one that
+        `lopt` does not take.
     """
+    if recipe == "lopt":
+        return _lopt_rule(
+            architecture, config, learning_rate, weight_decay, backend, precision, options
+        )
     if architecture == "learned_adam":
         return learned_adam
     if architecture == "learned_sgd":

@@ -348,19 +348,30 @@ class TextContent(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceCode:
-    """Windows of Python source; the target is the next byte."""
+class Characters:
+    """Windows of a text; the target is the next byte.
+
+    Args:
+      length: bytes of a window.
+      disguise: rename the tokens, and take a random part of the training text.
+      text: "python_library", the sources of Python's own; or a name of `data.load_text`.
+    """
 
     length: int
     disguise: bool = True
+    text: str = "python_library"
+
+    def _load(self) -> data.Text:
+        is_source = self.text == "python_library"
+        return data.load_source_code() if is_source else data.load_text(self.text)
 
     def data_hashes(self) -> Mapping[str, str]:
         """sha256 of the text."""
-        return {"python_library": data.load_source_code().sha256}
+        return {self.text: self._load().sha256}
 
     def sample(self, key: jax.Array) -> TextContent:
         """Draws a stretch of the training text and a renaming of the tokens."""
-        num_train = data.load_source_code().num_train
+        num_train = self._load().num_train
         names = jnp.arange(data.VOCABULARY)
         if not self.disguise:
             return TextContent(jnp.int32(0), jnp.int32(num_train), names)
@@ -371,14 +382,14 @@ class SourceCode:
         return TextContent(start, length, jax.random.permutation(keys[2], names))
 
     def _windows(self, content: TextContent, starts: jax.Array) -> Example:
-        tokens = jnp.asarray(data.load_source_code().tokens)
+        tokens = jnp.asarray(self._load().tokens)
         windows = tokens[starts[:, None] + jnp.arange(self.length + 1)]
         windows = content.names[windows]
         return Example(windows[:, :-1], windows[:, 1:])
 
     def batch(self, key: jax.Array, content: TextContent, split: Split, size: int) -> Example:
         """Draws windows at random places."""
-        tokens, num_train, _ = data.load_source_code()
+        tokens, num_train, _ = self._load()
         if split == "train":
             last = content.length - self.length - 1
             return self._windows(content, content.start + jax.random.randint(key, (size,), 0, last))
@@ -387,7 +398,7 @@ class SourceCode:
 
     def examples(self, content: TextContent, split: Split, limit: int) -> Example:
         """Evenly spaced windows."""
-        tokens, num_train, _ = data.load_source_code()
+        tokens, num_train, _ = self._load()
         limit = min(limit, 128)
         first, last = (0, num_train) if split == "train" else (num_train, len(tokens))
         places = np.linspace(first, last - self.length - 1, limit).astype(np.int32)
@@ -466,6 +477,106 @@ class SupervisedTask:
         """The loss of the network's outputs."""
         outputs = self.network.apply(params, batch.inputs, content.activation)
         return self.loss_function(outputs, batch.targets)
+
+
+class JoinedContent(NamedTuple):
+    """Which of several tasks a problem is of, and a content of each of them."""
+
+    which: jax.Array  # () int32
+    contents: tuple[SupervisedContent, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Tasks of one shape as one: a problem is of one of them, drawn at random.
+
+    They run in one program, side by side. The examples of all are drawn, which costs little beside
+    a step of the network and of the optimizer.
+
+    Args:
+      tasks: supervised tasks that differ in their sources alone; see `join`.
+    """
+
+    tasks: tuple[SupervisedTask, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of all."""
+        return "+".join(task.name for task in self.tasks)
+
+    def data_hashes(self) -> Mapping[str, str]:
+        """Those of all."""
+        return data_hashes(self.tasks)
+
+    def sample(self, key: jax.Array) -> JoinedContent:
+        """Draws a task, and a problem of each."""
+        keys = jax.random.split(key, len(self.tasks) + 1)
+        which = jax.random.randint(keys[-1], (), 0, len(self.tasks))
+        contents = [task.sample(k) for task, k in zip(self.tasks, keys[:-1], strict=True)]
+        return JoinedContent(which, tuple(contents))
+
+    def _chosen(self, content: JoinedContent, items: list[Any]) -> Any:
+        return jax.tree.map(lambda *x: jax.lax.select_n(content.which, *x), *items)
+
+    def _shared(self, content: JoinedContent) -> SupervisedContent:
+        """What the network needs to know: the chosen task's, but for the source's part."""
+        plain = [c._replace(source=()) for c in content.contents]
+        return self._chosen(content, plain)
+
+    def init(self, key: jax.Array, content: JoinedContent) -> Params:
+        """Draws the network's parameters."""
+        return self.tasks[0].init(key, self._shared(content))
+
+    def batch(self, key: jax.Array, content: JoinedContent, split: Split) -> Example:
+        """Draws examples from the task's source."""
+        pairs = zip(self.tasks, content.contents, strict=True)
+        return self._chosen(content, [task.batch(key, c, split) for task, c in pairs])
+
+    def examples(self, content: JoinedContent, split: Split, limit: int) -> Example:
+        """The first examples of the task's source; as many as the smallest has."""
+        pairs = zip(self.tasks, content.contents, strict=True)
+        found = [task.examples(c, split, limit) for task, c in pairs]
+        count = min(len(example.inputs) for example in found)
+        return self._chosen(content, [jax.tree.map(lambda x: x[:count], e) for e in found])
+
+    def loss(self, params: Params, content: JoinedContent, batch: Example) -> jax.Array:
+        """The loss of the network's outputs."""
+        return self.tasks[0].loss(params, self._shared(content), batch)
+
+
+def join(tasks: Iterable[Task]) -> list[tuple[Task, int]]:
+    """Tasks of one shape as one.
+
+    Args:
+      tasks: any.
+
+    Returns:
+      Tasks, each with the number of those that it stands for, in the order of their first ones.
+    """
+    groups: dict[Any, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(_shape_of(task), []).append(task)
+    joined: list[tuple[Task, int]] = []
+    for group in groups.values():
+        if len(group) == 1:
+            joined.append((group[0], 1))
+        else:
+            joined.append((Joined(tuple(group)), len(group)))  # type: ignore[arg-type]
+    return joined
+
+
+def _shape_of(task: Task) -> Any:
+    """Equal for tasks that can be joined."""
+    if not isinstance(task, SupervisedTask):
+        return task.name
+    plain = dataclasses.replace(task, name="", source=())  # type: ignore[arg-type]
+
+    def batches(key: jax.Array) -> Any:
+        content = task.sample(key)
+        return [task.batch(key, content, split) for split in ("train", "valid")]
+
+    shapes = jax.eval_shape(batches, jax.random.key(0))
+    return plain, tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(shapes))
 
 
 class QuadraticContent(NamedTuple):
@@ -548,10 +659,44 @@ def training_tasks() -> dict[str, Task]:
             "teacher_few_mlp_32x2", Teacher((24, 8, 2), True, (60, 600), 1.0),
             Mlp((24, 32, 32, 2)), 32, valid_size=256,
         ),
-        _classifier("bytes_rnn_32", SourceCode(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
+        _classifier("bytes_rnn_32", Characters(16), Rnn(data.VOCABULARY, 32), 16, valid_size=32),
     ]  # fmt: skip
-    tasks += _picture_tasks()
+    tasks += _picture_tasks() + _direction_tasks()
     return {task.name: task for task in tasks}
+
+
+def _direction_tasks() -> list[Task]:
+    """Networks of several matrices, of each kind that people train, on pictures and English.
+
+    Other data, widths and lengths than the held-out tasks have.
+    """
+    clipart = "clipart"
+    words, colour = "brown", Pictures(clipart, 16, 3)
+    return [
+        _classifier(
+            "clipart_mlp_norm_32x3", Pictures(clipart, 16), Mlp((256, 32, 32, 32, 10), True), 64
+        ),
+        _classifier(
+            "clipart_mlp_48x2_colour", Pictures(clipart, 8, 3), Mlp((192, 48, 48, 10)), 64
+        ),
+        _classifier("clipart_conv_colour", colour, ConvNet(16, (12, 24), 10, 3), 32),
+        _classifier(
+            "clipart_transformer_colour", colour, Transformer(10, 24, 2, 2, 16, 48), 32
+        ),
+        _classifier(
+            "words_rnn_48", Characters(16, True, words), Rnn(data.VOCABULARY, 48), 16,
+            valid_size=32,
+        ),
+        _classifier(
+            "words_transformer_48", Characters(24, True, words),
+            Transformer(data.VOCABULARY, 48, 2, 3, 24), 16, valid_size=32,
+        ),
+        _classifier(
+            "words_transformer_24", Characters(24, True, words),
+            Transformer(data.VOCABULARY, 24, 2, 2, 24), 16, valid_size=32,
+        ),
+        _classifier("teacher_mlp_32x3", Teacher((16, 32, 8), True), Mlp((16, 32, 32, 32, 8)), 64),
+    ]  # fmt: skip
 
 
 def _picture_tasks() -> list[Task]:
@@ -575,8 +720,9 @@ def _picture_tasks() -> list[Task]:
 def held_out_tasks() -> dict[str, Task]:
     """The tasks meta-training never sees, by name.
 
-    Held out by kind: every transformer, the breast cancer table, the photograph "flower", and the
-    widest models. Their content is not disguised.
+    Held out are the breast cancer table, the photograph "flower", the widest models, and
+    transformers of digits and of source code: those among the training tasks have other widths
+    and other data. Their content is not disguised.
     """
     vocabulary = data.VOCABULARY
     cancer = Tables(("breast_cancer",), 30, 2, disguise=False)
@@ -595,11 +741,11 @@ def held_out_tasks() -> dict[str, Task]:
             "digits_transformer", _digits(False), Transformer(10, 32, 2, 2, 8, 8), 64, **fixed
         ),
         _classifier(
-            "bytes_transformer_32", SourceCode(32, False), Transformer(vocabulary, 32, 2, 2, 32),
+            "bytes_transformer_32", Characters(32, False), Transformer(vocabulary, 32, 2, 2, 32),
             16, **fixed,
         ),
         _classifier(
-            "bytes_transformer_64", SourceCode(32, False), Transformer(vocabulary, 64, 2, 4, 32),
+            "bytes_transformer_64", Characters(32, False), Transformer(vocabulary, 64, 2, 4, 32),
             32, **fixed,
         ),
     ]  # fmt: skip

@@ -1,20 +1,19 @@
 """The outer loop: estimate the meta-gradient on every task, step, report, checkpoint, resume.
 
-Everything random derives from the seed and the step's number, and a checkpoint holds the unrolls
-on their way, so a resumed run is bitwise the run that was not interrupted.
+Everything random derives from the seed and the step's number. A checkpoint holds the unrolls on
+their way; a campaign's has none of them and is written where all are dealt anew. So a resumed run
+is bitwise the run that was not interrupted.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
-import json
 import math
 import os
-import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,17 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax.meta.augmentation import Reparametrised
-from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
+from lopt_jax.meta.campaign import Campaign
+from lopt_jax.meta.checkpoints import Checkpoints
+from lopt_jax.meta.config import MetaTrainConfig
 from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
 from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
-from lopt_jax.meta.locks import lock
-from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule
-from lopt_jax.meta.tasks import Task, data_hashes, training_tasks
+from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule, rescaled
+from lopt_jax.meta.tasks import Task, data_hashes, join, training_tasks
 from lopt_jax.meta.unroll import Guidance, Unroll
 
 _PAIRS = "pairs"
@@ -43,7 +42,7 @@ class TrainState(NamedTuple):
 
     meta_parameters: MetaParameters  # in units of MetaTrainConfig.scales
     optimizer_state: Any
-    estimators: tuple[Any, ...]  # one a task
+    estimators: Any  # a tuple with one a program; None where they are to be dealt
 
 
 class Report(NamedTuple):
@@ -56,7 +55,7 @@ class Report(NamedTuple):
     diverged: float  # fraction of particles above their initial loss
     rejected: float  # fraction of pairs with a loss that is not finite
     gradient_norm: float
-    task_scores: tuple[float, ...]  # final_score of each task
+    task_scores: tuple[float, ...]  # final_score of each task, or of those that are joined
 
 
 Ending = Literal["finished", "max_steps", "budget", "interrupted"]
@@ -208,19 +207,28 @@ class Trainer:
             config.backend if jax.device_count() == 1 else "xla",
             config.precision,
             dict(config.rule_options),
+            config.recipe,
         )
         scales = dict(config.scales)
 
         def scaled_rule(meta_parameters: MetaParameters, *rest: Any) -> Any:
-            return rule(self._rescale(meta_parameters, scales), *rest)
+            return rule(rescaled(meta_parameters, scales), *rest)
 
         known = dict(tasks) if tasks is not None else training_tasks()
         missing = [name for name in config.tasks if name not in known]
         if missing:
             raise ValueError(f"tasks: unknown names {missing}; known: {sorted(known)}")
-        self.tasks = [self._augment(known[name]) for name in config.tasks]
+        chosen: list[tuple[Task, int]] = [(known[name], 1) for name in config.tasks]
+        if config.join:
+            chosen = join(task for task, _ in chosen)
+        # How many of the config's tasks each program stands for.
+        self.counts = [count for _, count in chosen]
+        self.tasks = [self._augment(task) for task, _ in chosen]
         self.data = data_hashes(self.tasks)
-        self.estimators = [self._estimator(task, scaled_rule) for task in self.tasks]
+        self.estimators = [
+            self._estimator(task, scaled_rule, config.num_pairs * count)
+            for task, count in zip(self.tasks, self.counts, strict=True)
+        ]
         self._initial = initial
         _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
@@ -228,20 +236,14 @@ class Trainer:
         self.mesh = Mesh(np.array(devices[:count]), (_PAIRS,))
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self._by_pair = NamedSharding(self.mesh, PartitionSpec(_PAIRS))
-
-    @staticmethod
-    def _rescale(meta_parameters: MetaParameters, scales: Mapping[str, float]) -> MetaParameters:
-        return {
-            k: jax.tree.map(lambda x, k=k: x * scales[k], v) if k in scales else v
-            for k, v in meta_parameters.items()
-        }
+        self._deal: list[Any] | None = None  # programs
 
     def _augment(self, task: Task) -> Task:
         if self.config.reparametrise == 1.0:
             return task
         return Reparametrised(task, self.config.reparametrise, self.config.reparametrise_level)
 
-    def _estimator(self, task: Task, rule: MakeOptimizer) -> Estimator:
+    def _estimator(self, task: Task, rule: MakeOptimizer, num_pairs: int) -> Estimator:
         config = self.config
         unroll = Unroll(
             task,
@@ -261,7 +263,14 @@ class Trainer:
         options: dict[str, Any] = {}
         if config.resume:
             options["resumption"] = Resumption(config.resume, config.resume_slots)
-        return make(unroll, config.num_pairs, config.standard_deviation, **options)
+        return make(unroll, num_pairs, config.standard_deviation, **options)
+
+    def _mean(self, *values: Any) -> Any:
+        """The mean over the config's tasks of what each program found."""
+        if max(self.counts) == 1:
+            return sum(values) / len(values)
+        pairs = zip(self.counts, values, strict=True)
+        return sum(count * value for count, value in pairs) / sum(self.counts)
 
     def _guidance(self, step: jax.Array) -> Guidance | None:
         config = self.config
@@ -286,7 +295,7 @@ class Trainer:
 
     def _scaled_start(self) -> MetaParameters:
         """Where the outer optimizer starts, in units of config.scales."""
-        start = self._rescale(self._start(), {k: 1.0 / v for k, v in self.config.scales})
+        start = rescaled(self._start(), {k: 1.0 / v for k, v in self.config.scales})
         return jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
 
     def init(self, deadline: float | None = None) -> TrainState:
@@ -299,15 +308,33 @@ class Trainer:
           BudgetEndedError: if compilation takes longer.
         """
         start = jax.device_put(self._scaled_start(), self._replicated)
-        keys = [self._key(2**31 + 1, i) for i in range(len(self.estimators))]
-        jitted = [jax.jit(e.init, out_shardings=self._by_pair) for e in self.estimators]
-        programs = _compile_all(
-            [functools.partial(f.lower, start, key) for f, key in zip(jitted, keys, strict=True)],
-            deadline,
-        )
-        states = [program(start, key) for program, key in zip(programs, keys, strict=True)]
         optimizer_state = jax.device_put(self.optimizer.init(start), self._replicated)
-        return TrainState(start, optimizer_state, tuple(states))
+        return self.deal(TrainState(start, optimizer_state, None), 0, deadline)
+
+    def deal(self, state: TrainState, step: int, deadline: float | None = None) -> TrainState:
+        """The state with inner trainings that begin now, drawn by seed and step alone.
+
+        Args:
+          state: before this step; its own inner trainings are dropped.
+          step: the outer step.
+          deadline: as `init`'s.
+
+        Raises:
+          BudgetEndedError: if compilation takes longer.
+        """
+        start = state.meta_parameters
+        keys = [self._key(2**31 + 1, i) for i in range(len(self.estimators))]
+        if step:
+            keys = [jax.random.fold_in(key, step) for key in keys]
+        if self._deal is None:
+            jitted = [jax.jit(e.init, out_shardings=self._by_pair) for e in self.estimators]
+            self._deal = _compile_all(
+                [functools.partial(f.lower, start, k) for f, k in zip(jitted, keys, strict=True)],
+                deadline,
+            )
+        state = state._replace(estimators=None)
+        dealt = [program(start, key) for program, key in zip(self._deal, keys, strict=True)]
+        return state._replace(estimators=tuple(dealt))
 
     def shapes(self) -> TrainState:
         """The state's shapes, types and shardings, without compiling or computing anything."""
@@ -347,7 +374,7 @@ class Trainer:
         def outer(
             theta: Any, optimizer_state: Any, gradients: list[Any], step: Any, total: Any
         ) -> tuple[Any, Any, jax.Array]:
-            gradient = jax.tree.map(lambda *g: sum(g) / len(g), *gradients)
+            gradient = jax.tree.map(self._mean, *gradients)
             gradient = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient)
             updates, optimizer_state = self.optimizer.update(gradient, optimizer_state, theta)
             mask = _phase_mask(config, theta, step, total)
@@ -371,6 +398,7 @@ class Trainer:
         max_seconds: float | None = None,
         max_steps: int | None = None,
         on_report: Callable[[Report, int, float], None] | None = None,
+        campaign: str | Path | None = None,
     ) -> Result:
         """Runs the outer loop.
 
@@ -384,6 +412,9 @@ class Trainer:
             ends there.
           max_steps: stop after this step (for tests and for training in portions).
           on_report: called with each report, the planned total of steps and the seconds left.
+          campaign: a folder of small files to begin or to go on with, instead of `folder`: see
+            `campaign.Campaign`. With `max_seconds` the steps are not planned to fit; a run ends
+            where `config.deal_every` further steps would take longer.
 
         Returns:
           The meta-parameters (in the architecture's units) and the history.
@@ -391,19 +422,26 @@ class Trainer:
         Raises:
           Interrupted: after Ctrl-C, when the step it came in is done and saved.
           ValueError: for a folder that holds another run's checkpoints or is in use, or, with
-            `resume`, one without checkpoints, or whose checkpoints are of other settings or data.
+            `resume`, one without checkpoints, or whose checkpoints are of other settings or data;
+            for a campaign of a config without `deal_every`.
         """
         began = time.monotonic()
+        if campaign is not None:
+            if folder is not None or resume:
+                raise ValueError("campaign: expected no folder and no resume beside it")
+            place = Path(campaign).absolute()
+            with Campaign(place, self.config, self.data, self._initial) as kept:
+                return self._train(kept, began, True, max_seconds, max_steps, on_report)
         if folder is None:
             if resume:
                 raise ValueError("resume: expected a folder of checkpoints, found none given")
             return self._train(None, began, False, max_seconds, max_steps, on_report)
-        with _Store(Path(folder).absolute(), self.config, self.data, resume) as store:
+        with Checkpoints(Path(folder).absolute(), self.config, self.data, resume) as store:
             return self._train(store, began, resume, max_seconds, max_steps, on_report)
 
     def _train(
         self,
-        store: "_Store | None",
+        store: Checkpoints | Campaign | None,
         began: float,
         resume: bool,
         max_seconds: float | None,
@@ -414,16 +452,17 @@ class Trainer:
         deadline = None if max_seconds is None else began + max_seconds
         restored: TrainState | None = None
         step, total, history = 0, config.outer_steps, list[Report]()
-        planned = False
+        planned = isinstance(store, Campaign)
         spent = 0.0
 
         def result(
             theta: MetaParameters, seconds: float, ended: Ending, compiling: bool = False
         ) -> Result:
-            theta = jax.tree.map(np.asarray, self._rescale(theta, dict(config.scales)))
+            theta = jax.tree.map(np.asarray, rescaled(theta, dict(config.scales)))
             return Result(theta, history, step, seconds, step >= total, total, ended, compiling)
 
-        if store is not None and resume:
+        is_new = isinstance(store, Campaign) and store.is_new
+        if store is not None and resume and not is_new:
             restored, step, record = store.restore(self.shapes())
             total, planned = record["total"], record["planned"]
             spent = record["seconds"]
@@ -431,7 +470,10 @@ class Trainer:
                 Report._make(row)._replace(task_scores=tuple(row[-1])) for row in record["history"]
             ]
         try:
+            dealt = None if restored else 0  # the step at which inner trainings were dealt
             state = restored or self.init(deadline)
+            if state.estimators is None:
+                state, dealt = self.deal(state, step, deadline), step
             programs, outer = self._compile(state, deadline)
         except BudgetEndedError:
             theta = self._scaled_start() if restored is None else restored.meta_parameters
@@ -448,11 +490,17 @@ class Trainer:
             if store is not None:
                 seconds = spent + time.monotonic() - loop_began
                 record = {"total": total, "planned": planned, "seconds": seconds}
-                store.save(step, state, {**record, "history": [list(row) for row in history]})
+                rows = [list(row) for row in history]
+                store.save(step, state, {**record, "fields": Report._fields, "history": rows})
 
         over = False
+        every = config.deal_every
+        if is_new:
+            save()
         with _Interruption() as interruption:
             while step < end and not interruption.asked and not over:
+                if every and step % every == 0 and step != dealt:
+                    state, dealt = self.deal(state, step), step
                 theta, optimizer_state, estimator_states = state
                 at, of = put(step), put(total)
                 estimates, new_states = [], []
@@ -473,7 +521,7 @@ class Trainer:
                 if step % config.log_every and step != end and not over:
                     continue
                 now_spent = spent + time.monotonic() - loop_began
-                report = _report(step, now_spent, pending)
+                report = _report(step, now_spent, pending, self.counts)
                 history.append(report)
                 now = time.monotonic()  # the report waited for the device
                 rate = len(pending) / max(now - last, 1e-6)
@@ -489,16 +537,20 @@ class Trainer:
                         planned = True
                 if on_report is not None:
                     on_report(report, total, (total - step) / rate)
-                if now - saved > config.checkpoint_seconds:
+                if store is not None and store.due(step, now - saved):
                     save()
                     saved = time.monotonic()
+                    if isinstance(store, Campaign) and deadline is not None and step < end:
+                        # Steps that would not reach the next save are not begun.
+                        over |= saved + every / rate > deadline
             if pending:  # interrupted between two reports
-                history.append(_report(step, spent + time.monotonic() - loop_began, pending))
+                now_spent = spent + time.monotonic() - loop_began
+                history.append(_report(step, now_spent, pending, self.counts))
             save()
         seconds = spent + time.monotonic() - loop_began
         if interruption.asked:
             raise Interrupted(
-                f"after step {step}" + ("" if store is None else ", saved"),
+                f"after step {step}" + ("" if store is None else ", " + store.saved_up_to(step)),
                 result(state.meta_parameters, seconds, "interrupted"),
             )
         ended: Ending = "finished" if step >= total else ("budget" if over else "max_steps")
@@ -545,126 +597,29 @@ def _compile_all(lowers: list[Callable[[], Any]], deadline: float | None) -> lis
     return [future.result() for future in futures]
 
 
-def _report(step: int, seconds: float, pending: list[tuple[list[Estimate], jax.Array]]) -> Report:
+def _report(
+    step: int,
+    seconds: float,
+    pending: list[tuple[list[Estimate], jax.Array]],
+    counts: Sequence[int],
+) -> Report:
+    """Means over steps, and over tasks: `counts` says how many each program stands for."""
     values = jax.device_get(pending)
     scores = np.array([[e.final_score for e in estimates] for estimates, _ in values])
 
     def mean(name: str) -> float:
-        return float(np.mean([[getattr(e, name) for e in row] for row, _ in values]))
+        found = np.array([[getattr(e, name) for e in row] for row, _ in values])
+        return float(np.mean(np.average(found, 1, counts)))
 
     known = np.isfinite(scores)
     totals = np.where(known, scores, 0.0).sum(0)
-    counts = known.sum(0)
-    tasks = np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)
-    final = float(np.mean(tasks[counts > 0])) if counts.any() else math.nan
+    times = known.sum(0)
+    tasks = np.where(times > 0, totals / np.maximum(times, 1), np.nan)
+    final = math.nan
+    if times.any():
+        final = float(np.average(tasks[times > 0], weights=np.asarray(counts)[times > 0]))
     norm = float(np.mean([norm for _, norm in values]))
     return Report(
         step, seconds, mean("loss"), final, mean("diverged"), mean("rejected"), norm,
         tuple(float(x) for x in tasks),
     )  # fmt: skip
-
-
-class _Store:
-    """Checkpoints of a run: Orbax writes under a temporary name and renames, so kill -9 is safe."""
-
-    def __init__(
-        self, folder: Path, config: MetaTrainConfig, data: Mapping[str, str], resume: bool
-    ):
-        self._config = config
-        self._data = dict(data)
-        self._folder = folder / "checkpoints"
-        if resume and not self._folder.is_dir():
-            raise self._nothing_to_resume()
-        claim = lock(folder / ".lock")
-        if claim is None:
-            raise ValueError(f"folder: {folder} is in use by another run; choose another")
-        self._claim = claim
-        try:
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
-            if not resume and self._manager.latest_step() is not None:
-                raise ValueError(
-                    f"folder: {self._folder} already holds checkpoints; resume, or choose another"
-                )
-        except BaseException:
-            claim.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        self._manager.close()
-        self._claim.close()
-
-    def _nothing_to_resume(self) -> ValueError:
-        return ValueError(
-            f"resume: expected checkpoints in {self._folder}, found none; check the folder, or "
-            "start without resume"
-        )
-
-    def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-        """Writes a checkpoint of this step unless there is one."""
-        if step in self._manager.all_steps():
-            return
-        leaves = {f"{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(state)) if leaf.size}
-        settings = json.loads(to_json(self._config))
-        made_with = {"data": self._data, "python": platform.python_version()}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves),
-                record=ocp.args.JsonSave({"config": settings, **made_with, **record}),
-            ),
-        )
-
-    def restore(self, like: TrainState) -> tuple[TrainState, int, dict[str, Any]]:
-        """Reads the newest checkpoint into the shapes and shardings of `like`.
-
-        Raises:
-          ValueError: if there is none, or it was written with other settings or other data.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            raise self._nothing_to_resume()
-        record = self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
-        wanted = json.loads(to_json(self._config))
-        found = record["config"]
-        # These say when to stop and report, not what is computed.
-        free = ("checkpoint_seconds", "notes")
-        # A setting that did not exist then had the value that is its default now.
-        found = {**json.loads(to_json(from_json(json.dumps(found)))), **found}
-        differing = [k for k in wanted if k not in free and wanted[k] != found[k]]
-        if differing:
-            raise ValueError(
-                f"resume: the checkpoint in {self._folder} was made with other settings of "
-                f"{differing}; use its settings or another folder"
-            )
-        # Checkpoints from before data were recorded say nothing about them.
-        for name, sha256 in record.get("data", self._data).items():
-            if self._data.get(name) != sha256:
-                raise ValueError(
-                    f"resume: the checkpoint in {self._folder} was made with other data: "
-                    f"{name} had sha256 {sha256[:12]} under Python {record['python']}, here it has "
-                    f"{str(self._data.get(name))[:12]} under Python {platform.python_version()}; "
-                    "resume with the same data and versions, or start in another folder"
-                )
-        leaves, structure = jax.tree.flatten(like)
-        template = {
-            f"{i:05d}": jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for i, leaf in enumerate(leaves)
-            if leaf.size  # Orbax does not store empty arrays
-        }
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        )["state"]
-        state = structure.unflatten(
-            [
-                restored[f"{i:05d}"] if leaf.size
-                else jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding)
-                for i, leaf in enumerate(leaves)
-            ]
-        )  # fmt: skip
-        return state, step, record

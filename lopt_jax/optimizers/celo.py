@@ -59,15 +59,7 @@ def celo(
       Moudgil et al., arXiv 2501.12670; amoudgl/celo, `celo/optimizers/celo.py`.
     """
     common.check_num_steps(num_steps)
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("celo",))
     rule = Rule(
         features=velo_features(len(weights.config["initial_momentum_decays"])),
@@ -83,7 +75,7 @@ def celo(
         rule,
         options,
         inputs=lambda prepared, _, shared: controller.shared_features(
-            len(tensor_shapes(prepared.tensors)), shared
+            len(tensor_shapes(prepared.grouped.tensors)), shared
         ),
         banks=lambda controls: jax.nn.softmax(controls, axis=-1),
         step_size=celo_step_size,

@@ -81,15 +81,7 @@ def celo2(
       Moudgil et al., arXiv 2602.19142; amoudgl/celo, `celo/optimizers/celo2_optax.py`;
       Belilovsky-Lab/pylo, `pylo/optim/CELO2_naive.py`, for AdamW and the clipping.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        rule_precision(precision),
-    )
+    options = common.Options.of(locals(), precision=rule_precision(precision))
     return _celo2(
         weights,
         options,
@@ -126,15 +118,7 @@ def celo2_base(
 
     Arguments, result and references are those of `celo2`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        rule_precision(precision),
-    )
+    options = common.Options.of(locals(), precision=rule_precision(precision))
     return _celo2(
         weights,
         options,

@@ -69,15 +69,7 @@ def celo_adam(
       Moudgil et al., arXiv 2501.12670; amoudgl/celo, `celo/optimizers/celo_adam.py`.
     """
     common.check_num_steps(num_steps)
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("celo_adam",))
     config = weights.config
     settings = AdamSettings(
@@ -85,11 +77,10 @@ def celo_adam(
         epsilon=config["initial_epsilon"],
         root_epsilon=1e-10,
     )
+    dtypes = options.accumulator_dtypes(config)
 
     def init(params: Any) -> CeloAdamState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        dtypes = options.accumulator_dtypes(config)
         return CeloAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -130,6 +121,7 @@ def celo_adam(
         return updates, CeloAdamState(count, accumulators, controls.state, loss, sizes)
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,

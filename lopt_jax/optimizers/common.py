@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from lopt_jax.partition import mesh_of, say_once, varying_axes
 from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
+    StackedAxes,
     arrays_like,
     check_params,
     has_values,
+    leaves_like,
     numbers_of,
     partitions_of_leaves,
     prefix_of_params,
@@ -216,6 +218,20 @@ class Options:
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> "Options":
+        """The options among the arguments of a constructor.
+
+        Args:
+          arguments: by name, as `locals()` has them at the start of a constructor.
+          **others: options that have other values than the arguments of their names.
+
+        Returns:
+          The options.
+        """
+        names = {field.name for field in fields(cls)}
+        return cls(**{**{k: x for k, x in arguments.items() if k in names}, **others})
+
     def accumulator_dtypes(self, config: Mapping[str, Any]) -> Accumulators:
         """The dtype of each accumulator, by the decays in the config of the weights.
 
@@ -233,10 +249,6 @@ class Options:
             row=squares(factored),
             column=squares(factored),
         )
-
-    def say_stacks(self, params: Any) -> None:
-        """Says in the log, once, where `stacked_axes` seems to be forgotten or too wide."""
-        say_stacks(params, self.stacked_axes)
 
     def rates(self, count: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:
         """Learning rate and weight decay times learning rate at a step.
@@ -443,6 +455,7 @@ def check_state_shapes(state: Any, expected: Any, ranks_alone: bool = False) -> 
 
 
 def transformation(
+    options: Options,
     init: Callable[[Any], Any],
     update: Callable[..., tuple[Any, Any]],
     meta_parameters: Any,
@@ -456,6 +469,7 @@ def transformation(
     rule would be hundreds of times slower.
 
     Args:
+      options: the arguments that all optimizers share.
       init: from params to the state.
       update: (tracing, meta_parameters, updates, state, params, value) -> (updates, state).
       meta_parameters: pytree of arrays that the update reads.
@@ -474,11 +488,10 @@ def transformation(
     """
     # Partials, and not closures: libraries that open the closures of init and update to find arrays
     # in them (optimistix does) take what they find for static arguments, which have to be hashable.
-    initial = functools.partial(_init, surrounded(init))
-    expected_state = functools.partial(jax.eval_shape, surrounded(init))
+    initial = functools.partial(_init, surrounded(init), options.stacked_axes)
 
     def step_of(function: Callable[..., tuple[Any, Any]], applies: bool) -> Callable[..., Any]:
-        compiled = _compiled(surrounded(function), expected_state, applies)
+        compiled = _compiled(function, init, applies)
         return functools.partial(_step, compiled, meta_parameters, state_type)
 
     step = step_of(update, applies=False)
@@ -529,18 +542,21 @@ def transformation(
     return LearnedTransformation.of(init_fn, update_fn, apply_fn, without_kernels=without_kernels)
 
 
-def _init(init: Callable[[Any], Any], params: Any) -> Any:
-    return init(check_params(params))
+def _init(init: Callable[[Any], Any], stacked_axes: StackedAxes, params: Any) -> Any:
+    params = check_params(params)
+    say_stacks(params, stacked_axes)
+    return init(params)
 
 
 def _compiled(
-    function: Callable[..., tuple[Any, Any]], expected_state: Callable[[Any], Any], applies: bool
+    function: Callable[..., tuple[Any, Any]], init: Callable[[Any], Any], applies: bool
 ) -> Callable[..., Any]:
     """The jitted step of an optimizer, which sees gradients, or None, and numbers alone.
 
-    It refuses states of other shapes than those expected for the params.
+    It refuses states that are not as `init` makes them for the params.
     """
 
+    @surrounded
     def lopt_update(
         tracing: Tracing,
         meta_parameters: Any,
@@ -551,7 +567,9 @@ def _compiled(
     ) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(params)
         gradients = arrays_like("updates", updates, params)
-        check_state_shapes(state, expected_state(params), ranks_alone=tracing.shards is not None)
+        expected = jax.eval_shape(init, params)
+        check_state_shapes(state, expected, ranks_alone=tracing.shards is not None)
+        leaves_like("state: accumulators", state.accumulators, expected.accumulators)
         made, new_state = function(
             tracing,
             meta_parameters,

@@ -100,17 +100,16 @@ def controlled(
     config = weights.config
     momenta = len(config["initial_momentum_decays"])
     factored = len(config["initial_adafactor_decays"])
+    dtypes, decays = options.accumulator_dtypes(config), fixed_decays(config)
+    step_mult = config["step_mult"]
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> ControlledState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
         statistics = init_statistics(tensors, momenta)
         return ControlledState(
             count=jnp.zeros((), jnp.int32),
-            accumulators=init_accumulators(
-                params, options.accumulator_dtypes(config), factored, stacked_axes
-            ),
+            accumulators=init_accumulators(params, dtypes, factored, stacked_axes),
             statistics=statistics if rule.accumulator_statistics else None,
             lstm=init_lstm(weights.params["lstm"], tensors),
             loss=controller.init_loss_buffer(),
@@ -129,9 +128,10 @@ def controlled(
         loss, shared = observe_loss(
             name, state.loss, value, state.count, num_steps, (gradients, params), loss_horizon
         )
-        prepared = engine.first_pass(
+        grouped = engine.group_tensors(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
+        prepared = engine.first_pass(rule, grouped)
         largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
         quickly = "complex_products" not in tracing.without and may_work(largest)
         controls = controller.run_lstm(
@@ -144,8 +144,8 @@ def controlled(
             prepared,
             controller.mix_banks(meta_parameters["mlp"], banks(controls.banks), quickly),
             mlp_per_tensor=True,
-            decays=fixed_decays(config),
-            scale=rate * config["step_mult"] * sizes,
+            decays=decays,
+            scale=rate * step_mult * sizes,
             weight_decay=decay,
             statistics=state.statistics,
         )
@@ -159,4 +159,6 @@ def controlled(
         )
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
-    return common.transformation(init, of(False), weights.params, ControlledState, of(True))
+    return common.transformation(
+        options, init, of(False), weights.params, ControlledState, of(True)
+    )

@@ -53,15 +53,7 @@ def elo(
     Reference:
       Belilovsky-Lab/pylo, `pylo/optim/ELO_naive.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("elo",))
     config = weights.config
     rule = Rule(
@@ -78,7 +70,7 @@ def elo(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate, decay),
     )
-    transformation = functions.bound(weights)
+    transformation = functions.bound(weights, options)
     if max_gradient_norm is None:
         return transformation
     common.check_number("max_gradient_norm", max_gradient_norm)

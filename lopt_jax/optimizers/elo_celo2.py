@@ -61,15 +61,7 @@ def elo_celo2(
     Reference:
       Belilovsky-Lab/pylo, `pylo/optim/ELO_CELO2_naive.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        rule_precision(precision),
-    )
+    options = common.Options.of(locals(), precision=rule_precision(precision))
     weights = resolve(weights, ARCHITECTURES[::-1])
     config = weights.config
     adamw = AdamW(

@@ -60,15 +60,7 @@ def learnable_sgd(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableSGD`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     return _learnable(weights, "learnable_sgd", options, lambda theta, count: _descend)
 
 
@@ -106,15 +98,7 @@ def learnable_sgdm(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableSGDM`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
 
     def step_of(theta: Any, count: jax.Array) -> Callable[..., Sequence[jax.Array]]:
         del count
@@ -158,15 +142,7 @@ def learnable_adam(
     Reference:
       google/learned_optimization, `learned_optimizers/base.py`, `LearnableAdam`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
 
     def step_of(theta: Any, count: jax.Array) -> Callable[..., Sequence[jax.Array]]:
         settings = AdamSettings(
@@ -199,11 +175,9 @@ def _learnable(
       The transformation.
     """
     resolved = resolve(weights, (architecture,))
-    config = resolved.config
+    dtypes = options.accumulator_dtypes(resolved.config)
 
     def init(params: Any) -> LearnableState:
-        options.say_stacks(params)
-        dtypes = options.accumulator_dtypes(config)
         accumulators = init_accumulators(params, dtypes, 0, options.stacked_axes)
         return LearnableState(jnp.zeros((), jnp.int32), accumulators)
 
@@ -236,6 +210,7 @@ def _learnable(
         return updates, LearnableState(count, new)
 
     return common.transformation(
+        options,
         init,
         update,
         resolved.params,

@@ -37,11 +37,10 @@ def linear_rule(
       Its functions. The steps are not yet subtracted; leaves without a gradient have None.
     """
     decays = weights.config["initial_momentum_decays"]
+    dtypes = options.accumulator_dtypes(weights.config)
+    dtypes = dtypes._replace(second_moment=jnp.dtype(jnp.float32))  # Adam's leaves have one
 
     def init(params: Any) -> PerParameterState:
-        options.say_stacks(params)
-        dtypes = options.accumulator_dtypes(weights.config)
-        dtypes = dtypes._replace(second_moment=jnp.dtype(jnp.float32))  # Adam's leaves have one
         accumulators = init_accumulators(params, dtypes, 0, options.stacked_axes)
         return PerParameterState(jnp.zeros((), jnp.int32), accumulators)
 

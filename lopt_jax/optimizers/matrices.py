@@ -191,7 +191,7 @@ def matrix_optimizer(
         )
         return treedef.unflatten(updates), PerParameterState(count, accumulators)
 
-    tx = common.transformation(init, update, weights.params, PerParameterState)
+    tx = common.transformation(options, init, update, weights.params, PerParameterState)
     of_leaves = functools.partial(plans_of, plans, stacked_axes=stacked_axes)
     return LearnedTransformation.of(
         tx.init,

@@ -47,15 +47,7 @@ def mlp_lopt(
     Reference:
       google/learned_optimization, `learned_optimizers/mlp_lopt.py`, `MLPLOpt`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     resolved = resolve(weights, ("mlp_lopt",))
     config = resolved.config
     rule = Rule(
@@ -71,4 +63,4 @@ def mlp_lopt(
         decays=lambda _: fixed_decays(config),
         scales=lambda rate, decay, _: (rate * config["step_mult"], decay),
     )
-    return functions.bound(resolved)
+    return functions.bound(resolved, options)

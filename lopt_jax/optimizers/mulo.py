@@ -55,15 +55,7 @@ def mulo(
       Thérien et al., arXiv 2406.00153; Belilovsky-Lab/pylo, `pylo/optim/MuLO_naive.py` and
       `AdafacLO_naive.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     _check_multipliers(width_multipliers)
 
     def scales(rate: jax.Array, decay: jax.Array, params: Any) -> tuple[jax.Array, jax.Array]:

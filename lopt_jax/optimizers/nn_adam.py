@@ -77,22 +77,13 @@ def nn_adam(
     Reference:
       google/learned_optimization, `learned_optimizers/nn_adam.py`, `NNAdam`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("nn_adam",))
     config = weights.config
+    dtypes = options.accumulator_dtypes(config)
 
     def init(params: Any) -> NNAdamState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        dtypes = options.accumulator_dtypes(config)
         return NNAdamState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -110,26 +101,27 @@ def nn_adam(
     ) -> tuple[Any, NNAdamState]:
         del value
         count = optax.safe_increment(state.count)
-        prepared = tensorwise.grouped(tracing, gradients, params, state.accumulators, stacked_axes)
-        if not prepared.groups:
-            return tensorwise.as_trees(prepared, [])[0], state._replace(count=count)
+        grouped = tensorwise.group(tracing, gradients, params, state.accumulators, stacked_axes)
+        if not grouped.groups:
+            return tensorwise.as_trees(grouped, [])[0], state._replace(count=count)
         old = state.lstm, state.logarithms
-        old_lstm, logarithms = tensorwise.taken(prepared, old)
+        old_lstm, logarithms = tensorwise.taken(grouped, old)
         now = values_of(logarithms)
         rate, decay = options.rates(state.count, params)
-        decay = jnp.broadcast_to(decay, (number_of(prepared.tensors),))
+        decay = jnp.broadcast_to(decay, (number_of(grouped.tensors),))
         scale = rate * now.learning_rate * (1 + now.epsilon)
-        own = (now, scale, tensorwise.taken(prepared, decay))
-        results = tensorwise.over_tensors(prepared, _step_of_tensor, own, shared=())
-        ranks = ranks_of_tensors(params, stacked_axes)[tensorwise.positions(prepared)]
-        inputs = lstm_inputs(tensorwise.numbers(prepared, results), logarithms, ranks)
+        own = (now, scale, tensorwise.taken(grouped, decay))
+        results = tensorwise.over_tensors(grouped, _step_of_tensor, own, shared=())
+        ranks = ranks_of_tensors(params, stacked_axes)[tensorwise.positions(grouped)]
+        inputs = lstm_inputs(tensorwise.numbers(grouped, results), logarithms, ranks)
         lstm = lstm_cell(meta_parameters["lstm"], inputs, old_lstm)
         moved = _moved(meta_parameters, config, logarithms, lstm.hidden)
-        updates, accumulators = tensorwise.as_trees(prepared, results)
-        new = tensorwise.put_back(prepared, old, (lstm, moved))
+        updates, accumulators = tensorwise.as_trees(grouped, results)
+        new = tensorwise.put_back(grouped, old, (lstm, moved))
         return updates, NNAdamState(count, accumulators, *new)
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,

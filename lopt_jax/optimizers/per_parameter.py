@@ -37,9 +37,12 @@ class Functions(NamedTuple):
     apply: Callable[..., tuple[Any, PerParameterState]]  # the same to (new params, state)
     without_kernels: str  # as in `common.transformation`
 
-    def bound(self, weights: Weights) -> optax.GradientTransformationExtraArgs:
+    def bound(
+        self, weights: Weights, options: common.Options
+    ) -> optax.GradientTransformationExtraArgs:
         """The transformation."""
         return common.transformation(
+            options,
             self.init,
             self.update,
             weights.params,
@@ -73,13 +76,11 @@ def per_parameter(
       Its functions; they do not read the loss.
     """
     factored = len(weights.config.get("initial_adafactor_decays", ()))
+    dtypes = options.accumulator_dtypes(weights.config)
     stacked_axes = options.stacked_axes
 
     def init(params: Any) -> PerParameterState:
-        options.say_stacks(params)
-        accumulators = init_accumulators(
-            params, options.accumulator_dtypes(weights.config), factored, stacked_axes
-        )
+        accumulators = init_accumulators(params, dtypes, factored, stacked_axes)
         return PerParameterState(jnp.zeros((), jnp.int32), accumulators)
 
     def update(
@@ -93,9 +94,10 @@ def per_parameter(
     ) -> tuple[Any, PerParameterState]:
         del value
         scale, weight_decay = scales(*options.rates(state.count, params), params)
-        prepared = engine.first_pass(
+        grouped = engine.group_tensors(
             rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
         )
+        prepared = engine.first_pass(rule, grouped)
         results, accumulators, _ = engine.second_pass(
             rule,
             prepared,
@@ -108,8 +110,7 @@ def per_parameter(
         return results, PerParameterState(optax.safe_increment(state.count), accumulators)
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
-    unknown = unknown_decays(options.accumulator_dtypes(weights.config))
-    return Functions(init, of(False), of(True), unknown or "")
+    return Functions(init, of(False), of(True), unknown_decays(dtypes) or "")
 
 
 def fixed_decays(config: Any) -> Decays:

@@ -98,24 +98,15 @@ def rnn_mlp_lopt(
       Metz et al., arXiv 2009.11243; google/learned_optimization,
       `learned_optimizers/rnn_mlp_lopt.py`, `RNNMLPLOpt`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     weights = resolve(weights, ("rnn_mlp_lopt",))
     config = weights.config
     features = rnn_mlp_features(len(config["initial_momentum_decays"]))
-    decays = fixed_decays(config)
+    decays, dtypes = fixed_decays(config), options.accumulator_dtypes(config)
 
     def init(params: Any) -> RNNMLPLoptState:
-        options.say_stacks(params)
         tensors = count_tensors(params, stacked_axes)
-        theta, dtypes = weights.params, options.accumulator_dtypes(config)
+        theta = weights.params
         return RNNMLPLoptState(
             count=jnp.zeros((), jnp.int32),
             accumulators=init_accumulators(params, dtypes, 0, stacked_axes),
@@ -140,36 +131,36 @@ def rnn_mlp_lopt(
         training = update_loss_average(state.loss, loss, TRAINING_DECAY)
         state = state._replace(loss=training)
         count = optax.safe_increment(state.count)
-        prepared = tensorwise.grouped(tracing, gradients, params, state.accumulators, stacked_axes)
-        if not prepared.groups:
-            return tensorwise.as_trees(prepared, [])[0], state._replace(count=count)
-        chosen = tensorwise.positions(prepared)
+        grouped = tensorwise.group(tracing, gradients, params, state.accumulators, stacked_axes)
+        if not grouped.groups:
+            return tensorwise.as_trees(grouped, [])[0], state._replace(count=count)
+        chosen = tensorwise.positions(grouped)
         old = (state.lstm, state.from_mlp)
-        old_lstm, from_mlp = tensorwise.taken(prepared, old)
+        old_lstm, from_mlp = tensorwise.taken(grouped, old)
         unknown_decays = barrier("known_decays", decays, tracing.without)
         shared = (unknown_decays, largest_element(state.clipper))
         made = tensorwise.over_tensors(
-            prepared, functools.partial(_statistics_of_tensor, features), (), shared
+            grouped, functools.partial(_statistics_of_tensor, features), (), shared
         )
-        x = tensorwise.numbers(prepared, made)
-        sizes = tensor_sizes(prepared.tensors, chosen)
+        x = tensorwise.numbers(grouped, made)
+        sizes = tensor_sizes(grouped.tensors, chosen)
         ranks = ranks_of_tensors(params, stacked_axes)[chosen]
         losses = _loss_features(state, loss)
         inputs = lstm_inputs(x, from_mlp, state.from_lstm, losses, sizes, ranks)
         lstm = lstm_cell(theta["lstm"], inputs, old_lstm)
         rate, decay = options.rates(state.count, params)
-        decay = jnp.broadcast_to(decay, (number_of(prepared.tensors),))
+        decay = jnp.broadcast_to(decay, (number_of(grouped.tensors),))
         own = (
             first_biases(theta, len(features), x, lstm.hidden, state.count, sizes),
             x.normalizers,
-            tensorwise.taken(prepared, decay),
+            tensorwise.taken(grouped, decay),
         )
         step = functools.partial(_step_of_tensor, features, config["exp_mult"], options.precision)
         with_network = (*shared, network(theta["mlp"]), rate * config["step_mult"])
-        results = tensorwise.over_tensors(prepared, step, own, with_network)
-        updates, accumulators = tensorwise.as_trees(prepared, results)
-        new = (lstm, tensorwise.numbers(prepared, results))
-        lstm_state, answers = tensorwise.put_back(prepared, old, new)
+        results = tensorwise.over_tensors(grouped, step, own, with_network)
+        updates, accumulators = tensorwise.as_trees(grouped, results)
+        new = (lstm, tensorwise.numbers(grouped, results))
+        lstm_state, answers = tensorwise.put_back(grouped, old, new)
         said = jnp.mean(linear(theta["to_lstm"], lstm.hidden), axis=0)
         clipper = update_clipper(state.clipper, x.gradient_mean_square)
         return updates, state._replace(
@@ -182,6 +173,7 @@ def rnn_mlp_lopt(
         )
 
     return common.transformation(
+        options,
         init,
         update,
         weights.params,

@@ -1,10 +1,11 @@
 """small_fc_lopt: one small MLP for every parameter ("Practical tradeoffs", arXiv 2203.11860)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lopt_jax.accumulators import Decays, SecondMoments
@@ -61,15 +62,7 @@ def small_fc_lopt(
       Metz et al., arXiv 2203.11860; google/learned_optimization,
       `learned_optimizers/adafac_mlp_lopt.py`.
     """
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     return small_fc_rule(
         resolve(weights, ARCHITECTURES), options, lambda rate, decay, _: (rate, decay)
     )
@@ -99,27 +92,33 @@ def small_fc_rule(
         precision=options.precision,
     )
 
+    step_mult = config["step_mult"]
+    initial = {
+        kind: np.asarray(config[f"initial_{kind}"], np.float32)
+        for kind in ("momentum_decays", "rms_decays", "adafactor_decays")
+    }
+
     def step_scales(rate: jax.Array, decay: jax.Array, params: Any) -> tuple[Any, Any]:
         scale, decay = scales(rate, decay, params)
-        return scale * config["step_mult"], decay
+        return scale * step_mult, decay
 
     functions = per_parameter(
         weights,
         rule,
         options,
         network=lambda meta, count: timed_network(meta["mlp"], len(rule.features), count),
-        decays=lambda meta: learned_decays(meta, config),
+        decays=lambda meta: learned_decays(meta, initial),
         scales=step_scales,
     )
-    return functions.bound(weights)
+    return functions.bound(weights, options)
 
 
-def learned_decays(meta_parameters: Any, config: Any) -> Decays:
+def learned_decays(meta_parameters: Any, initial: Mapping[str, np.ndarray]) -> Decays:
     """Learned decay rates: offsets in the logarithm of one minus the decay.
 
     Args:
-      meta_parameters: with "momentum_decays", "rms_decays" and "adafactor_decays".
-      config: with the initial decays.
+      meta_parameters: with the offsets "momentum_decays", "rms_decays" and "adafactor_decays".
+      initial: what they are offsets from, by the same names.
 
     Returns:
       The decays; those of second moments clipped to [0, 1].
@@ -128,13 +127,13 @@ def learned_decays(meta_parameters: Any, config: Any) -> Decays:
       google/learned_optimization, `adafac_mlp_lopt.py`, `param_to_decay`.
     """
 
-    def decay(initial: str, offset: str) -> jax.Array:
-        start = jnp.log(1 - jnp.asarray(config[initial], jnp.float32)) / 10
-        return 1 - jnp.exp(10 * (start + meta_parameters[offset]))
+    def decay(kind: str) -> jax.Array:
+        start = jnp.log(1 - jnp.asarray(initial[kind])) / 10
+        return 1 - jnp.exp(10 * (start + meta_parameters[kind]))
 
-    rms = jnp.clip(decay("initial_rms_decays", "rms_decays"), 0.0, 1.0)
+    rms = jnp.clip(decay("rms_decays"), 0.0, 1.0)
     return Decays(
-        momentum=decay("initial_momentum_decays", "momentum_decays"),
+        momentum=decay("momentum_decays"),
         second_moment=rms[0] if rms.shape == (1,) else SecondMoments(tuple(rms)),
-        factored=jnp.clip(decay("initial_adafactor_decays", "adafactor_decays"), 0.0, 1.0),
+        factored=jnp.clip(decay("adafactor_decays"), 0.0, 1.0),
     )

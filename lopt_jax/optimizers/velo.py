@@ -75,15 +75,7 @@ def velo(
       `research/general_lopt/hyper_v2.py`, and `prefab.py` for the gradient accumulation.
     """
     common.check_num_steps(num_steps)
-    options = common.Options(
-        learning_rate,
-        weight_decay,
-        weight_decay_mask,
-        accumulator_dtype,
-        stacked_axes,
-        backend,
-        precision,
-    )
+    options = common.Options.of(locals())
     every = _accumulation(gradient_accumulation, num_steps)
     if every > 1:
         largest = jnp.maximum if isinstance(num_steps, jax.Array) else max
@@ -104,7 +96,7 @@ def velo(
         prepared: engine.Prepared, statistics: AccumulatorStatistics, shared: Sequence[jax.Array]
     ) -> jax.Array:
         return controller.tensor_features(
-            tensor_shapes(prepared.tensors),
+            tensor_shapes(prepared.grouped.tensors),
             statistics,
             engine.parameter_mean_squares(prepared),
             shared,

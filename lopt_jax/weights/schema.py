@@ -256,8 +256,10 @@ _HYPER_SIZES = (*_MLP_SIZES, "lstm_hidden_size", "param_inits")
 _MESSAGE_SIZES = ("from_mlp_size", "from_lstm_size", "lstm_to_mlp_size")
 _RNN_MLP_SIZES = (*_MLP_SIZES, "lstm_hidden_size", *_MESSAGE_SIZES)
 
+_ANY_DECAYS = ("small_fc_lopt", "linear")
+
 SCHEMAS: dict[str, Schema] = {
-    name: Schema(name, StaticMapping(defaults), shapes, sizes, name == "small_fc_lopt")
+    name: Schema(name, StaticMapping(defaults), shapes, sizes, name in _ANY_DECAYS)
     for name, defaults, shapes, sizes in (
         ("small_fc_lopt", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),
         ("mulo", _SMALL_FC_DEFAULTS, _small_fc_lopt, _MLP_SIZES),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
-from lopt_jax.batches import Group, Run
+from lopt_jax.batches import Batch, Group
 from lopt_jax.compiler.quirks import barrier
 from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
@@ -203,15 +203,15 @@ def updates(
     return made, jax.tree.map(by_tensor, statistics)
 
 
-def joined_runs(
+def joined_batches(
     rule: Rule,
     tracing: Tracing,
-    runs: Sequence[Run],
+    batches: Sequence[Batch],
     groups: Sequence[Group],
     networks: Sequence[XlaNetwork],
     settings: TensorSettings,
 ) -> list[int]:
-    """Runs of small tensors whose wide network runs once for all of them, by their positions.
+    """Batches of small tensors whose wide network runs once for all of them, by their positions.
 
     On a GPU a launch takes longer than the products of a small tensor. Few groups at a time: every
     feature of each of them is code of one kernel.
@@ -222,11 +222,11 @@ def joined_runs(
     if not joins or apart or hidden < rules.WIDE_HIDDEN_SIZE:
         return []
 
-    def is_small(run: Run) -> bool:
-        group, network = groups[run.members[0]], networks[run.members[0]]
-        return group.partition is None and math.prod(group.shape) <= network.small_elements
+    def is_small(batch: Batch) -> bool:
+        group, network = groups[batch.members[0]], networks[batch.members[0]]
+        return batch.partition is None and math.prod(group.shape) <= network.small_elements
 
-    return [i for i, run in enumerate(runs) if not run.on_kernels and is_small(run)]
+    return [i for i, x in enumerate(batches) if not x.on_kernels and is_small(x)]
 
 
 def small_updates(

@@ -1,10 +1,12 @@
-"""A run of a backend over groups, on the shards of their tensors where these are split.
+"""The passes over groups of tensors that a partitioner may split over devices.
 
-Where nothing is split it is the backend itself, `lopt_jax.backends`. Else the partitioner is told
-what every dimension of every array is, and asks for the code of a shard.
+XLA is told what every dimension of every array is, and asks for the code of a shard: there the
+backends run as they do where nothing is split. Each call is one operation of the partitioner.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,18 +14,12 @@ import numpy as np
 
 from lopt_jax import backends
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
-from lopt_jax.backends import GroupStatistics
-from lopt_jax.batches import Group, Run
+from lopt_jax.batches import Group, make_batches, one_by_one
 from lopt_jax.context import Tracing
-from lopt_jax.device_statistics import joined, shapes_of, split
-from lopt_jax.partition import BATCH, Dims, Partitions, is_explicit, spread
-from lopt_jax.rules.rule import (
-    AccumulatorStatistics,
-    GradientStatistics,
-    Rule,
-    TensorArrays,
-    TensorUpdate,
-)
+from lopt_jax.device_statistics import joined, of_shards, shapes_of, split
+from lopt_jax.partition import BATCH, Dims, Partitions, spread
+from lopt_jax.rows import in_order, join_trees
+from lopt_jax.rules.rule import GradientStatistics, Rule, TensorArrays, TensorUpdate
 from lopt_jax.settings import TensorSettings
 from lopt_jax.xla.network import XlaNetwork
 
@@ -33,88 +29,123 @@ from lopt_jax.xla.network import XlaNetwork
 _DECIDING = (2, 1)
 
 
-def _is_known(tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]) -> bool:
-    """Whether it is known here how all tensors are split: where there is one device, not at all."""
-    if any(group.partition is not None for group in groups):
-        return True
-    leaves = map(jax.tree.leaves, inputs)
-    return tracing.is_local and not any(is_explicit(x[i]) for x in leaves for i in _DECIDING)
+def _operations(
+    tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
+) -> list[list[int]]:
+    """Which groups one operation of the partitioner takes, by their positions.
+
+    XLA asks for the code of each operation, and traces and lowers it apart, so one takes all groups
+    of a backend that it may split in any way. Stacks may be split along their axis of tensors, so
+    they are not among them.
+    """
+    batches = make_batches(tracing, groups, inputs, [None] * len(groups))
+    in_order = [i for batch in batches if batch.on_kernels for i in batch.members]
+    in_order += [i for i, group in enumerate(groups) if not group.on_kernels]
+    together: dict[Any, list[int]] = {}
+    for i in in_order:
+        group = groups[i]
+        is_one = len(group.tensors) == 1 or group.lengths is not None
+        together.setdefault(group.on_kernels if is_one else group, []).append(i)
+    return list(together.values())
 
 
-def _crosses(run: Run, groups: Sequence[Group], tracing: Tracing) -> bool:
-    """Whether a run's moments leave the code of a shard: they are those of whole tensors then.
+def _leaves_the_shards(groups: Sequence[Group]) -> bool:
+    """Whether the statistics of an operation's gradients leave it as those of whole tensors.
 
     What the kernels make at once of tensors that are split in different ways is no array of shards.
     """
-    return (
-        run.on_kernels and len(groups) > 1 and not tracing.is_local and groups[0].partition is None
-    )
+    return groups[0].on_kernels and len(groups) > 1
 
 
 def gradient_statistics(
-    rule: Rule,
-    tracing: Tracing,
-    run: Run,
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-) -> list[GroupStatistics]:
-    """Pass A, as `backends.gradient_statistics`; moments of arrays that are split are, too."""
-    if _is_known(tracing, groups, inputs):
-        partitions = [group.partition for group in groups]
-        return backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
-    crosses = _crosses(run, groups, tracing)
+    rule: Rule, tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
+) -> list[GradientStatistics]:
+    """Pass A, as `backends.gradient_statistics` of each group by itself."""
+    results: dict[int, GradientStatistics] = {}
+    for members in _operations(tracing, groups, inputs):
+        own = [groups[k] for k in members]
+        made = _gradient_statistics(rule, tracing, own, [inputs[k] for k in members])
+        results |= dict(zip(members, made, strict=True))
+    return [results[k] for k in range(len(groups))]
+
+
+def _gradient_statistics(
+    rule: Rule, tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
+) -> list[GradientStatistics]:
+    """Pass A over the groups of one operation."""
+    leaves_shards = _leaves_the_shards(groups)
     counts = [x.gradient.shape[0] for x in inputs]
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
 
     def pass_a(
         tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
-    ) -> list[GroupStatistics] | jax.Array:
-        made = backends.gradient_statistics(rule, tracing, run, groups, inputs, partitions)
-        if not crosses:
+    ) -> list[GradientStatistics] | jax.Array:
+        batches = make_batches(tracing, groups, inputs, partitions)
+        if not groups[0].on_kernels:  # the results are those of groups, however these are split
+            batches = one_by_one(groups, partitions)
+        made = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
+        if not leaves_shards:
             return made
-        return joined([(x.members, x.moments) for x in made], groups, partitions, counts)
+        members = [batch.members for batch in batches]
+        return joined(list(zip(members, made, strict=True)), groups, partitions, counts)
 
     def result_dims(result: Any) -> Any:
-        return shared_dims(result) if crosses else _moments_dims(dims, result)
+        if leaves_shards:
+            return shared_dims(result)
+        return [d.statistics(x) for d, x in zip(dims, result, strict=True)]
 
     arrays = [d.arrays(x) for d, x in zip(dims, inputs, strict=True)]
-    settings = (rule, run, tuple(groups))
+    settings = (rule, tuple(groups))
     made = on_shards(pass_a, groups, (list(inputs),), (arrays,), result_dims, tracing, settings)
-    if not crosses:
+    if not leaves_shards:
         return made
-    like = [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)]
-    return [GroupStatistics((k,), x) for k, x in enumerate(split(made, like))]
+    return split(made, [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)])
 
 
 def update(
     rule: Rule,
     tracing: Tracing,
-    run: Run,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    moments: Sequence[GroupStatistics],
+    statistics: Sequence[GradientStatistics],
     decays: Decays,
     settings: TensorSettings,
     networks: Sequence[XlaNetwork],
-    zero: jax.Array | None,
-) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
-    """Passes B and C, as `backends.update`."""
-    if _is_known(tracing, groups, inputs):
-        partitions = [group.partition for group in groups]
-        return backends.update(
+) -> tuple[list[TensorUpdate], list[tuple[Sequence[int], Any]]]:
+    """Passes B and C, as `backends.update`; the settings are of all tensors of the tree."""
+    updates: dict[int, TensorUpdate] = {}
+    kept: list[tuple[Sequence[int], Any]] = []
+    without_statistics = replace(settings, statistics=None)  # XLA makes new ones without the old
+    for members in _operations(tracing, groups, inputs):
+        given = settings if groups[members[0]].on_kernels else without_statistics
+        tensors = [i for k in members for i in groups[k].tensors]
+        made, of_tensors = _update(
             rule,
             tracing,
-            run,
-            groups,
-            inputs,
-            partitions,
-            moments,
+            [groups[k] for k in members],
+            [inputs[k] for k in members],
+            [statistics[k] for k in members],
             decays,
-            settings,
-            networks,
-            zero if tracing.is_local else None,
+            given.rows(tensors),
+            [networks[k] for k in members],
         )
-    crosses = _crosses(run, groups, tracing)
+        updates |= dict(zip(members, made, strict=True))
+        kept.append((tensors, of_tensors))
+    return [updates[k] for k in range(len(groups))], kept
+
+
+def _update(
+    rule: Rule,
+    tracing: Tracing,
+    groups: Sequence[Group],
+    inputs: Sequence[TensorArrays],
+    statistics: Sequence[GradientStatistics],
+    decays: Decays,
+    settings: TensorSettings,
+    networks: Sequence[XlaNetwork],
+) -> tuple[list[TensorUpdate], Any]:
+    """Passes B and C over the groups of one operation, and the statistics of all their tensors."""
+    leaves_shards = _leaves_the_shards(groups)
     dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
     of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else shared_dims
 
@@ -122,33 +153,44 @@ def update(
         tracing: Tracing,
         partitions: Partitions,
         inputs: Sequence[TensorArrays],
-        moments: Sequence[GroupStatistics],
+        statistics: Sequence[GradientStatistics],
         decays: Decays,
         settings: TensorSettings,
-    ) -> tuple[list[TensorUpdate], AccumulatorStatistics | None]:
+    ) -> tuple[list[TensorUpdate], Any]:
+        batches = make_batches(tracing, groups, inputs, partitions)
+        of_batches = [join_trees([statistics[k] for k in batch.members]) for batch in batches]
+        if leaves_shards:
+            of_batches = [
+                of_shards(x, batch.partition, groups[batch.members[0]].dims)
+                for x, batch in zip(of_batches, batches, strict=True)
+            ]
+        ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
+        tensors = [range(i, j) for i, j in itertools.pairwise(ends)]
         # what a partitioner runs is another program: it has a zero of its own
-        return backends.update(
+        made, kept = backends.update(
             rule,
             tracing,
-            run,
+            batches,
             groups,
             inputs,
-            partitions,
-            moments,
+            of_batches,
             decays,
             settings,
+            tensors,
             networks,
             zero=None,
-            moments_are_whole=crosses,
         )
+        return made, in_order(kept) if rule.accumulator_statistics else None
 
     return on_shards(
         passes_b_and_c,
         groups,
-        (list(inputs), list(moments), decays, settings),
+        (list(inputs), list(statistics), decays, settings),
         (
             [d.arrays(x) for d, x in zip(dims, inputs, strict=True)],
-            shared_dims(list(moments)) if crosses else _moments_dims(dims, moments),
+            shared_dims(list(statistics))
+            if leaves_shards
+            else [d.statistics(x) for d, x in zip(dims, statistics, strict=True)],
             shared_dims(decays),
             TensorSettings(
                 of_tensors(settings.mlp) if settings.mlp_per_tensor else shared_dims(settings.mlp),
@@ -163,7 +205,7 @@ def update(
             of_tensors(result[1]),
         ),
         tracing,
-        (rule, run, tuple(groups), tuple(networks), settings.mlp_per_tensor),
+        (rule, tuple(groups), tuple(networks), settings.mlp_per_tensor),
     )
 
 
@@ -198,13 +240,6 @@ def on_shards(
 def shared_dims(tree: Any) -> Any:
     """Dims of arrays that are whole on every device."""
     return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
-
-
-def _moments_dims(
-    dims: Sequence["GroupDims"], moments: Sequence[GroupStatistics]
-) -> list[GroupStatistics]:
-    """Dims of the moments of groups."""
-    return [GroupStatistics(x.members, dims[x.members[0]].moments(x.moments)) for x in moments]
 
 
 class GroupDims(NamedTuple):
@@ -251,7 +286,7 @@ class GroupDims(NamedTuple):
         accumulators = self.accumulators(tree.accumulators)
         return TensorArrays(self.elementwise, self.elementwise, accumulators)
 
-    def moments(self, tree: GradientStatistics) -> GradientStatistics:
+    def statistics(self, tree: GradientStatistics) -> GradientStatistics:
         """The results of pass A."""
         vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
         return GradientStatistics(
