@@ -186,7 +186,7 @@ def _show(options: argparse.Namespace) -> None:
     import jax
 
     from lopt_jax.weights import WeightsError
-    from lopt_jax.weights.registry import find_weights, published
+    from lopt_jax.weights.registry import NotFetchedError, find_weights, published
 
     entry = published(options.name)
     try:
@@ -195,7 +195,8 @@ def _show(options: argparse.Namespace) -> None:
         if entry is None:
             raise
         _show_entry(entry)
-        print(f"arrays: not on this machine, and not fetched: {_reason(error)}")
+        reason = error.failures[0] if isinstance(error, NotFetchedError) else str(error)
+        print(f"arrays: not on this machine, and not fetched: {reason}")
         return
     print(f"architecture: {weights.architecture}")
     _show_mapping("config", weights.config)
@@ -217,7 +218,7 @@ def _show_mapping(title: str, mapping: Any) -> None:
 
 def _show_entry(entry: Any) -> None:
     """Prints what the catalogue knows without the arrays."""
-    from lopt_jax.weights.registry import shipped
+    from lopt_jax.weights.registry import by_hand, shipped
 
     print(f"architecture: {entry.architecture}")
     _show_mapping("metadata", {"about": entry.about, "licence": entry.licence})
@@ -231,12 +232,7 @@ def _show_entry(entry: Any) -> None:
             print(f"  config: {json.dumps(dict(place.config))}")
     if here := shipped(entry.architecture):
         print(f"weights of {entry.architecture} that need no network: {', '.join(here)}")
-
-
-def _reason(error: Exception) -> str:
-    """The first failure that a message lists, or the whole message where it lists none."""
-    first, *listed = str(error).splitlines()
-    return listed[0].strip() if listed else first
+    print("by hand:", *by_hand(entry), sep="\n  ")
 
 
 if __name__ == "__main__":

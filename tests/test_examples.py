@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run(name, *arguments):
     return subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "JAX_NUM_CPU_DEVICES": "2"},
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from lopt_jax import batches
 from lopt_jax.applying import in_batch, steering
 from lopt_jax.compiler import products
 from lopt_jax.compiler.quirks import QUIRKS
+from lopt_jax.rules.rule import Rule
 from lopt_jax.xla import passes
 
 ROOT = Path(lopt_jax.__file__).parents[1]
@@ -170,6 +171,20 @@ def test_no_cache_keeps_an_optimizer():
     del own, tx, params
     gc.collect()
     assert not any(ref() is not None for ref in watched)
+
+
+def test_no_cache_grows_with_equal_optimizers():
+    """Features are functions: made anew for each optimizer, their rules would all be kept."""
+
+    def kept():
+        gc.collect()
+        return sum(isinstance(x, Rule) for x in gc.get_objects())
+
+    program(small_fc_lopt())
+    before = kept()
+    for _ in range(3):
+        program(small_fc_lopt())
+    assert kept() == before
 
 
 @pytest.mark.parametrize("multiprocessors", [78, 114, 132])

@@ -88,7 +88,8 @@ def test_errors_for_missing_weights_name_those_that_ship(tmp_path, capsys, monke
     monkeypatch.setenv("LOPT_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv("LOPT_JAX_OFFLINE", "1")
     for constructor, shipped in ((lopt_jax.velo, "velo_small"), (lopt_jax.celo2, "celo2_small")):
-        with pytest.raises(WeightsError, match=f"need no network: {shipped}"):
+        advice = rf": take '{shipped}' \(no network needed\), or run "
+        with pytest.raises(WeightsError, match=advice):
             constructor(100)
 
 

@@ -154,7 +154,7 @@ def slow(handler, body):
     handler.end_headers()
     handler.wfile.write(body[: len(body) // 2])
     handler.wfile.flush()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not getattr(handler.server, "go_on", False):
         time.sleep(0.02)
     with contextlib.suppress(OSError):

@@ -321,7 +321,10 @@ def download(
     except (OSError, http.client.HTTPException, ValueError) as error:  # the last: no valid address
         reason = getattr(error, "reason", None) or error
         raise weights_error(
-            address, expected="a download", found=f"{type(error).__name__}: {reason}"[:160]
+            address,
+            expected="a download",
+            found=f"{type(error).__name__}: {reason}"[:160],
+            advice="Check the address and the network.",
         ) from error
     finally:
         part.unlink(missing_ok=True)

@@ -234,7 +234,7 @@ def _fetch_registered(entry: Entry) -> Weights:
             found=f"{type(error).__name__}: {error}"[:200],
             advice="Set LOPT_JAX_CACHE to a folder of yours.",
         ) from error
-    raise WeightsError(_unreachable(entry, target, failures))
+    raise _not_fetched(entry, failures)
 
 
 def _fetch_place(entry: Entry, place: Place, target: Path) -> Weights:
@@ -262,30 +262,51 @@ def _fetch_place(entry: Entry, place: Place, target: Path) -> Weights:
     return weights
 
 
-def _unreachable(entry: Entry, target: Path, failures: Sequence[str]) -> str:
-    """Says what was tried, and the one command that puts the weights in place by hand."""
+class NotFetchedError(WeightsError):
+    """No place gave the weights of a registered name.
+
+    Attributes:
+      failures: one line for every place that was tried.
+    """
+
+    def __init__(self, message: str, failures: Sequence[str] = ()):
+        super().__init__(message)
+        self.failures = tuple(failures)
+
+
+def _not_fetched(entry: Entry, failures: Sequence[str]) -> NotFetchedError:
+    """Says on one line what to do, and what was tried."""
+    here = shipped(entry.architecture)
+    others = f"take {' or '.join(map(repr, here))} (no network needed), or " if here else ""
+    return NotFetchedError(
+        f"the weights {entry.name!r} are not in the cache: {others}run `lopt show {entry.name}`, "
+        "which says how to put them in place by hand. No place to fetch them answered: "
+        + " ".join(failures),
+        failures,
+    )
+
+
+def by_hand(entry: Entry) -> list[str]:
+    """Returns lines that say how to put weights in place without a network.
+
+    Args:
+      entry: of the catalogue.
+
+    Returns:
+      What to download, and the one command to run, which is the last line.
+    """
     from lopt_jax.weights.fetch import http_address
 
     place = entry.places[0]
     names = list(place.files)
     together = all(Path(name).parent == Path() for name in names)
     downloaded = f"/path/to/{names[0]}" if together else "/path/to"
-    command = ["lopt", "convert", downloaded, os.fspath(target)]
+    command = ["lopt", "convert", downloaded, os.fspath(cached_path(entry.name))]
     command += ["--architecture", entry.architecture]
     if place.config:
         command += ["--config", json.dumps(dict(place.config))]
-    lines = [
-        f"the weights {entry.name!r} are not in the cache, and no place to fetch them answered:"
-    ]
-    lines += [f"  {failure}" for failure in failures]
-    if here := shipped(entry.architecture):
-        lines += [f"Weights of {entry.architecture} that need no network: {', '.join(here)}."]
-    lines += ["To put them in place by hand, download"]
-    lines += [
-        f"  {http_address(address)}  to  /path/to/{name}" for name, address in place.files.items()
-    ]
-    lines += ["and run", f"  {shlex.join(command)}"]
-    return "\n".join(lines)
+    files = [f"{http_address(url)} to /path/to/{name}" for name, url in place.files.items()]
+    return [*(f"download {file}" for file in files), f"run {shlex.join(command)}"]
 
 
 def shipped(architecture: str) -> list[str]:
