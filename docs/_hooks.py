@@ -15,8 +15,9 @@ def on_config(config: Any) -> Any:
     """Sets the addresses, and lists every page of docs/design under "Design"."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     config.site_url = urls["Documentation"]
-    config.repo_url = urls["Source"]
-    config.repo_name = config.site_name
+    # no repo_url: the theme would ask GitHub's API for its stars on every page
+    social = {"icon": "fontawesome/brands/git-alt", "link": urls["Source"], "name": "Source"}
+    config.extra["social"] = [social]
     pages = sorted(path.name for path in (ROOT / "docs" / "design").glob("*.md"))
     (design,) = (entry["Design"] for entry in config.nav if "Design" in entry)
     design[:0] = [f"design/{name}" for name in pages]
@@ -35,7 +36,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Resolves links of notebooks to pages, which only mkdocs' own Markdown has resolved."""
+    """Resolves links of notebooks, which only mkdocs' own Markdown has resolved.
+
+    And leaves out MathJax, which notebooks would load from another host: none has a formula.
+    """
     if not page.file.src_uri.startswith("notebooks/"):
         return html
 
@@ -45,4 +49,9 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: a link to {found[1]}, which is not there")
         return f'href="{target.url_relative_to(page.file)}{found[2]}"'
 
+    html = re.sub(r"<script\b[^>]*>.*?</script>", _without_mathjax, html, flags=re.S)
     return re.sub(r'href="\.\./([\w/]+\.md)((?:#[\w-]+)?)"', address, html)
+
+
+def _without_mathjax(script: re.Match[str]) -> str:
+    return "" if "mathjax" in script[0].lower() else script[0]
