@@ -11,6 +11,8 @@
 #
 # Five minutes: train a network with `lopt`, see what it does with every parameter, compare it
 # with AdamW at five rates, save the training and go on.
+#
+# You need `pip install 'lopt_jax[examples]'`.
 
 # %%
 import tempfile

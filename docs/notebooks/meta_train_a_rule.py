@@ -12,6 +12,8 @@
 # A per-parameter rule with four hidden units learns to train small networks on tables, from a
 # step that is far too small, on two CPU cores. It shows how the parts fit. It is far too little
 # training for a rule that anybody should use, and the end of this page shows that, too.
+#
+# You need `pip install 'lopt_jax[examples]'`.
 
 # %%
 import dataclasses
