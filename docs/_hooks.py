@@ -36,10 +36,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Resolves links of notebooks, which only mkdocs' own Markdown has resolved.
-
-    And leaves out MathJax, which notebooks would load from another host: none has a formula.
-    """
+    """Resolves links of notebooks to pages, which only mkdocs' own Markdown has resolved."""
     if not page.file.src_uri.startswith("notebooks/"):
         return html
 
@@ -49,9 +46,9 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: a link to {found[1]}, which is not there")
         return f'href="{target.url_relative_to(page.file)}{found[2]}"'
 
-    html = re.sub(r"<script\b[^>]*>.*?</script>", _without_mathjax, html, flags=re.S)
     return re.sub(r'href="\.\./([\w/]+\.md)((?:#[\w-]+)?)"', address, html)
 
 
-def _without_mathjax(script: re.Match[str]) -> str:
-    return "" if "mathjax" in script[0].lower() else script[0]
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Leaves out MathJax, which notebooks would load from another host: none has a formula."""
+    return re.sub(r"<script data-mkdocs-jupyter-mathjax.*?</script>", "", output, flags=re.S)
