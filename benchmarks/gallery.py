@@ -42,7 +42,7 @@ RATES = {
 # name -> title and number of steps
 TASKS = {
     "digits_mlp_128": ("Digits: MLP 64-128-10", 400),
-    "fashion_mlp": ("Fashion-MNIST, 14 x 14: MLP 196-128-10", 400),
+    "fashion_mlp": ("Fashion-MNIST, 16 x 16: MLP 256-128-10", 400),
     "cancer_mlp_norm_64x3": ("Breast cancer: MLP with norms, 3 x 64", 200),
     "bytes_transformer_32": ("Bytes of Python: transformer, width 32", 200),
 }
@@ -51,7 +51,7 @@ TASKS = {
 def tasks():
     """The tasks of `TASKS`, by name; meta-training saw none of them."""
     fashion = SupervisedTask(
-        "fashion_mlp", Pictures("fashion_mnist", 14), Mlp((196, 128, 10)), cross_entropy, 128,
+        "fashion_mlp", Pictures("fashion_mnist", 16), Mlp((256, 128, 10)), cross_entropy, 128,
         activation=0, log_init_spread=0.0,
     )  # fmt: skip
     known = {**held_out_tasks(), fashion.name: fashion}

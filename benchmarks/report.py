@@ -101,13 +101,13 @@ def scale_summary() -> str:
         return f"{low}% below {usual}" if low == high else f"{low}% to {high}% below {usual}"
 
     sizes = sorted({round(c.record["parameters"] / 1e6) for c in ours})
-    seeds = sum(len(c.losses) > 1 for c in ours)
+    single = sum(len(c.losses) == 1 for c in ours)
     return (
-        f"`lopt` was run on language models of {sizes[0]}M and {sizes[-1]}M parameters. At 1,000 steps "
-        f"its loss is {below(1000, 'adamw')} and {below(1000, 'muon')} at their best rates; at 4,000 "
-        f"steps it is {below(4000, 'muon')}, less than seeds differ by. Of its {len(ours)} cells "
-        f"{seeds} {'has' if seeds == 1 else 'have'} more than one seed. 109M parameters, 10,000 steps "
-        f"and vision models have not been run."
+        f"`lopt` was run on language models of {sizes[0]}M and {sizes[-1]}M parameters. At 1,000 "
+        f"steps its loss is {below(1000, 'adamw')} and {below(1000, 'muon')} at their best rates. "
+        f"At 4,000 steps it is {below(4000, 'muon')}, less than seeds differ by. {single} of its "
+        f"{len(ours)} cells have one seed. 109M parameters, 10,000 steps and vision models have "
+        "not been run."
     )
 
 

@@ -110,7 +110,15 @@ def describe(tx: Any, params: Any) -> Description:
     stacked_axes: StackedAxes = arguments.get("stacked_axes")
     tensors = tensors_of(params, stacked_axes)
     if tx.plans is None:
-        plans: Sequence[LeafPlan] = [LeafPlan(name, reason="the rule of all leaves")] * len(tensors)
+        widths = _width_multipliers(arguments.get("width_multipliers", 1.0), params)
+        plans: Sequence[LeafPlan] = [
+            LeafPlan(
+                name,
+                scale=1.0 / width,
+                reason="the rule of all leaves" if width == 1.0 else f"width multiplier {width:g}",
+            )
+            for width in widths
+        ]
     else:
         plans = tx.plans(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -124,6 +132,12 @@ def describe(tx: Any, params: Any) -> Description:
         reason = supports.unsupported_reason(Tracing())
     note = f"No fused kernels here: {reason}." if reason else ""
     return Description(repr(tx), note, tuple(descriptions))
+
+
+def _width_multipliers(multipliers: Any, params: Any) -> list[float]:
+    """A number a leaf, from a tree that is a prefix of the params; only mulo has others than 1."""
+    spread = jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), multipliers, params)
+    return [float(x) for x in jax.tree.leaves(spread)]
 
 
 def _kind(tx: Any) -> str:
