@@ -4,7 +4,8 @@ python benchmarks/train_step.py --models gpt2_355m --json docs/benchmarks/train_
 
 GPT-2 355M takes batches of 4 x 1024 tokens, ViT-B/16 of 32 images, the MLP 784-512-512-10 of 128
 rows; data is random, parameters are float32, the two large models compute in bfloat16. Variants
-take turns in one process. Steps end with `lopt_jax.update_params`, which for AdamW is its update and `optax.apply_updates`.
+take turns in one process. Steps end with `lopt_jax.update_params`, which for AdamW is its update
+and `optax.apply_updates`.
 """
 
 import argparse
