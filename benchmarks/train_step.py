@@ -2,9 +2,10 @@
 
 python benchmarks/train_step.py --models gpt2_355m --json docs/benchmarks/train_step.json
 
-GPT-2 355M takes batches of 4 x 1024 tokens, ViT-B/16 of 32 images; data is random, parameters are
-float32, the models compute in bfloat16. Variants take turns in one process. Steps end with
-`lopt_jax.update_params`, which for AdamW is its update and `optax.apply_updates`.
+GPT-2 355M takes batches of 4 x 1024 tokens, ViT-B/16 of 32 images, the MLP 784-512-512-10 of 128
+rows; data is random, parameters are float32, the two large models compute in bfloat16. Variants
+take turns in one process. Steps end with `lopt_jax.update_params`, which for AdamW is its update
+and `optax.apply_updates`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import models
@@ -50,7 +52,21 @@ def vit_b16() -> tuple[Callable, Callable, Any]:
     return lambda key: module.init(key, images[:1])["params"], loss, (images, labels)
 
 
-MODELS = {"gpt2_355m": gpt2_355m, "vit_b16": vit_b16}
+def mlp() -> tuple[Callable, Callable, Any]:
+    """As `gpt2_355m`, of the MLP 784-512-512-10."""
+    layers = (nn.Dense(512), nn.relu, nn.Dense(512), nn.relu, nn.Dense(10, name="head"))
+    module = nn.Sequential(layers)
+    rows = jax.random.normal(jax.random.key(0), (128, 784), jnp.float32)
+    labels = jax.random.randint(jax.random.key(1), (128,), 0, 10)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        rows, labels = batch
+        return cross_entropy(module.apply({"params": params}, rows), labels).mean()
+
+    return lambda key: module.init(key, rows)["params"], loss, (rows, labels)
+
+
+MODELS = {"gpt2_355m": gpt2_355m, "vit_b16": vit_b16, "mlp": mlp}
 
 
 def step_of(tx: Any, init: Callable, loss: Callable, batch: Any) -> tuple[Callable, tuple]:

@@ -15,8 +15,9 @@ def on_config(config: Any) -> Any:
     """Sets the addresses, and lists every page of docs/design under "Design"."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     config.site_url = urls["Documentation"]
-    config.repo_url = urls["Source"]
-    config.repo_name = config.site_name
+    # no repo_url: the theme would ask GitHub's API for its stars on every page
+    social = {"icon": "fontawesome/brands/git-alt", "link": urls["Source"], "name": "Source"}
+    config.extra["social"] = [social]
     pages = sorted(path.name for path in (ROOT / "docs" / "design").glob("*.md"))
     (design,) = (entry["Design"] for entry in config.nav if "Design" in entry)
     design[:0] = [f"design/{name}" for name in pages]
@@ -46,3 +47,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
         return f'href="{target.url_relative_to(page.file)}{found[2]}"'
 
     return re.sub(r'href="\.\./([\w/]+\.md)((?:#[\w-]+)?)"', address, html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Leaves out MathJax, which notebooks would load from another host: none has a formula."""
+    return re.sub(r"<script data-mkdocs-jupyter-mathjax.*?</script>", "", output, flags=re.S)

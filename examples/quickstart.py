@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import lopt_jax
+from lopt_jax.plot import COLOURS
 
 POINTS = 20  # measurements of a run
 LENGTH, WIDTH, HEADS, LAYERS = 64, 64, 4, 2
@@ -161,7 +162,8 @@ def draw_curves(trainings, results):
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, training in zip(panels, trainings, strict=True):
-        for color, name in zip(("black", "C0", "C1"), OPTIMIZERS, strict=True):
+        for name in OPTIMIZERS:
+            color = COLOURS[name]
             losses = results[training.name, name]
             for i, curve in enumerate(losses):
                 best = i == np.nanargmin(losses[:, -1])

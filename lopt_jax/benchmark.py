@@ -565,9 +565,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["xla"] if on_cpu else ["xla", "auto"],
         help="implementations of the learned rules (default here: %(default)s)",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument(
-        "--repetitions", type=positive_integer, default=20, help="timings of each variant"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and gradients (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=positive_integer,
+        default=20,
+        help="timings of each variant (default: %(default)s)",
     )
     parser.add_argument("--compile-only", action="store_true", help="compile, do not run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there too")
@@ -678,11 +686,16 @@ def _title(records: Sequence[Record]) -> str:
 def markdown(records: Sequence[Record]) -> str:
     """The records as a Markdown table, with each time as a multiple of optax.adamw's."""
     rows = _rows(records)
-    shown = [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
+    shown = _shown(rows)
     line = lambda cells: f"| {' | '.join(cells[i] for i in shown)} |"  # noqa: E731
     lines = [line(_COLUMNS), "| --- | --- | --- |" + " ---: |" * (len(shown) - 3)]
     lines += map(line, rows)
     return f"{_title(records)}\n\n" + "\n".join(lines)
+
+
+def _shown(rows: Sequence[tuple[str, ...]]) -> list[int]:
+    """The columns in which any row has something."""
+    return [i for i in range(len(_COLUMNS)) if any(row[i] for row in rows)]
 
 
 def print_table(records: Sequence[Record]) -> None:
@@ -692,9 +705,10 @@ def print_table(records: Sequence[Record]) -> None:
 
     if not records:
         return
-    table = Table(*_COLUMNS[:3], title=_title(records))
-    for column in _COLUMNS[3:]:
-        table.add_column(column, justify="right")
-    for row in _rows(records):
-        table.add_row(*row)
+    rows = _rows(records)
+    table = Table(title=_title(records))
+    for i in _shown(rows):
+        table.add_column(_COLUMNS[i], justify="left" if i < 3 else "right")
+    for row in rows:
+        table.add_row(*(row[i] for i in _shown(rows)))
     Console(width=150).print(table)

@@ -1,10 +1,11 @@
 """Values against their annotations: wrong settings are named before anything is compiled."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from lopt_jax.weights.base import brief
@@ -23,6 +24,13 @@ def check_fields(settings: Any) -> None:
     hints = typing.get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         check_value(field.name, getattr(settings, field.name), hints[field.name])
+
+
+def did_you_mean(value: Any, choices: Iterable[Any]) -> str:
+    """The end of a message about a text that is none of the choices; "" where none is close."""
+    names = [choice for choice in choices if isinstance(choice, str)]
+    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f". Did you mean {close[0]!r}?" if close else ""
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:
@@ -47,7 +55,8 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         case kind if kind is Literal:
             if value not in inner:
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(inner)}; found {brief(value)}"
+                    f"{name}: expected one of {', '.join(map(str, inner))}; found {brief(value)}"
+                    f"{did_you_mean(value, inner)}"
                 )
         case kind if kind is tuple:
             _check_items(name, value, inner)

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # command -> (module with add_commands, help)
@@ -22,10 +22,6 @@ _LATE = {
     "bench": ("lopt_jax.benchmark", "measure milliseconds a step of each optimizer"),
     "check": ("lopt_jax.check", "compare the fused kernels with XLA on this GPU"),
 }
-
-
-# architectures of weights have the name of their optimizer, but for these
-_OPTIMIZERS = {"linear": "lopt"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +60,12 @@ def message(error: Exception) -> str:
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lopt", description="Learned optimizers for JAX.")
+    parser = argparse.ArgumentParser(
+        prog="lopt",
+        description="Learned optimizers for JAX.",
+        epilog="For example: `lopt list`, then `lopt show velo_small`. `lopt COMMAND --help` says "
+        "what a command takes.",
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
@@ -170,16 +171,25 @@ def _size(weights: Any) -> str:
 
 def _list(options: argparse.Namespace) -> None:
     from lopt_jax.weights import list_weights
+    from lopt_jax.weights.registry import optimizer_of
 
     rows = [("NAME", "OPTIMIZER", "OFFLINE", "FROM")]
     for info in list_weights():
         here = "yes" if info.offline else "no"
-        optimizer = _OPTIMIZERS.get(info.architecture, info.architecture)
-        rows.append((info.name, optimizer, here, ", then ".join(info.source)))
+        places = ", then ".join(dict.fromkeys(map(_place, info.source)))
+        rows.append((info.name, optimizer_of(info.architecture), here, places))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, row[3]]))
+    print("`lopt show NAME` has the addresses in full.")
+
+
+def _place(address: str) -> str:
+    """The beginning of an address, of two files the first's: scheme, owner and repository."""
+    scheme, mark, rest = address.split(" with ")[0].partition("://")
+    owner, *more = rest.split("@")[0].split("/")
+    return f"{scheme}{mark}" + "/".join([owner, *more[:1]]) if mark else address
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -211,9 +221,18 @@ def _show_mapping(title: str, mapping: Any) -> None:
     from lopt_jax.weights.base import printable, thaw
 
     print(f"{title}:")
+    for line in _lines(thaw(mapping), "  "):
+        print(printable(line))
+
+
+def _lines(mapping: dict[str, Any], indent: str) -> Iterator[str]:
+    """A line a key; a mapping in a mapping has lines of its own."""
     for key, value in mapping.items():
-        text = value if isinstance(value, str) else json.dumps(thaw(value))
-        print(printable(f"  {key}: {text}"))
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}:"
+            yield from _lines(value, f"{indent}  ")
+        else:
+            yield f"{indent}{key}: {value if isinstance(value, str) else json.dumps(value)}"
 
 
 def _show_entry(entry: Any) -> None:

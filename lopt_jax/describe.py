@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import leaf_backend
@@ -26,7 +27,7 @@ class LeafDescription:
       tensors: how many tensors it holds: the product of its stacked axes.
       matrix: rows and columns of each of its matrices; None where the rule sees no matrices.
       rule: "adamw", "learned", or the optimizer's name where it has one rule for all.
-      scale: what multiplies the step beside the learning rate.
+      scale: what multiplies the step beside the learning rate: of `lopt`, the size of a full step.
       decay: what multiplies the optimizer's weight decay.
       backend: "kernels" or "xla".
       reason: why this rule, and why this backend where it is not the kernels; where that has one
@@ -101,15 +102,23 @@ def describe(tx: Any, params: Any) -> Description:
     """
     if not isinstance(tx, LearnedTransformation) or tx.origin is None:
         raise TypeError(
-            "describe: expected what a constructor of lopt_jax returns, such as "
-            f"lopt_jax.lopt(1000); found {type(tx).__name__}. Of a chain, describe the optimizer "
-            "that is inside."
+            "describe: expected what a constructor of lopt_jax returns, as tx = "
+            f"lopt_jax.lopt(1000); found {_kind(tx)}. Describe the optimizer inside: optax's "
+            "wrappers do not say what they hold, so keep it in a name of its own."
         )
     name, arguments = tx.origin
     stacked_axes: StackedAxes = arguments.get("stacked_axes")
     tensors = tensors_of(params, stacked_axes)
     if tx.plans is None:
-        plans: Sequence[LeafPlan] = [LeafPlan(name, reason="the rule of all leaves")] * len(tensors)
+        widths = _width_multipliers(arguments.get("width_multipliers", 1.0), params)
+        plans: Sequence[LeafPlan] = [
+            LeafPlan(
+                name,
+                scale=1.0 / width,
+                reason="the rule of all leaves" if width == 1.0 else f"width multiplier {width:g}",
+            )
+            for width in widths
+        ]
     else:
         plans = tx.plans(params)
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -123,6 +132,21 @@ def describe(tx: Any, params: Any) -> Description:
         reason = supports.unsupported_reason(Tracing())
     note = f"No fused kernels here: {reason}." if reason else ""
     return Description(repr(tx), note, tuple(descriptions))
+
+
+def _width_multipliers(multipliers: Any, params: Any) -> list[float]:
+    """A number a leaf, from a tree that is a prefix of the params; only mulo has others than 1."""
+    spread = jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), multipliers, params)
+    return [float(x) for x in jax.tree.leaves(spread)]
+
+
+def _kind(tx: Any) -> str:
+    """What describe was given, in words."""
+    if isinstance(tx, optax.GradientTransformation):
+        return "a transformation of optax, as chain, masked, partition and MultiSteps return"
+    inside = getattr(tx, "tx", None)
+    name = type(tx).__name__
+    return f"{name}, which has the optimizer as its tx" if inside is not None else name
 
 
 def _describe(

@@ -1,7 +1,7 @@
 """Draws diagnostics over a run; needs matplotlib (`pip install "lopt_jax[plot]"`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,18 @@ import numpy as np
 from lopt_jax.diagnostics import Diagnostics
 
 _LEGEND_ENTRIES = 12  # more leaves than that are drawn without a legend
+
+# One colour for an optimizer in every picture of the documentation, as matplotlib names them.
+COLOURS: Mapping[str, str] = {
+    "lopt": "black",
+    "adamw": "C0",
+    "muon": "C1",
+    "celo2_small": "C2",
+    "velo_small": "C3",
+    "celo_small": "C4",
+    "small_fc_lopt": "C5",
+    "small_fc_lopt_h4": "C6",
+}
 
 
 def plot_run(

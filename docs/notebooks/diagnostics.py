@@ -13,6 +13,8 @@
 # beside the tensor, and what a learned controller multiplied it by. `plot_run` draws a run. Here
 # VeLO's rule trains a small network. Then `lopt` trains one in which a layer gets no gradient,
 # and the measures show which.
+#
+# You need `pip install 'lopt_jax[plot]'`.
 
 # %%
 # %matplotlib inline

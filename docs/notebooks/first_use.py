@@ -11,6 +11,8 @@
 #
 # Five minutes: train a network with `lopt`, see what it does with every parameter, compare it
 # with AdamW at five rates, save the training and go on.
+#
+# You need `pip install 'lopt_jax[examples]'`.
 
 # %%
 import tempfile
@@ -24,6 +26,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import lopt_jax
+from lopt_jax.plot import COLOURS
 
 # %% [markdown]
 # ## Data and model
@@ -107,8 +110,8 @@ figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
 best = min(others, key=lambda rate: others[rate][-1, 1])
 for rate, other in others.items():
     style = {"linewidth": 2} if rate == best else {"alpha": 0.35}
-    axes.plot(*other.T, color="C0", label=f"AdamW {rate}", **style)
-axes.plot(*curve.T, color="black", linewidth=2, label="lopt, nothing tuned")
+    axes.plot(*other.T, color=COLOURS["adamw"], label=f"AdamW {rate}", **style)
+axes.plot(*curve.T, color=COLOURS["lopt"], linewidth=2, label="lopt, nothing tuned")
 axes.set(xlabel="step", ylabel="test loss (nats)", yscale="log", title="digits")
 _ = axes.legend()
 # %%

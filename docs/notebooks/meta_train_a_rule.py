@@ -12,6 +12,8 @@
 # A per-parameter rule with four hidden units learns to train small networks on tables, from a
 # step that is far too small, on two CPU cores. It shows how the parts fit. It is far too little
 # training for a rule that anybody should use, and the end of this page shows that, too.
+#
+# You need `pip install 'lopt_jax[examples]'`.
 
 # %%
 import dataclasses
@@ -25,6 +27,7 @@ from lopt_jax.meta import evaluate, tasks
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
 from lopt_jax.meta.trainer import Trainer
+from lopt_jax.plot import COLOURS
 
 # %% [markdown]
 # ## Settings
@@ -50,7 +53,7 @@ start = initial_parameters(
     config.architecture, jax.random.key(0), dict(config.architecture_config), dict(config.gains)
 )
 result = Trainer(config, start).train()
-print(f"{result.steps} outer steps in {result.seconds:.0f} s, {result.ended}")
+print(f"{result.steps} outer steps, {result.ended}")
 
 # %%
 steps = [report.step for report in result.history]
@@ -87,8 +90,9 @@ def compare(name, task, contenders):
     for (_, contender, horizon), curve in curves.items():
         valid = np.asarray(curve.valid)[evaluate.best_rate(curve)]  # (seeds, points)
         at = np.linspace(0, horizon, valid.shape[1] + 1)[1:]
-        axes.plot(at, valid.mean(0), label=contender)
-        axes.fill_between(at, valid.min(0), valid.max(0), alpha=0.2)
+        color = {"before": "gray", "after": "C3"}.get(contender) or COLOURS[contender]
+        axes.plot(at, valid.mean(0), color=color, label=contender)
+        axes.fill_between(at, valid.min(0), valid.max(0), color=color, alpha=0.2)
         ends[contender] = float(valid[:, -1].mean())
     axes.set(
         xlabel="step", ylabel="held-out loss (nats)", yscale="log", title=f"{name}, four seeds"
@@ -108,7 +112,7 @@ ends
 # several kinds, and `reparametrise` draws scales at random.
 
 # %%
-compare("digits", tasks.held_out_tasks()["digits_mlp_128"], rules)
+compare("digits", tasks.held_out_tasks()["digits_mlp_128"], [*rules, adamw])
 
 # %% [markdown]
 # ## Use it

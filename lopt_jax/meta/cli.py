@@ -56,8 +56,14 @@ def add_commands(subparsers: Any) -> None:
     evaluate = subparsers.add_parser("meta-eval", help="compare learned with tuned optimizers")
     evaluate.add_argument("weights", nargs="*", help="names or paths of weights, NAME=PATH labels")
     evaluate.add_argument("--tasks", default=None, help="comma-separated; default: all held out")
-    evaluate.add_argument("--horizons", type=_horizons, default="200,1000,5000")
-    evaluate.add_argument("--seeds", type=cli.positive_integer, default=5)
+    evaluate.add_argument(
+        "--horizons", type=_horizons, default="200,1000,5000",
+        help="numbers of steps, comma-separated multiples of 40; default: %(default)s",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--seeds", type=cli.positive_integer, default=5,
+        help="runs of each learning rate; default: %(default)s",
+    )  # fmt: skip
     evaluate.add_argument(
         "--optimizers", "--baselines", dest="baselines", default="all", metavar="NAMES",
         help="the usual optimizers to compare with, comma-separated; adamw always is among them; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import shlex
@@ -114,6 +115,26 @@ def _addresses(place: Place) -> str:
     )
 
 
+def optimizer_of(architecture: str) -> str:
+    """Returns the name of the optimizer that weights of an architecture are for."""
+    return {"linear": "lopt"}.get(architecture, architecture)
+
+
+def _unknown_name(name: str, architectures: Sequence[str]) -> WeightsError:
+    """An error that names what is close, and first what an optimizer of these can take."""
+    infos = sorted(list_weights(), key=lambda info: info.name)
+    fitting = [info.name for info in infos if info.architecture in architectures]
+    others = [info.name for info in infos if info.name not in fitting]
+    close = difflib.get_close_matches(name, fitting or others, n=1)
+    known = ", ".join(fitting or others)
+    return weights_error(
+        repr(name),
+        expected=f"a path, or a name out of {known}",
+        found="neither",
+        advice=f"Did you mean {close[0]!r}?" if close else "`lopt list` shows all names.",
+    )
+
+
 def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
     """Loads weights by name, path or address.
 
@@ -129,6 +150,11 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
       WeightsError: nothing of that name or at that path, weights that are not valid, or no place
         to fetch them from answered.
     """
+    return _load(name_or_path, ())
+
+
+def _load(name_or_path: str | os.PathLike[str], architectures: Sequence[str]) -> Weights:
+    """As `load_weights`; an error about the name lists those of `architectures`."""
     path = local_path(name_or_path)
     if path is None:
         return convert_weights(name_or_path)
@@ -142,10 +168,7 @@ def load_weights(name_or_path: str | os.PathLike[str]) -> Weights:
                 return _load_cached(cached)
             return _fetch_registered(REGISTRY[name_or_path])
         if _is_name(name_or_path) and not is_checkpoint(path) and not os.path.exists(path):
-            known = ", ".join(info.name for info in list_weights())
-            raise weights_error(
-                repr(name_or_path), expected=f"a path, or a name out of {known}", found="neither"
-            )
+            raise _unknown_name(name_or_path, architectures)
     if os.path.isfile(path):
         raise weights_error(
             path,
@@ -348,7 +371,7 @@ def resolve(weights: WeightsLike, architectures: Sequence[str], *, has_own: bool
     if isinstance(weights, Weights):
         found, source = weights, "weights"
     elif isinstance(weights, str | os.PathLike):
-        found, source = load_weights(weights), os.fspath(weights)
+        found, source = _load(weights, architectures), os.fspath(weights)
     else:
         raise TypeError(
             f"weights must be a name, a path, or lopt_jax.Weights, found {type(weights).__name__}"
@@ -358,7 +381,7 @@ def resolve(weights: WeightsLike, architectures: Sequence[str], *, has_own: bool
             source,
             expected=f"weights of {' or '.join(architectures)}",
             found=f"weights of {found.architecture}",
-            advice="Take the optimizer of that architecture, or other weights.",
+            advice=f"Take lopt_jax.{optimizer_of(found.architecture)}, or other weights.",
         )
     own = architectures[0]
     if has_own and found.architecture != own:
@@ -379,6 +402,7 @@ __all__ = [
     "find_weights",
     "list_weights",
     "load_weights",
+    "optimizer_of",
     "published",
     "resolve",
 ]

@@ -1,6 +1,8 @@
 """The table and the plot of the scale suite, from its records alone."""
 
 import collections
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lopt_jax.meta.scale.suite import final_loss
+from lopt_jax.plot import COLOURS
 
 _USUAL = ("muon", "adamw")
 
@@ -116,6 +119,11 @@ def _loss(cell: Cell | None) -> str:
     return f"{cell.mean:.4g}{seeds}{rate}"
 
 
+def digest(records: Sequence[Mapping[str, Any]]) -> str:
+    """Of records: a picture has it, so that pictures of other records are found."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
 def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Validation losses by step, a panel a task and horizon, the best setting of each optimizer.
 
@@ -136,9 +144,7 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     chosen = cells(records)
     counts = collections.Counter((c.task, c.steps) for c in chosen)
     panels = [panel for panel, count in counts.items() if count > 1]
-    names = sorted({c.optimizer for c in chosen}, key=lambda name: (name in _USUAL, name))
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
-    columns = max(min(4, len(panels)), 1)
+    columns = max(min(2, len(panels)), 1)
     rows = max(-(-len(panels) // columns), 1)
     figure, axes = pyplot.subplots(
         rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained"
@@ -149,8 +155,9 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         for cell in chosen:
             if (cell.task, cell.steps) == (task, steps):
                 name, record = cell.optimizer, cell.record
-                axis.plot(record["at"], record["validation"], label=name, color=colours[name])
-        axis.set(title=f"{task}, {steps:,} steps", xlabel="steps", ylabel="validation loss")
-        axis.legend()
-    figure.savefig(path, dpi=110)
+                colour = COLOURS.get(name, "gray")
+                axis.plot(record["at"], record["validation"], label=name, color=colour)
+        axis.set(title=f"{task}, {steps:,} steps", xlabel="step", ylabel="validation loss (nats)")
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Comment": digest(records)})
     pyplot.close(figure)
