@@ -1,8 +1,8 @@
 """How much smaller steps become where the gradient has died, as in a training without loss left.
 
 The size of an orthogonal step does not depend on the gradient's. So it would stay as large as ever
-where all examples are learned, and only noise is left of the gradient. Adam's steps get smaller
-there: its second moment remembers larger gradients.
+where all examples are learned, and only noise is left of the gradient. So do Adam's steps, once its
+second moment has forgotten larger gradients.
 """
 
 from typing import Any, NamedTuple

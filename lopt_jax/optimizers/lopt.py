@@ -63,9 +63,8 @@ class Recipe:
       growth: ... by (horizon / num_steps) to this power, where they are Adam's.
       shrinking: trainings of more than `horizon` steps make smaller ones, by (horizon / num_steps)
         to this power, where they are of matrices.
-      fading: matrices' steps get smaller where the gradient's norm falls below a fraction of what
-        it was so far in the training: at most this, and this times 1 - horizon / num_steps, so none
-        at horizon and below.
+      fading: steps get smaller where the gradient's norm falls below this times
+        1 - horizon / num_steps of what it was in the training so far: never in shorter ones.
       warm_up: the fraction of the training over which steps grow.
       floor: the smallest size of a step after the warm-up: what training past num_steps goes on
         with, as a fraction of a full step.
@@ -87,7 +86,7 @@ class Recipe:
     shortest: Number = 600.0
     horizon: Number = 1000.0
     growth: Number = 1 / 3
-    shrinking: Number = 0.25
+    shrinking: Number = 1 / 3
     fading: Number = 0.3
     warm_up: Number = 0.1
     floor: Number = 0.01

@@ -98,9 +98,8 @@ def matrix_optimizer(
         Normalised, what the rule proposes for it would be as large as any other step.
       cautious_decay: whether learned leaves decay only where the step shrinks them, element by
         element (arXiv 2510.12402).
-      fading: the threshold of `fading_factor`, which multiplies steps of learned leaves. Where it
-        is below one, the fraction 1 - factor of their decay is not cautious. None: steps have their
-        full size.
+      fading: the threshold of `fading_factor`, which multiplies all steps. Where it is below one,
+        the fraction 1 - factor of the decay is not cautious. None: steps have their full size.
 
     Returns:
       An optax transformation with state `PerParameterState`, with `fading` `FadingState`. Leaves of
@@ -176,6 +175,7 @@ def matrix_optimizer(
             squared = sum(common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(given)))
             norms = with_norm(state.norms, jnp.float32(squared), count)
             factor = fading_factor(norms, count, fading)
+            rate = rate * factor
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
         second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
@@ -194,16 +194,16 @@ def matrix_optimizer(
                 step = normalize_matrices(steps[i], plan.matrix, entry.leaf_partition)
                 if still_where_zero:
                     step = _still_where_zero(step, given[i], plan.matrix, entry.leaf_partition)
-                size, mult, decay_of_leaf = rate * factor, 1.0, decay_of_learned
+                mult, decay_of_leaf = 1.0, decay_of_learned
             else:
                 step, momentum[i], second_moment[i] = adam_step(
                     adamw.adam, given[i], momentum[i], second_moment[i], count
                 )
-                size, mult, decay_of_leaf = rate, adamw.learning_rate_mult, decay_of_adam
+                mult, decay_of_leaf = adamw.learning_rate_mult, decay_of_adam
             decayed = plan.decay * per_leaf(decay_of_leaf, entry, wide[i]) * wide[i]
             if cautious_decay and plan.rule == LEARNED:
                 decayed = jnp.where(step * wide[i] >= 0, decayed, (1 - factor) * decayed)
-            updates.append((-mult * (plan.scale * size * step + decayed)).astype(leaves[i].dtype))
+            updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = accumulators._replace(
             momentum=(treedef.unflatten(momentum), *others),
             # its boxes have other names where a matrix keeps one number
