@@ -149,12 +149,21 @@ def matrix_optimizer(
         wide = [
             p if g is None else common.to_float32(p) for p, g in zip(leaves, given, strict=True)
         ]
+        count = optax.safe_increment(state.count)
+        factor: Any = 1.0
+        if isinstance(state, FadingState):
+            squared = sum(common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(given)))
+            if max_gradient_norm is not None:  # what clipping leaves
+                squared = jnp.minimum(squared, jnp.square(max_gradient_norm))
+            norms = with_norm(state.norms, jnp.float32(squared), count)
+            factor = fading_factor(norms, count, fading)
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
             given = treedef.flatten_up_to(
                 clip.update(treedef.unflatten(given), None, lopt_tracing=tracing)[0]
             )
         rate, decay_of_learned = options.rates(state.count, params)
+        rate = rate * factor
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
         _, decay_of_adam = adam_options.rates(state.count, params)
         if decay is not None:
@@ -169,13 +178,6 @@ def matrix_optimizer(
             paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
             how = NewtonSchulz(coefficients, precision)
             steps = _orthogonalized(steps, of_leaves, tensors, paths, how, tracing)
-        count = optax.safe_increment(state.count)
-        factor: Any = 1.0
-        if isinstance(state, FadingState):
-            squared = sum(common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(given)))
-            norms = with_norm(state.norms, jnp.float32(squared), count)
-            factor = fading_factor(norms, count, fading)
-            rate = rate * factor
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
         second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
