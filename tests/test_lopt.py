@@ -273,6 +273,16 @@ def test_matrices_of_fewer_outputs_than_inputs_make_smaller_steps():
     assert bottleneck == pytest.approx(narrow / 4)
 
 
+def test_the_window_of_a_convolution_makes_no_bottleneck():
+    of = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}  # noqa: E731
+    layers = {"Conv_0": of(3, 3, 8, 8), "Conv_1": of(3, 3, 64, 8), "head": of(8, 2)}
+    same, fewer, _ = (plan.scale for plan in plain().plans(layers))
+    assert same == pytest.approx(0.038 / 8**0.5 / 9**0.25)
+    assert fewer == pytest.approx(
+        0.038 / 8**0.5 / 72**0.25 / 2**0.75
+    )  # twice as many as four times
+
+
 @pytest.mark.parametrize(("num_steps", "times"), [(200, 1), (1000, 1), (8000, 0.5)])
 def test_long_trainings_make_smaller_steps_of_matrices(num_steps, times):
     layers = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}}

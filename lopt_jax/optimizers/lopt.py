@@ -51,7 +51,7 @@ class Recipe:
       matrix: the root mean square of a matrix step is this over the root of the shorter side, ...
       narrowing: ... times (outputs / inputs) to this power where it has fewer outputs than inputs.
       bottleneck: a matrix with more than this many times more inputs than outputs makes smaller
-        steps yet, ...
+        steps yet (of a convolution, inputs are channels), ...
       bottleneck_narrowing: ... by (bottleneck * outputs / inputs) to this power.
       embedding: Adam's rate for embeddings.
       head: Adam's rate for heads is this over the number of inputs, ...
@@ -300,9 +300,10 @@ def _plan(role: Role, shape: Sequence[int], recipe: Recipe, num_steps: int | jax
     if role.name == MATRIX:
         inputs, outputs = matrix_sizes(role.matrix, shape)
         shorter = max(min(inputs, outputs), 1)  # an empty leaf has none
-        ratio = outputs / max(inputs, 1)
-        narrow = min(ratio, 1.0) ** recipe.narrowing
-        narrow *= _smaller(recipe.bottleneck * ratio, 1.0) ** recipe.bottleneck_narrowing
+        narrow = min(outputs / max(inputs, 1), 1.0) ** recipe.narrowing
+        channels = shape[role.matrix.rows[-1] % len(shape)]  # of a kernel without window: inputs
+        bottleneck = _smaller(recipe.bottleneck * outputs / max(channels, 1), 1.0)
+        narrow *= bottleneck**recipe.bottleneck_narrowing
         long = _larger(num_steps / recipe.horizon, 1.0)
         scale = recipe.matrix / shorter**0.5 * narrow / long**recipe.shrinking
         return LeafPlan(LEARNED, role.matrix, scale, reason=reason)
