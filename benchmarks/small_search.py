@@ -13,16 +13,20 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.datasets import load_sample_image
 
 import lopt_jax
 from lopt_jax.meta import evaluate
 from lopt_jax.meta.networks import Mlp
 from lopt_jax.meta.noise_free import noise_free_tasks, noise_free_tuning_tasks
 from lopt_jax.meta.tasks import (
+    Example,
     SupervisedTask,
     Tables,
+    Teacher,
     cross_entropy,
     held_out_tasks,
     squared_error,
@@ -59,10 +63,68 @@ def wide_tasks():
     return {task.name: task for task in tasks}
 
 
+class BlurredPatches:
+    """Patches of the photograph "china", each pixel a weighted mean of 5 x 5: a smoother one."""
+
+    def sample(self, key):
+        """Nothing is random."""
+        del key
+        return ()
+
+    def _rows(self, split):
+        pixels = load_sample_image("china.jpg").astype(np.float32).mean(-1)
+        kernel = np.float32([1, 2, 3, 2, 1]) / 9
+        for axis in (0, 1):
+            pixels = np.apply_along_axis(np.convolve, axis, pixels, kernel, "same")
+        rows, columns = pixels.shape[0] // 8, pixels.shape[1] // 8
+        patches = pixels[: rows * 8, : columns * 8].reshape(rows, 8, columns, 8)
+        patches = patches.transpose(0, 2, 1, 3).reshape(-1, 64)
+        patches = np.random.default_rng(0).permutation((patches - patches.mean()) / patches.std())
+        first = len(patches) - len(patches) // 5
+        return jnp.asarray(patches[:first] if split == "train" else patches[first:], jnp.float32)
+
+    def batch(self, key, content, split, size):
+        """Draws patches, each its own target."""
+        del content
+        rows = self._rows(split)
+        x = rows[jax.random.randint(key, (size,), 0, len(rows))]
+        return Example(x, x)
+
+    def examples(self, content, split, limit):
+        """The first patches of a split."""
+        del content
+        x = self._rows(split)[:limit]
+        return Example(x, x)
+
+
+def learned_by_heart():
+    """Few examples that long trainings learn by heart, a bottleneck, and many inputs."""
+    plain = {"activation": 0, "log_init_spread": 0.0}
+    digits = Tables(("digits",), 64, 10, few=(300, 500), keep_places=True)
+    table = Teacher((30, 8, 2), True, (300, 500), 0.3)
+    other = Teacher((20, 6, 2), True, (300, 500), 0.3)
+    inputs = Teacher((192, 8, 8), True, (1500, 1600), 0.1)
+    fresh = Teacher((128, 16, 4), False, None, 0.1)
+    classifiers = [
+        ("few_digits_mlp_128x2", digits, Mlp((64, 128, 128, 10)), 64),
+        ("few_digits_mlp_norm_64x3", digits, Mlp((64, 64, 64, 64, 10), True), 64),
+        ("table_mlp_32x2", table, Mlp((30, 32, 32, 2)), 32),
+        ("table_mlp_norm_48x3", other, Mlp((20, 48, 48, 48, 2), True), 64),
+        ("many_inputs_mlp_16x2", inputs, Mlp((192, 16, 16, 8)), 64),
+    ]
+    regressions = [
+        ("blurred_autoencoder", BlurredPatches(), Mlp((64, 192, 16, 192, 64)), 64),
+        ("many_inputs_regression", fresh, Mlp((128, 16, 16, 4)), 64),
+    ]
+    tasks = [SupervisedTask(n, s, m, cross_entropy, b, **plain) for n, s, m, b in classifiers]
+    tasks += [SupervisedTask(n, s, m, squared_error, b, **plain) for n, s, m, b in regressions]
+    return {task.name: task for task in tasks}
+
+
 def tuning_tasks():
     """All tasks that constants may be chosen on, by name."""
     chosen = {name: training_tasks()[name] for name in TASKS}
-    return {**chosen, **wide_tasks(), **noise_free_tuning_tasks()}
+    return {**chosen, **wide_tasks(), **learned_by_heart(), **noise_free_tuning_tasks()}
 
 
 def lopt_of(settings, name="lopt", label_fn=None):

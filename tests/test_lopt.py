@@ -141,6 +141,7 @@ def matrix_by_numpy(p, gradients, num_steps):
         direction = unit(orthogonal(unit(g) + unit(momentum)))
         inputs, outputs = p.shape
         size = 0.038 / np.sqrt(min(p.shape)) * min(outputs / inputs, 1) ** 0.25
+        size = size * min(1000 / num_steps, 1) ** (1 / 3)
         size = size * schedule_by_numpy(step, num_steps)
         decay = np.where(direction * p >= 0, decay_at(step, num_steps) * p, 0)
         p = p - size * direction - decay
@@ -159,6 +160,69 @@ def test_matrices_by_numpy(num_steps, scale):
     moved = np.asarray(got["Dense_0"]["kernel"], np.float64) - start
     bound = 1e-4 * np.abs(moved).max() + steps * np.finfo(np.float32).eps  # of parameters near one
     np.testing.assert_allclose(moved, expected - start, rtol=0, atol=bound)
+
+
+# -- where the gradient has died ------------------------------------------------------------------
+
+
+def factor_by_numpy(squared_norms, num_steps):
+    """The square of how far the recent gradients are below the threshold, at most one."""
+    n = len(squared_norms)
+    weights = 0.9 ** np.arange(n)[::-1]
+    recent = np.sum(weights * squared_norms) / np.sum(weights)
+    threshold = 0.3 * (1 - 1000 / max(num_steps, 1000))
+    limit = threshold**2 * np.mean(squared_norms)
+    return min(recent / limit, 1) if limit else 1.0
+
+
+def sized_gradients(sizes):
+    """Gradients of the first step at several sizes, none of which is clipped."""
+    return [jax.tree.map(lambda g, size=size: size * g, gradients_at(0)) for size in sizes]
+
+
+@pytest.mark.parametrize("num_steps", [1000, 4000, 100_000])
+@pytest.mark.parametrize("smallest", [0.5, 0.02, 1e-4])
+def test_steps_fade_with_the_gradient(num_steps, smallest):
+    """The direction is the same throughout, and so is the step but for its size and the decay."""
+    sizes = [0.3] * 6 + [0.3 * smallest] * 60
+    gradients = sized_gradients(sizes)
+    state, squared = plain().init(params()), []
+    adam = optax.scale_by_adam(0.9, 1 - 1 / np.clip(0.2 * num_steps, 200, 1000), eps=1e-8)
+    moments = adam.init(params())
+    for step, gradient in enumerate(gradients):
+        squared.append(float(optax.tree.norm(gradient)) ** 2)
+        moved, new = update(gradient, state, num_steps=num_steps, weight_decay=0.0)
+        decayed, _ = update(gradient, state, num_steps=num_steps, weight_decay=1.0)
+        state = new
+        whole = 0.019 * min(1000 / num_steps, 1) ** (1 / 3)
+        factor = factor_by_numpy(squared, num_steps)
+        size = whole * schedule_by_numpy(step, num_steps) * factor
+        got = moved["Dense_0"]["kernel"]
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(got))), size, rtol=1e-3)
+        direction, moments = adam.update(gradient, moments)
+        expected = -0.008 * schedule_by_numpy(step, num_steps) * factor
+        expected *= direction["Dense_0"]["bias"]
+        np.testing.assert_allclose(moved["Dense_0"]["bias"], expected, rtol=1e-3)
+        # what no step shrinks decays by the rest of the fraction
+        kernel = params()["Dense_0"]["kernel"]
+        share = np.where(got * kernel <= 0, 1, 1 - factor)
+        expected = -decay_at(step, num_steps) * share * kernel
+        difference = np.float64(decayed["Dense_0"]["kernel"]) - got
+        np.testing.assert_allclose(difference, expected, rtol=1e-2, atol=1e-6)
+    assert (factor < 1) == (num_steps > 1000 and smallest < 0.3)
+
+
+def test_steps_come_back_with_the_gradient():
+    """Also after gradients that were zero from the start."""
+    zeros, one = sized_gradients([0.0, 0.3])
+    state = plain().init(params())
+    for _ in range(3):
+        updates, state = update(zeros, state, num_steps=5000, weight_decay=0.0)
+        assert not any(map(jnp.any, jax.tree.leaves(updates)))
+    assert all(map(jnp.isfinite, state.norms))
+    updates, state = update(one, state, num_steps=5000, weight_decay=0.0)
+    size = np.sqrt(np.mean(np.square(updates["Dense_0"]["kernel"])))
+    np.testing.assert_allclose(size, 0.019 * 5 ** (-1 / 3) * schedule_by_numpy(3, 5000), rtol=1e-2)
 
 
 # -- embeddings, heads and vectors ----------------------------------------------------------------
@@ -199,11 +263,32 @@ def test_rates_of_wide_heads_fall_with_their_inputs():
 
 def test_matrices_of_fewer_outputs_than_inputs_make_smaller_steps():
     of = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}  # noqa: E731
-    layers = {"a": of(16, 256), "b": of(256, 16), "c": of(16, 16), "head": of(16, 2)}
-    wide, narrow, square, _ = (plan.scale for plan in plain().plans(layers))
+    layers = {"a": of(16, 256), "b": of(64, 16), "c": of(16, 16), "d": of(256, 16)}
+    layers["head"] = of(16, 2)
+    wide, narrow, square, bottleneck, _ = (plan.scale for plan in plain().plans(layers))
     assert square == pytest.approx(0.038 / 4)
     assert wide == pytest.approx(square)
-    assert narrow == pytest.approx(square / 2)  # the fourth root of 16 / 256
+    assert narrow == pytest.approx(square / 2**0.5)  # the fourth root of 16 / 64
+    # beyond four times as many inputs they fall with the ratio itself
+    assert bottleneck == pytest.approx(narrow / 4)
+
+
+def test_the_window_of_a_convolution_makes_no_bottleneck():
+    of = lambda *shape: {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}  # noqa: E731
+    layers = {"Conv_0": of(3, 3, 8, 8), "Conv_1": of(3, 3, 64, 8), "head": of(8, 2)}
+    same, fewer, _ = (plan.scale for plan in plain().plans(layers))
+    assert same == pytest.approx(0.038 / 8**0.5 / 9**0.25)
+    assert fewer == pytest.approx(
+        0.038 / 8**0.5 / 72**0.25 / 2**0.75
+    )  # twice as many as four times
+
+
+@pytest.mark.parametrize(("num_steps", "times"), [(200, 1), (1000, 1), (8000, 0.5)])
+def test_long_trainings_make_smaller_steps_of_matrices(num_steps, times):
+    layers = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}}
+    for steps in (num_steps, jnp.int32(num_steps)):
+        (plan,) = lopt_jax.lopt(steps, label_fn=lambda *_: "matrix").plans(layers)
+        assert plan.scale == pytest.approx(0.019 * times)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +309,7 @@ def test_what_the_state_keeps():
     embedding = momentum["Embed_0"]["embedding"], sizes.second_moment["Embed_0"]["embedding"]
     assert embedding == (28, 28)
     assert jax.tree.leaves((sizes.row, sizes.column)) == []
+    assert jax.tree.map(jnp.shape, tuple(plain().init(params()).norms)) == ((), ())
 
 
 def test_weights_of_the_celo2_family_say_the_same():

@@ -3,7 +3,9 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import optimizers
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -11,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import lopt_jax
 from lopt_jax import sharding
+from lopt_jax.optimizers.fading import SquaredNorms
+from lopt_jax.optimizers.lopt import schedule
 
 SPECS = {"bias": P("data"), "query": {"kernel": P("data", "model", None)}}
 
@@ -90,3 +94,50 @@ def test_lopt_split_by_jit():
         got = first_step(*jax.device_put((start, gradients), (shardings, shardings)))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+def test_lopt_fades_alike_on_every_device(monkeypatch):
+    """The norm is that of whole gradients, also where a device has a part of them."""
+    monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 32)
+    shapes = {"head": {"kernel": np.zeros((8, 16))}, "mlp": {"kernel": np.zeros((8, 12))}}
+    params = optimizers.random_like(jax.tree.map(np.float32, shapes), 0)
+    gradients = optimizers.random_like(params, 1, scale=1e-3)
+    inner = lopt_jax.lopt(5000, weight_decay=0)
+
+    def died(state):
+        """After larger gradients: those of the last steps had a hundredth of the norm."""
+        norms = SquaredNorms(jnp.float32(1e-4), jnp.float32(0.5))
+        return state._replace(count=jnp.int32(500), norms=norms)
+
+    def step(tx, params, gradients):
+        updates, state = tx.update(gradients, died(tx.init(params)), params)
+        return updates, state.norms
+
+    squared = optax.tree.norm(gradients) ** 2
+    expected, norms = jax.jit(functools.partial(step, inner))(params, gradients)
+    np.testing.assert_allclose(norms.recent, 0.9e-4 + 0.1 * squared, rtol=1e-5)
+    factor = norms.recent / (0.24**2 * norms.mean)
+    assert factor < 0.01
+    size = np.sqrt(np.mean(np.square(expected["mlp"]["kernel"])))
+    whole = 0.038 / 8**0.5 * 5 ** (-1 / 3)
+    np.testing.assert_allclose(
+        size, whole * factor * schedule(500, 5000, lopt_jax.Recipe()), rtol=1e-3
+    )
+
+    def check(updates, new_norms):
+        for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+        np.testing.assert_allclose(new_norms, norms, rtol=1e-6)
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, P("data", "model"))
+    with jax.set_mesh(mesh):
+        check(*jax.jit(functools.partial(step, inner))(*jax.device_put((params, gradients), split)))
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    tx = sharding.distributed(inner, "data")
+    on_mesh = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    check(
+        *jax.jit(on_mesh(functools.partial(step, tx), in_specs=P(), out_specs=P()))(
+            params, gradients
+        )
+    )

@@ -50,6 +50,9 @@ class Recipe:
     Attributes:
       matrix: the root mean square of a matrix step is this over the root of the shorter side, ...
       narrowing: ... times (outputs / inputs) to this power where it has fewer outputs than inputs.
+      bottleneck: a matrix with more than this many times more inputs than outputs makes smaller
+        steps yet (of a convolution, inputs are channels), ...
+      bottleneck_narrowing: ... by (bottleneck * outputs / inputs) to this power.
       embedding: Adam's rate for embeddings.
       head: Adam's rate for heads is this over the number of inputs, ...
       head_limit: ... but at most this.
@@ -58,6 +61,10 @@ class Recipe:
       shortest: num_steps counts as at least so many where decay is divided by it.
       horizon: trainings of fewer steps make larger ones, ...
       growth: ... by (horizon / num_steps) to this power, where they are Adam's.
+      shrinking: trainings of more than `horizon` steps make smaller ones, by (horizon / num_steps)
+        to this power, where they are of matrices.
+      fading: steps get smaller where the gradient's norm falls below this times
+        1 - horizon / num_steps of what it was in the training so far: never in shorter ones.
       warm_up: the fraction of the training over which steps grow.
       floor: the smallest size of a step after the warm-up: what training past num_steps goes on
         with, as a fraction of a full step.
@@ -69,6 +76,8 @@ class Recipe:
 
     matrix: Number = 0.038
     narrowing: Number = 0.25
+    bottleneck: Number = 4.0
+    bottleneck_narrowing: Number = 0.75
     embedding: Number = 0.02
     head: Number = 3.0
     head_limit: Number = 0.016
@@ -77,6 +86,8 @@ class Recipe:
     shortest: Number = 600.0
     horizon: Number = 1000.0
     growth: Number = 1 / 3
+    shrinking: Number = 1 / 3
+    fading: Number = 0.3
     warm_up: Number = 0.1
     floor: Number = 0.01
     max_gradient_norm: Number = 1.0
@@ -168,6 +179,7 @@ def lopt(
         precision=precision,
         still_where_zero=True,
         cautious_decay=True,
+        fading=constants.fading * (1 - 1 / _larger(num_steps / constants.horizon, 1.0)),
     )
 
 
@@ -232,7 +244,6 @@ def lopt_plans(
       The function; it raises ValueError or TypeError naming argument and leaf.
     """
     check_functions(label_fn, matrix_axes)
-    short = _larger(recipe.horizon / num_steps, 1.0)
 
     def plans(params: Any, stacked: Sequence[int]) -> list[LeafPlan]:
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -245,7 +256,7 @@ def lopt_plans(
             if matrix_axes is not None and role.name in (MATRIX, HEAD):
                 matrix, reason = matrix_of(matrix_axes, path, leaf, count)
                 role = role._replace(matrix=matrix, reason=reason)
-            plans_of_leaves.append(_plan(role, leaf.shape[count:], recipe, short))
+            plans_of_leaves.append(_plan(role, leaf.shape[count:], recipe, num_steps))
         return plans_of_leaves
 
     return plans
@@ -276,23 +287,27 @@ def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
     return Role(name, "label_fn says so", matrix)
 
 
-def _plan(role: Role, shape: Sequence[int], recipe: Recipe, short: Number) -> LeafPlan:
+def _plan(role: Role, shape: Sequence[int], recipe: Recipe, num_steps: int | jax.Array) -> LeafPlan:
     """What is done with a leaf of a role.
 
     Args:
       role: of the leaf.
       shape: of one tensor.
       recipe: the constants.
-      short: how many times shorter than the recipe's horizon the training is; at least 1.
+      num_steps: updates of the whole training.
     """
     reason = f"{role.name}: {role.reason}"
     if role.name == MATRIX:
         inputs, outputs = matrix_sizes(role.matrix, shape)
         shorter = max(min(inputs, outputs), 1)  # an empty leaf has none
         narrow = min(outputs / max(inputs, 1), 1.0) ** recipe.narrowing
-        scale = recipe.matrix / shorter**0.5 * narrow
+        channels = shape[role.matrix.rows[-1] % len(shape)]  # of a kernel without window: inputs
+        bottleneck = _smaller(recipe.bottleneck * outputs / max(channels, 1), 1.0)
+        narrow *= bottleneck**recipe.bottleneck_narrowing
+        long = _larger(num_steps / recipe.horizon, 1.0)
+        scale = recipe.matrix / shorter**0.5 * narrow / long**recipe.shrinking
         return LeafPlan(LEARNED, role.matrix, scale, reason=reason)
-    growth = short**recipe.growth
+    growth = _larger(recipe.horizon / num_steps, 1.0) ** recipe.growth
     if role.name == HEAD:
         inputs, _ = matrix_sizes(role.matrix, shape)
         rate = _smaller(recipe.head / max(inputs, 1), recipe.head_limit)

@@ -16,6 +16,7 @@ from lopt_jax.context import Tracing
 from lopt_jax.features import NormalizerAxes, velo_features
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
+from lopt_jax.optimizers.fading import SquaredNorms, fading_factor, no_norms, with_norm
 from lopt_jax.optimizers.linear import linear_rule
 from lopt_jax.optimizers.orthogonal import NewtonSchulz, orthogonal_leaves
 from lopt_jax.optimizers.per_parameter import (
@@ -54,6 +55,14 @@ class AdamW(NamedTuple):
     adam: AdamSettings
 
 
+class FadingState(NamedTuple):
+    """State of lopt."""
+
+    count: jax.Array  # type: ignore[assignment]  # () int32, updates made so far
+    accumulators: Accumulators  # trees like the params
+    norms: SquaredNorms  # of gradients
+
+
 def matrix_optimizer(
     weights: Weights,
     options: common.Options,
@@ -67,6 +76,7 @@ def matrix_optimizer(
     decay: common.ScalarOrSchedule | None = None,
     still_where_zero: bool = False,
     cautious_decay: bool = False,
+    fading: Any = None,
 ) -> LearnedTransformation:
     """The learned rule, normalised, for matrices; AdamW for the rest.
 
@@ -88,10 +98,13 @@ def matrix_optimizer(
         Normalised, what the rule proposes for it would be as large as any other step.
       cautious_decay: whether learned leaves decay only where the step shrinks them, element by
         element (arXiv 2510.12402).
+      fading: the threshold of `fading_factor`, which multiplies all steps. Where it is below one,
+        the fraction 1 - factor of the decay is not cautious. None: steps have their full size.
 
     Returns:
-      An optax transformation with state `PerParameterState`. Leaves of AdamW's have its moments as
-      first momentum and as second moment, and one element in place of every other accumulator.
+      An optax transformation with state `PerParameterState`, with `fading` `FadingState`. Leaves of
+      AdamW's have its moments as first momentum and as second moment, and one element in place of
+      every other accumulator.
     """
     common.check_number("adam_learning_rate_mult", adamw.learning_rate_mult)
     common.check_number("adam_weight_decay", adamw.weight_decay)
@@ -105,7 +118,7 @@ def matrix_optimizer(
     of_axes = linear_rule if is_linear else _learned_step
     learned_step = functools.cache(functools.partial(of_axes, weights, options))
 
-    def init(params: Any) -> PerParameterState:
+    def init(params: Any) -> PerParameterState | FadingState:
         state = learned_step("matrix").init(params)
         of_leaves = plans_of(plans, params, stacked_axes)
         accumulators = _without_unused(state.accumulators, of_leaves, is_linear)
@@ -114,16 +127,19 @@ def matrix_optimizer(
             common.stored_dtype(options.accumulator_dtype, (beta,), are_squares)
             for beta, are_squares in ((beta1, False), (beta2, True))
         ]
-        return state._replace(accumulators=_with_adam_dtypes(accumulators, of_leaves, dtypes))
+        accumulators = _with_adam_dtypes(accumulators, of_leaves, dtypes)
+        if fading is None:
+            return state._replace(accumulators=accumulators)
+        return FadingState(state.count, accumulators, no_norms())
 
     def update(
         tracing: Tracing,
         meta_parameters: Any,
         gradients: Any,
-        state: PerParameterState,
+        state: PerParameterState | FadingState,
         params: Any,
         value: Any,
-    ) -> tuple[Any, PerParameterState]:
+    ) -> tuple[Any, PerParameterState | FadingState]:
         del value
         tensors = tensors_of(params, stacked_axes, tracing.shards)
         of_leaves = _plans_of(plans, params, tensors)
@@ -133,12 +149,21 @@ def matrix_optimizer(
         wide = [
             p if g is None else common.to_float32(p) for p, g in zip(leaves, given, strict=True)
         ]
+        count = optax.safe_increment(state.count)
+        factor: Any = 1.0
+        if isinstance(state, FadingState):
+            squared = sum(common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(given)))
+            if max_gradient_norm is not None:  # what clipping leaves
+                squared = jnp.minimum(squared, jnp.square(max_gradient_norm))
+            norms = with_norm(state.norms, jnp.float32(squared), count)
+            factor = fading_factor(norms, count, fading)
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
             given = treedef.flatten_up_to(
                 clip.update(treedef.unflatten(given), None, lopt_tracing=tracing)[0]
             )
         rate, decay_of_learned = options.rates(state.count, params)
+        rate = rate * factor
         adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
         _, decay_of_adam = adam_options.rates(state.count, params)
         if decay is not None:
@@ -153,7 +178,6 @@ def matrix_optimizer(
             paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
             how = NewtonSchulz(coefficients, precision)
             steps = _orthogonalized(steps, of_leaves, tensors, paths, how, tracing)
-        count = optax.safe_increment(state.count)
         first, *others = accumulators.momentum
         momentum = arrays_like("state: momentum", first, params)
         second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
@@ -180,7 +204,7 @@ def matrix_optimizer(
                 mult, decay_of_leaf = adamw.learning_rate_mult, decay_of_adam
             decayed = plan.decay * per_leaf(decay_of_leaf, entry, wide[i]) * wide[i]
             if cautious_decay and plan.rule == LEARNED:
-                decayed = jnp.where(step * wide[i] >= 0, decayed, 0)
+                decayed = jnp.where(step * wide[i] >= 0, decayed, (1 - factor) * decayed)
             updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
         accumulators = accumulators._replace(
             momentum=(treedef.unflatten(momentum), *others),
@@ -189,9 +213,13 @@ def matrix_optimizer(
                 jax.tree.structure(accumulators.second_moment), second_moment
             ),
         )
-        return treedef.unflatten(updates), PerParameterState(count, accumulators)
+        new_state = state._replace(count=count, accumulators=accumulators)
+        if isinstance(new_state, FadingState):
+            new_state = new_state._replace(norms=norms)
+        return treedef.unflatten(updates), new_state
 
-    tx = common.transformation(options, init, update, weights.params, PerParameterState)
+    state_type = PerParameterState if fading is None else FadingState
+    tx = common.transformation(options, init, update, weights.params, state_type)
     of_leaves = functools.partial(plans_of, plans, stacked_axes=stacked_axes)
     return LearnedTransformation.of(
         tx.init,
@@ -298,7 +326,7 @@ def _learned_steps(
     meta_parameters: Any,
     treedef: Any,
     gradients: Sequence[Any],
-    state: PerParameterState,
+    state: PerParameterState | FadingState,
     params: Sequence[Any],
     tensors: Sequence[Tensors],
     plans: Sequence[LeafPlan],
