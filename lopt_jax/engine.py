@@ -164,7 +164,6 @@ def second_pass(
             continue
         own = [groups[k] for k in run.members]
         tensors = [k for group in own for k in group.tensors]
-        of_run = settings if run.on_kernels else replace(settings, statistics=None)
         updates, kept = of_runs.update(
             rule,
             tracing,
@@ -173,7 +172,7 @@ def second_pass(
             [prepared.inputs[k] for k in run.members],
             moments,
             decays,
-            of_run.rows(tensors),
+            settings.rows(tensors),
             [networks[k] for k in run.members],
             zero,
         )
