@@ -64,17 +64,7 @@ class XlaNetwork:
             return small_tensor_step(self.platform, rule, mlp, inputs)
         normalizers = normalize(rule, features, operands, partition)
         folded = self.prepared(fold(mlp, features, normalizers, operands))
-        elements = self.elements_at_once(folded)
-        if elements is None:
-            return self.outputs(rule, features, folded, operands)
-        return map_blocks(
-            lambda operands, *biases: self.outputs(
-                rule, features, with_biases(folded, *biases), operands
-            ),
-            (operands, folded.row_bias, folded.column_bias),
-            operands.gradient.shape,
-            elements,
-        )
+        return self.by_blocks(rule, features, folded, self.apart(operands))
 
     def takes_at_once(self, gradient: jax.Array, partition: Partition | None) -> bool:
         """Whether a tensor is so small that it is updated by `small_tensor_step`."""
@@ -104,11 +94,36 @@ class XlaNetwork:
             return network_step(rule, features, folded, operands)
         return _step_by_products(self.platform, rule, features, folded, operands)
 
-    def read_anew(self, gradient: jax.Array, accumulators: Any) -> tuple[jax.Array, Any]:
-        """A tensor's arrays, of which XLA will share no expression with those before."""
-        arrays = (gradient, accumulators.momentum, accumulators.second_moment)
-        gradient, momentum, second = barrier("shared_expressions", arrays, self.without)
-        return gradient, accumulators._replace(momentum=momentum, second_moment=second)
+    def by_blocks(
+        self, rule: Rule, features: Sequence[Feature], folded: Folded, operands: Operands
+    ) -> jax.Array:
+        """Pass C up to the step, of a tensor."""
+        elements = self.elements_at_once(folded)
+        if elements is None:
+            return self.outputs(rule, features, folded, operands)
+        return map_blocks(
+            lambda operands, *biases: self.outputs(
+                rule, features, with_biases(folded, *biases), operands
+            ),
+            (operands, folded.row_bias, folded.column_bias),
+            operands.gradient.shape,
+            elements,
+        )
+
+    @property
+    def stores_accumulators(self) -> bool:
+        """Whether pass C reads new accumulators that are stored before it."""
+        return self.platform == "cpu"
+
+    def apart(self, operands: Operands) -> Operands:
+        """The operands, whose elementwise expressions XLA will not share with those before."""
+        tensors = (operands.gradient, operands.momentum, operands.second_moment)
+        gradient, momentum, second = self.read_anew(tensors)
+        return operands._replace(gradient=gradient, momentum=momentum, second_moment=second)
+
+    def read_anew(self, arrays: Any) -> Any:
+        """Arrays behind a barrier: XLA shares no expression of them with those before."""
+        return barrier("shared_expressions", arrays, self.without)
 
     def store(self, x: jax.Array) -> jax.Array:
         """The array behind a barrier."""

@@ -4,6 +4,7 @@
 common, the new accumulators among it. Here pass C computes them anew from the old ones, which are
 replaced in place: pass B reads a tensor's six arrays, pass C reads them again and writes five. A
 wide network takes a block of rows at a time, so that no hidden layer is as large as the tensor.
+On CPUs, where XLA makes a loop of every array that it writes, storing them first is faster.
 """
 
 from collections.abc import Sequence
@@ -78,11 +79,20 @@ def update(
         rule, features, operands, moments, decays, rates.statistics, partition
     )
     folded = network.prepared(rules.fold(mlp, features, normalizers, operands))
-    vectors = FactoredVectors(
-        operands.row, operands.column, operands.row_factor, operands.column_factor
-    )
+
+    def made(step: jax.Array, parameter: jax.Array) -> jax.Array:
+        """What is added to the parameter."""
+        return rules.tensor_update(rule, moments, step, parameter, rates.scale, rates.weight_decay)
+
+    if network.stores_accumulators:
+        now = network.apart(operands)
+        step = network.by_blocks(rule, features, folded, now)
+        new = Accumulators(now.momentum, now.second_moment, row, column)
+        stored = rules.as_stored(new, arrays.accumulators)
+        return TensorUpdate(made(step, now.parameter), stored, statistics)
 
     def pass_c(old: Any, read: Any) -> tuple[Any, jax.Array]:
+        """New averages and update, from a block's old averages and the other arrays."""
         (momentum, second_moment), (gradient, parameter, vectors, *biases) = old, read
         gradient = rules.prepare_gradient(rule, gradient).astype(operands.gradient.dtype)
         wide = lambda tree: jax.tree.map(lambda x: x.astype(gradient.dtype), tree)  # noqa: E731
@@ -90,24 +100,23 @@ def update(
             gradient, wide(parameter), wide(momentum), wide(second_moment), decays, vectors
         )
         step = network.outputs(rule, features, with_biases(folded, *biases), now)
-        made = rules.tensor_update(
-            rule, moments, step, now.parameter, rates.scale, rates.weight_decay
-        )
-        new = jax.tree.map(
-            lambda x, old: x.astype(old.dtype), (now.momentum, now.second_moment), old
-        )
-        return new, made
+        new = now.momentum, now.second_moment
+        return jax.tree.map(lambda x, o: x.astype(o.dtype), new, old), made(step, now.parameter)
 
-    gradient, accumulators = network.read_anew(arrays.gradient, arrays.accumulators)
-    old = (accumulators.momentum, accumulators.second_moment)
+    gradient, old = network.read_anew(
+        (arrays.gradient, (arrays.accumulators.momentum, arrays.accumulators.second_moment))
+    )
+    vectors = FactoredVectors(
+        operands.row, operands.column, operands.row_factor, operands.column_factor
+    )
     read = (gradient, arrays.parameter, vectors, folded.row_bias, folded.column_bias)
     elements = network.elements_at_once(folded)
     if elements is None:
-        (momentum, second_moment), made = pass_c(old, read)
+        (momentum, second_moment), change = pass_c(old, read)
     else:
-        (momentum, second_moment), made = replace_blocks(pass_c, old, read, shape, elements)
-    new = rules.as_stored(Accumulators(momentum, second_moment, row, column), arrays.accumulators)
-    return TensorUpdate(made, new, statistics)
+        (momentum, second_moment), change = replace_blocks(pass_c, old, read, shape, elements)
+    new = Accumulators(momentum, second_moment, row, column)
+    return TensorUpdate(change, rules.as_stored(new, arrays.accumulators), statistics)
 
 
 def _pass_b(
