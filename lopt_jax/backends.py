@@ -241,8 +241,8 @@ def update(
         for batch, made in zip(fused, of_units, strict=True):
             updates |= dict(zip(batch.members, made, strict=True))
         kept.append((own, of_tensors))
-    settings = replace(settings, statistics=None)  # XLA makes new ones without the old
     if together := passes.joined_batches(rule, tracing, batches, groups, networks, settings):
+        alone = replace(settings, statistics=None)  # small tensors need none of the last step
         members = [batches[i].members[0] for i in together]
         made = passes.small_updates(
             rule,
@@ -250,7 +250,7 @@ def update(
             [inputs[k] for k in members],
             [statistics[i] for i in together],
             decays,
-            [settings.rows(tensors[k]) for k in members],
+            [alone.rows(tensors[k]) for k in members],
         )
         updates |= dict(zip(members, made, strict=True))
     for i, batch in enumerate(batches):

@@ -17,6 +17,16 @@ LARGEST_INDEX = int(np.iinfo(np.int32).max)  # of what is counted while a progra
 
 Shards = tuple[tuple[str, Any], ...]  # a `Partition` for each leaf's path: hashable
 
+_KINDS = {"cuda": "gpu", "rocm": "gpu"}  # names of platforms that jax knows beside its own
+
+
+@dataclass(frozen=True)
+class AbsentDevice:
+    """A device that programs are compiled for and that this host does not have."""
+
+    platform: str
+    device_kind: str = "unknown"
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -24,7 +34,8 @@ class Tracing:
     """What steers a trace beside the types of its arrays: part of the key of what is compiled.
 
     Attributes:
-      device: the device that runs it, or its platform; None: jax's default device.
+      device: the device that runs it, or its platform, whether this host has one or not; None:
+        jax's default device.
       batch: trainings that `jax.vmap` makes of one: whether the kernels are worth it, "auto"
         decides by the tensors of all trainings.
       constant_weights: whether the weights are constants of the program.
@@ -51,15 +62,24 @@ class Tracing:
         return replace(self, device=self._named())
 
     @property
-    def runs_on(self) -> jax.Device:
+    def runs_on(self) -> jax.Device | AbsentDevice:
         """A device that runs what is traced, as far as that is known: else the default one."""
         named = self._named()
-        return named if isinstance(named, jax.Device) else jax.local_devices(backend=named)[0]
+        if isinstance(named, jax.Device):
+            return named
+        try:
+            return jax.local_devices(backend=named)[0]
+        except RuntimeError:
+            if named is None:
+                raise
+            return AbsentDevice(self.platform)
 
     @property
     def platform(self) -> str:
         """The platform of the device: "cpu", "gpu" or "tpu"."""
-        return jax.default_backend() if self._named() is None else self.runs_on.platform
+        named = self._named()
+        name = named.platform if isinstance(named, jax.Device) else named or jax.default_backend()
+        return _KINDS.get(name, name)
 
     @property
     def is_local(self) -> bool:
@@ -152,9 +172,21 @@ def settings_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def platform_of(tree: Any) -> str | None:
-    """The platform that arrays lie on; None where they have no values yet."""
+    """The platform that arrays lie on, or that their mesh names where they have no values yet.
+
+    Args:
+      tree: of arrays.
+
+    Returns:
+      The platform; None where the first arrays have neither values nor a mesh of devices.
+    """
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.core.Tracer):
+            sharding = getattr(jax.typeof(x), "sharding", None)
+            device = getattr(getattr(sharding, "mesh", None), "abstract_device", None)
+            if device is not None:
+                return device.platform
+        elif isinstance(x, jax.Array):
             return next(iter(x.devices())).platform
     return None
 

@@ -6,7 +6,6 @@ backends run as they do where nothing is split. Each call is one operation of th
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -115,9 +114,7 @@ def update(
     """Passes B and C, as `backends.update`; the settings are of all tensors of the tree."""
     updates: dict[int, TensorUpdate] = {}
     kept: list[tuple[Sequence[int], Any]] = []
-    without_statistics = replace(settings, statistics=None)  # XLA makes new ones without the old
     for members in _operations(tracing, groups, inputs):
-        given = settings if groups[members[0]].on_kernels else without_statistics
         tensors = [i for k in members for i in groups[k].tensors]
         made, of_tensors = _update(
             rule,
@@ -126,7 +123,7 @@ def update(
             [inputs[k] for k in members],
             [statistics[k] for k in members],
             decays,
-            given.rows(tensors),
+            settings.rows(tensors),
             [networks[k] for k in members],
         )
         updates |= dict(zip(members, made, strict=True))

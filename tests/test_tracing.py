@@ -19,6 +19,7 @@ from lopt_jax import batches
 from lopt_jax.applying import in_batch, steering
 from lopt_jax.compiler import products
 from lopt_jax.compiler.quirks import QUIRKS
+from lopt_jax.context import Tracing, platform_of
 from lopt_jax.rules.rule import Rule
 from lopt_jax.xla import passes
 
@@ -201,3 +202,37 @@ def test_kernels_are_cut_for_the_device(multiprocessors):
         programs = tuning.plan_for(held, (view,), 1, chosen).programs
         waves = programs / (multiprocessors * chosen.programs)
         assert 0.9 < waves / np.ceil(waves) <= 1
+
+
+def test_a_platform_that_this_host_lacks_can_be_named():
+    """By the optimizer, or by jax's default device."""
+    params = {"kernel": jax.ShapeDtypeStruct((512, 512), jnp.float32)}
+
+    def equations(tx):
+        state = jax.eval_shape(tx.init, params)
+        return re.findall(r"= (\w+)", str(jax.jit(tx.update).trace(params, state, params).jaxpr))
+
+    tx = lopt_jax.small_fc_lopt("small_fc_lopt", backend="auto")
+    here, named = equations(tx), equations(steering(tx, device="tpu"))
+    assert here != named
+    with jax.default_device("tpu"):
+        assert equations(tx) == named
+
+
+def test_the_mesh_of_arguments_names_the_platform():
+    found = []
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), abstract_device=jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    )
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    for like in (None, sharding):
+        x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=like)
+        jax.jit(lambda x: found.append(platform_of({"of no mesh": 1, "x": x}))).trace(x)
+    assert found == [None, "tpu"]
+
+
+@pytest.mark.parametrize(("name", "platform"), [("cuda", "gpu"), ("rocm", "gpu"), ("tpu", "tpu")])
+def test_names_of_platforms(name, platform):
+    tracing = Tracing(device=name)
+    assert tracing.platform == platform
+    assert tracing.runs_on.platform == platform

@@ -432,6 +432,7 @@ def normalize(
     features: Sequence[Feature],
     operands: Operands,
     partition: Partition | None = None,
+    means_of: Callable[..., Sequence[jax.Array]] = means,
 ) -> jax.Array:
     """Pass B: the normaliser of every feature.
 
@@ -440,6 +441,7 @@ def normalize(
       features: the features of this tensor.
       operands: their operands.
       partition: where the operands are shards of a tensor, how it is spread.
+      means_of: takes the means of the squares of the element features, as `means` does.
 
     Returns:
       1 / sqrt(mean of squares + epsilon), (features, *K): reduced axes kept with size 1.
@@ -451,7 +453,7 @@ def normalize(
         for feature in features
         if feature.varies == "element"
     ]
-    mean_squares = means(squares, axes, partition)
+    mean_squares = means_of(squares, axes, partition)
     along: dict[Varies, Partition | None] = {"row": None, "column": None}
     dims = None if partition is None else factored_dims(partition.shape)
     if partition is not None and dims is not None:

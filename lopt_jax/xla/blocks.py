@@ -132,6 +132,64 @@ def map_and_sum_blocks(
     return out.reshape(shape), sums
 
 
+def replace_blocks(
+    function: Callable[[Any, Any], tuple[Any, jax.Array]],
+    state: Any,
+    read: Any,
+    shape: Sequence[int],
+    block_elements: int,
+) -> tuple[Any, jax.Array]:
+    """Replaces arrays by an elementwise function of them, in place and a block at a time.
+
+    Args:
+      function: (state, read) -> (new state, result), elementwise, all cut to a block.
+      state: tree of arrays of this shape; the new ones take their place and dtypes.
+      read: tree of arrays whose last len(shape) axes broadcast against `shape`.
+      shape: the tensor's shape.
+      block_elements: elements of a block, about.
+
+    Returns:
+      The new state, and the result for the whole tensor.
+    """
+    axis = _block_axis(shape)
+    size = shape[axis]
+    blocks = _block_count(size, math.ceil(math.prod(shape) / block_elements))
+    if blocks == 1:
+        return function(state, read)
+    if size > LARGEST_INDEX:  # a block would begin where an int32 cannot say
+        halves = []
+        for first, last in ((0, size // 2), (size // 2, size)):
+            part = functools.partial(_part, shape=shape, axis=axis, first=first, count=last - first)
+            of_half = (*shape[:axis], last - first, *shape[axis + 1 :])
+            halves.append(
+                replace_blocks(function, part(state), part(read), of_half, block_elements)
+            )
+        return jax.tree.map(lambda *xs: jnp.concatenate(xs, axis), *halves)
+    each = size // blocks if size % blocks == 0 else -(-size // blocks // 8) * 8
+    blocks = size // each
+
+    def step(carry: tuple[Any, jax.Array], first: Any, count: int) -> tuple[Any, jax.Array]:
+        part = functools.partial(_part, shape=shape, axis=axis, first=first, count=count)
+        made = function(part(carry[0]), part(read))
+        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, first, axis)  # noqa: E731
+        return jax.tree.map(put, carry, made)
+
+    like = jax.eval_shape(function, state, read)[1]
+    carry = (state, jnp.zeros(like.shape, like.dtype))
+    carry = jax.lax.fori_loop(0, blocks, lambda i, carry: step(carry, i * each, each), carry)
+    return step(carry, blocks * each, size % each) if size % each else carry
+
+
+def _part(tree: Any, shape: Sequence[int], axis: int, first: Any, count: int) -> Any:
+    """A range along an axis of the tensor, of arrays that broadcast against it."""
+
+    def of_array(x: jax.Array) -> jax.Array:
+        own = x.ndim - len(shape) + axis
+        return x if x.shape[own] == 1 else jax.lax.dynamic_slice_in_dim(x, first, count, own)
+
+    return jax.tree.map(of_array, tree)
+
+
 def _block_axis(shape: Sequence[int]) -> int:
     """The largest axis but the last, so that blocks are contiguous along the last."""
     leading = shape[:-1]

@@ -59,33 +59,80 @@ class XlaNetwork:
         partition: Partition | None,
     ) -> jax.Array:
         """Passes B and C up to the step, as `rule.network_step` on normalised features."""
-        # a shard's means need the other shards, which only the longer way knows how to ask
-        if partition is None and operands.gradient.size <= self.small_elements:
+        if self.takes_at_once(operands.gradient, partition):
             inputs = small_tensor_inputs(rule, features, operands)
             return small_tensor_step(self.platform, rule, mlp, inputs)
         normalizers = normalize(rule, features, operands, partition)
-        folded = fold(mlp, features, normalizers, operands)
-        operands = self._apart(operands)
-        hidden = folded.row_bias.shape[0]
-        if hidden < WIDE_HIDDEN_SIZE:
-            return network_step(rule, features, folded, operands)
-        one_per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
-        if one_per_tensor and not self.unrolled:
-            elements = self.block_elements or elements_for(self.platform)
-            return _step_by_blocks(self.platform, rule, features, folded, operands, elements)
+        folded = self.prepared(fold(mlp, features, normalizers, operands))
+        return self.by_blocks(rule, features, folded, self.apart(operands))
+
+    def takes_at_once(self, gradient: jax.Array, partition: Partition | None) -> bool:
+        """Whether a tensor is so small that it is updated by `small_tensor_step`."""
+        # a shard's means need the other shards, which only the longer way knows how to ask
+        return partition is None and gradient.size <= self.small_elements
+
+    def prepared(self, folded: Folded) -> Folded:
+        """The folded network as `outputs` takes it."""
+        if not self.unrolled:
+            return folded
         weights = [barrier("unrolled_weights", w, self.without) for w in folded.weights]
-        folded = folded._replace(weights=tuple(weights))
-        return network_step(rule, features, folded, operands)
+        return folded._replace(weights=tuple(weights))
+
+    def elements_at_once(self, folded: Folded) -> int | None:
+        """Elements that a hidden layer takes at a time; None: it is no array, all of them."""
+        one_per_tensor = all(math.prod(w.shape[1:]) == 1 for w in folded.weights)
+        is_wide = folded.row_bias.shape[0] >= WIDE_HIDDEN_SIZE
+        if not is_wide or not one_per_tensor or self.unrolled:
+            return None
+        return self.block_elements or elements_for(self.platform)
+
+    def outputs(
+        self, rule: Rule, features: Sequence[Feature], folded: Folded, operands: Operands
+    ) -> jax.Array:
+        """Pass C up to the step, of a tensor or of a block of `elements_at_once`."""
+        if self.elements_at_once(folded) is None:
+            return network_step(rule, features, folded, operands)
+        return _step_by_products(self.platform, rule, features, folded, operands)
+
+    def by_blocks(
+        self, rule: Rule, features: Sequence[Feature], folded: Folded, operands: Operands
+    ) -> jax.Array:
+        """Pass C up to the step, of a tensor."""
+        elements = self.elements_at_once(folded)
+        if elements is None:
+            return self.outputs(rule, features, folded, operands)
+        return map_blocks(
+            lambda operands, *biases: self.outputs(
+                rule, features, with_biases(folded, *biases), operands
+            ),
+            (operands, folded.row_bias, folded.column_bias),
+            operands.gradient.shape,
+            elements,
+        )
+
+    @property
+    def stores_accumulators(self) -> bool:
+        """Whether pass C reads new accumulators that are stored before it."""
+        return self.platform == "cpu"
+
+    def apart(self, operands: Operands) -> Operands:
+        """The operands, whose elementwise expressions XLA will not share with those before."""
+        tensors = (operands.gradient, operands.momentum, operands.second_moment)
+        gradient, momentum, second = self.read_anew(tensors)
+        return operands._replace(gradient=gradient, momentum=momentum, second_moment=second)
+
+    def read_anew(self, arrays: Any) -> Any:
+        """Arrays behind a barrier: XLA shares no expression of them with those before."""
+        return barrier("shared_expressions", arrays, self.without)
 
     def store(self, x: jax.Array) -> jax.Array:
         """The array behind a barrier."""
         return barrier("row_factors", x, self.without)
 
-    def _apart(self, operands: Operands) -> Operands:
-        """The operands, whose elementwise expressions XLA will not share with those before."""
-        tensors = (operands.gradient, operands.momentum, operands.second_moment)
-        gradient, momentum, second = barrier("shared_expressions", tensors, self.without)
-        return operands._replace(gradient=gradient, momentum=momentum, second_moment=second)
+
+def with_biases(folded: Folded, row_bias: jax.Array, column_bias: jax.Array | None) -> Folded:
+    """The folded network of a block of the tensor."""
+    return folded._replace(row_bias=row_bias, column_bias=column_bias)
 
 
 def small_tensor_inputs(rule: Rule, features: Sequence[Feature], operands: Operands) -> jax.Array:
@@ -146,15 +193,14 @@ def _product(
     return jnp.tensordot(weight, x, axes=1, precision=precision)
 
 
-def _step_by_blocks(
+def _step_by_products(
     platform: str,
     rule: Rule,
     features: Sequence[Feature],
     folded: Folded,
     operands: Operands,
-    elements: int,
 ) -> jax.Array:
-    """Pass C with hidden layers as matrix products, (H, *block), a block of the tensor at a time.
+    """Pass C with hidden layers as matrix products, (H, *S).
 
     Args:
       platform: of the device.
@@ -162,27 +208,20 @@ def _step_by_blocks(
       features: the features of this tensor.
       folded: the folded network, one for the whole tensor.
       operands: the features' operands, shape S.
-      elements: of a block.
 
     Returns:
       The step, S.
     """
-    element = [feature for feature in features if feature.varies == "element"]
+    shape = operands.gradient.shape
     precision = product_precision(rule.precision, operands.gradient.dtype, platform)
+    element = [feature for feature in features if feature.varies == "element"]
+    inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
     # (outputs, inputs): a product with rows along memory, faster by a tenth on CPUs
     first = jnp.stack([w.reshape(w.shape[0]) for w in folded.weights], axis=1)
-    layers = [(weight.T, bias) for weight, bias in folded.layers]
-
-    def step(operands: Operands, row_bias: jax.Array, column_bias: jax.Array | None) -> jax.Array:
-        shape = operands.gradient.shape
-        inputs = [jnp.broadcast_to(feature.formula(operands), shape) for feature in element]
-        hidden = _product(precision, first, inputs) + row_bias
-        if column_bias is not None:
-            hidden = hidden + column_bias
-        for weight, bias in layers:
-            hidden = _product(precision, weight, jnp.maximum(hidden, 0))
-            hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
-        return output_step(hidden[0], hidden[1], rule.exp_mult)
-
-    arguments = (operands, folded.row_bias, folded.column_bias)
-    return map_blocks(step, arguments, operands.gradient.shape, elements)
+    hidden = _product(precision, first, inputs) + folded.row_bias
+    if folded.column_bias is not None:
+        hidden = hidden + folded.column_bias
+    for weight, bias in folded.layers:
+        hidden = _product(precision, weight.T, jnp.maximum(hidden, 0))
+        hidden = hidden + bias.reshape((-1,) + (1,) * len(shape))
+    return output_step(hidden[0], hidden[1], rule.exp_mult)

@@ -30,8 +30,10 @@ from lopt_jax.rules.rule import (
     TensorUpdate,
 )
 from lopt_jax.settings import TensorSettings
+from lopt_jax.xla import update as of_tensor
 from lopt_jax.xla.network import XlaNetwork, small_tensor_inputs, small_tensor_step
 from lopt_jax.xla.turns import in_turn
+from lopt_jax.xla.update import Rates
 
 # On a CPU, wide layers of so large groups are unrolled, unless that would take long to compile.
 UNROLLED_ELEMENTS, UNROLLED_GROUPS = 1 << 17, 8
@@ -106,10 +108,10 @@ def _second_pass(
     rule: Rule, network: XlaNetwork, mlp_per_tensor: bool, partition: Partition | None
 ) -> Callable[..., TensorUpdate]:
     """Passes B and C over tensors of one shape, or the shards of them."""
-    axes = (0 if mlp_per_tensor else None, 0, 0, 0, 0, None, 0, 0)
+    axes = (0 if mlp_per_tensor else None, 0, 0, None, 0)
 
     def lopt_passes(*arguments: Any) -> TensorUpdate:
-        function = functools.partial(rules.update, rule, partition=partition, network=network)
+        function = functools.partial(of_tensor.update, rule, network, partition)
         return over_tensors(function, *arguments, in_axes=axes)
 
     return lopt_passes
@@ -156,11 +158,11 @@ def updates(
     )
 
     def update(
-        x: TensorArrays, moments: GradientStatistics, mlp: Any, rates: tuple
+        x: TensorArrays, moments: GradientStatistics, mlp: Any, rates: Rates
     ) -> TensorUpdate:
-        return run(mlp, moments, *x, decays, *rates)
+        return run(mlp, moments, x, decays, rates)
 
-    rates = (settings.scale, settings.weight_decay)
+    rates = Rates(settings.scale, settings.weight_decay, settings.statistics)
     if len(inputs) == 1:
         alone = update(inputs[0], moments, settings.mlp, rates)
         return [alone._replace(statistics=None)], alone.statistics
