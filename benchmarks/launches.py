@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=("xla", "auto"), default="auto")
     parser.add_argument("--step", choices=("update", "train"), default="update")
     options = parser.parse_args()
-    supports.unsupported_reason = lambda _: None  # type: ignore[assignment]
+    supports.unsupported_reason = lambda *_, **__: None  # type: ignore[assignment]
     start = time.perf_counter()
     compiled = compile_for_h200(options.model, options.optimizer, options.backend, options.step)
     seconds = time.perf_counter() - start

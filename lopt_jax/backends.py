@@ -88,7 +88,9 @@ def _choices(
 
     Of the vectors that may be padded to one length they take all or none.
     """
-    reason = supports.unsupported_reason(tracing) or unknown_decays(inputs[0].accumulators)
+    kernels = supports.kernels_of(rule.precision, rule.hidden_size)
+    reason = supports.unsupported_reason(tracing, kernels, must)
+    reason = reason or unknown_decays(inputs[0].accumulators)
     choices: list[str | None] = [reason] * len(inputs)
     if reason is None:
         from pallas_kernels import choice
@@ -147,11 +149,12 @@ def leaf_backend(
     Returns:
       "kernels" or "xla", and what of this leaf is a reason for XLA where the kernels run, or "".
     """
-    if backend == "xla" or supports.unsupported_reason(Tracing()) is not None:
+    is_asked_for = backend == "pallas"
+    reason = supports.unsupported_reason(Tracing(), is_asked_for=is_asked_for)
+    if backend == "xla" or reason is not None:
         return "xla", ""
     from pallas_kernels import choice
 
-    is_asked_for = backend == "pallas"
     reason = choice.unsupported_leaf_reason(normalizer_axes, shape, [dtype], is_asked_for)
     return ("kernels", "") if reason is None else ("xla", reason)
 

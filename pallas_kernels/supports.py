@@ -13,6 +13,7 @@ import jax
 
 from lopt_jax.context import Tracing
 from lopt_jax.partition import checked_axes
+from lopt_jax.rules.rule import WIDE_HIDDEN_SIZE
 
 HOPPER = (9, 0)  # the compute capability that the kernels were made for
 
@@ -21,12 +22,28 @@ CUDA_CORES, MATRIX_UNITS = "cuda_cores", "matrix_units"
 KERNELS = (CUDA_CORES, MATRIX_UNITS)
 
 
-def unsupported_reason(tracing: Tracing) -> str | None:
-    """Why no kernel runs where it is traced for, part of a sentence, or None."""
+def kernels_of(precision: jax.lax.Precision, hidden_size: int) -> str:
+    """Which of `KERNELS` run a network of this size."""
+    is_wide = hidden_size >= WIDE_HIDDEN_SIZE
+    return MATRIX_UNITS if is_wide and precision != jax.lax.Precision.HIGHEST else CUDA_CORES
+
+
+def unsupported_reason(
+    tracing: Tracing, kernels: str = CUDA_CORES, is_asked_for: bool = False
+) -> str | None:
+    """Why these kernels do not run where it is traced for, part of a sentence, or None.
+
+    Args:
+      tracing: what steers the trace.
+      kernels: which: of `KERNELS`.
+      is_asked_for: the user asked for the kernels by name: then only what is impossible counts.
+    """
     if is_interpreting():
         reason = import_reason()
     else:
-        reason = device_reason(tracing.runs_on) or import_reason() or lowering_reason()
+        device = tracing.runs_on
+        reason = device_reason(device) or kernels_reason(kernels, device, is_asked_for)
+        reason = reason or import_reason() or lowering_reason()
     if reason is None and checked_axes():
         return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
     return reason
@@ -55,17 +72,8 @@ def device_reason(device: jax.Device) -> str | None:
 
 
 def kernels_reason(kernels: str, device: jax.Device, is_asked_for: bool) -> str | None:
-    """Why a device that can run some kernels does not run these, or None.
-
-    Args:
-      kernels: which: of `KERNELS`.
-      device: the device.
-      is_asked_for: the user asked for the kernels by name: then only what is impossible counts.
-
-    Returns:
-      The reason, part of a sentence.
-    """
-    if is_interpreting() or _capability(device) == HOPPER:
+    """Why a device that can run some kernels does not run these; see `unsupported_reason`."""
+    if _capability(device) == HOPPER:
         return None
     kind = f"{device.device_kind} (compute capability {_capability_name(device)})"
     if kernels == MATRIX_UNITS:

@@ -9,6 +9,7 @@ from lopt_jax.rules import rule as rules
 from lopt_jax.rules.rule import Rule
 from pallas_kernels import matrix_units, mosaic
 from pallas_kernels.plan import Plan
+from pallas_kernels.supports import MATRIX_UNITS, kernels_of
 from pallas_kernels.view import View, view_of
 
 MULTIPROCESSORS = 132  # of an H200 and an H100 SXM: where the device does not say
@@ -76,8 +77,7 @@ def update_tuning(rule: Rule, hidden: int) -> Tuning:
 
 def uses_matrix_units(rule: Rule, hidden: int) -> bool:
     """Whether pass C takes the matrix units."""
-    is_wide = hidden >= rules.WIDE_HIDDEN_SIZE
-    return is_wide and rule.precision != jax.lax.Precision.HIGHEST
+    return kernels_of(rule.precision, hidden) == MATRIX_UNITS
 
 
 def view_for(shape: tuple[int, ...], tuning: Tuning, whole: tuple[int, ...] | None = None) -> View:

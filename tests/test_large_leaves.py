@@ -57,7 +57,7 @@ def test_kernels(monkeypatch):
     pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     from pallas_kernels import choice, supports
 
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     tx = optimizers.make("small_fc_lopt", backend="pallas")
     update_of_shapes(tx, "matrix")
     with pytest.raises(NotImplementedError, match="longer than 32 bits count"):

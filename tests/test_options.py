@@ -95,7 +95,7 @@ def test_traced_arguments_are_those_of_python(name, options, params):
 
 
 def test_kernels_refuse_rules_of_other_averages(params, monkeypatch):
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     tx = optimizers.make("mlp_lopt", backend="pallas")
     state = jax.eval_shape(tx.init, params)
     with pytest.raises(NotImplementedError, match="3 momenta and one second moment alone"):
@@ -118,7 +118,7 @@ WITHOUT_KERNELS = {
 @pytest.mark.parametrize("backend", ["auto", "pallas", "xla"])
 def test_describe_says_which_backend_and_why(name, backend, monkeypatch):
     """On a GPU that runs the kernels, of a leaf that is worth them."""
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     tx = optimizers.make(name, backend=backend)
     found = lopt_jax.describe(tx, {"w0": jax.ShapeDtypeStruct((256, 512), jnp.float32)})
     has_kernels = backend != "xla" and name not in WITHOUT_KERNELS
@@ -129,7 +129,7 @@ def test_describe_says_which_backend_and_why(name, backend, monkeypatch):
 
 
 def test_describe_knows_the_decays_of_the_weights(monkeypatch):
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     tx = reference.optimizer("adafac_mlp_lopt_decays")
     found = lopt_jax.describe(tx, {"w": jax.ShapeDtypeStruct((256, 512), jnp.float32)})
     assert "3 momenta" in found.note

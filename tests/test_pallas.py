@@ -482,7 +482,7 @@ def test_vectors_of_different_lengths(monkeypatch):
     ):
         scale = np.max(np.abs(b), initial=1e-9)
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * scale, err_msg=str(path))
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     traced = jax.jit(tx.update).trace(*arguments, value=jnp.float32(0.9))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 4  # two passes, and 100 is too short for 512
@@ -623,7 +623,7 @@ def test_lowered_kernels_are_found():
 @pytest.mark.parametrize("name", [nightly("small_fc_lopt"), "velo"])
 def test_settings_of_the_caller_change_no_kernel(monkeypatch, name):
     """64 bit, and promotion at its strictest."""
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     tx = optimizers.make(name, backend="pallas")
     shapes = ((40, 256), (40, 256), (7, 13), (130,), (96,), ())
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -942,7 +942,7 @@ class TestBackend:
                 assert Tracing().platform == "cpu"
                 assert Tracing().runs_on == cpu
         monkeypatch.setattr(
-            supports, "unsupported_reason", lambda how: seen.append(how.platform) or "no reason"
+            supports, "unsupported_reason", lambda how, *_: seen.append(how.platform) or "no reason"
         )
         tx, params = lopt_jax.small_fc_lopt(), jax.device_put({"w": jnp.ones((3, 4))}, cpu)
         state = tx.init(params)

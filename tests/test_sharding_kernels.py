@@ -246,7 +246,7 @@ def test_automatic_without_its_kernels(name, monkeypatch):
         return tuple(jnp.full(x.shape, some, x.dtype) for x in outputs)
 
     monkeypatch.setattr(mosaic, "call", not_run)
-    monkeypatch.setattr(supports, "unsupported_reason", lambda _: None)
+    monkeypatch.setattr(supports, "unsupported_reason", lambda *_, **__: None)
     sizes, specs = LAYOUTS["halves"]
     mesh = mesh_of(sizes)
     shardings = {k: NamedSharding(mesh, specs[k]) for k in SHAPES}

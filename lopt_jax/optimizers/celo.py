@@ -67,6 +67,7 @@ def celo(
         gradient_clip=common.GRADIENT_CLIP,
         parameter_scale=True,
         precision=options.precision,
+        hidden_size=weights.config["hidden_size"],
     )
     return controlled(
         "celo",

@@ -61,6 +61,7 @@ def elo(
         exp_mult=config["exp_mult"],
         zero_non_finite=True,
         precision=options.precision,
+        hidden_size=config["hidden_size"],
     )
     functions = per_parameter(
         weights,

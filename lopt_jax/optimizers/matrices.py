@@ -309,6 +309,7 @@ def _learned_step(
         exp_mult=config["exp_mult"],
         gradient_clip=common.GRADIENT_CLIP,
         precision=options.precision,
+        hidden_size=config["hidden_size"],
     )
     return per_parameter(
         weights,

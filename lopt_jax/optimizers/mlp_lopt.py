@@ -54,6 +54,7 @@ def mlp_lopt(
         features=mlp_lopt_features(len(config["initial_momentum_decays"])),
         exp_mult=config["exp_mult"],
         precision=options.precision,
+        hidden_size=config["hidden_size"],
     )
     functions = per_parameter(
         resolved,

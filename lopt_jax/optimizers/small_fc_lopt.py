@@ -90,6 +90,7 @@ def small_fc_rule(
         ),
         exp_mult=config["exp_mult"],
         precision=options.precision,
+        hidden_size=config["hidden_size"],
     )
 
     step_mult = config["step_mult"]

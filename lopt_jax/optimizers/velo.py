@@ -90,6 +90,7 @@ def velo(
         parameter_scale=True,
         accumulator_statistics=True,
         precision=options.precision,
+        hidden_size=config["hidden_size"],
     )
 
     def inputs(

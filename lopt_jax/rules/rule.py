@@ -54,6 +54,7 @@ class Rule:
       precision: of the matrix products of wide hidden layers: HIGHEST is float32 throughout, HIGH
         and DEFAULT allow matrix units. HIGH keeps within the bounds that float32 meets.
       applies: a step's results are the new parameters, not what is to be added to the old ones.
+      hidden_size: units of the network's hidden layers: it decides which kernels can run it.
     """
 
     features: FeatureSet
@@ -64,6 +65,7 @@ class Rule:
     accumulator_statistics: bool = False
     precision: jax.lax.Precision = jax.lax.Precision.HIGHEST
     applies: bool = False
+    hidden_size: int = 4
 
 
 class MLP(NamedTuple):
