@@ -165,7 +165,7 @@ def cases(always):
     ]
 
 
-ALWAYS = {("small_fc_lopt", "fsdp"), ("small_fc_lopt", "grid"), ("velo", "both_axes")}
+ALWAYS = {("small_fc_lopt", "fsdp"), ("velo", "both_axes")}
 
 
 @pytest.mark.parametrize(("name", "layout"), cases(ALWAYS))
@@ -194,7 +194,7 @@ def test_jit_uneven(name):
     check(params, unsharded(name))
 
 
-@pytest.mark.parametrize(("name", "layout"), cases({("small_fc_lopt_h32", "grid")}))
+@pytest.mark.parametrize(("name", "layout"), cases({("small_fc_lopt", "fsdp")}))
 def test_explicit(name, layout):
     check_explicit(name, layout, jax.set_mesh)
 
