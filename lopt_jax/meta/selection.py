@@ -238,7 +238,7 @@ def _groups(
     for task in tasks:
         rows = []
         for kind, lanes, some in (
-            (REFERENCE, 1, reference),
+            (REFERENCE, _lanes(task, len(reference)), reference),
             ("kept", _lanes(task, len(candidates)), candidates),
         ):
             left = [c for c in some if is_missing(task, c)]
@@ -316,7 +316,7 @@ def select(
 
     def compile_one(name: str, kind: str) -> run.Program:
         task = by_name[name]
-        lanes = 1 if kind == REFERENCE else _lanes(task, len(candidates))
+        lanes = _lanes(task, len(reference if kind == REFERENCE else candidates))
         build = _build_reference if kind == REFERENCE else build_of(kept, list(weights.values()))
         return run.program(task, build, data[name], ("place",), lanes)
 
