@@ -373,14 +373,18 @@ def _record(
     task: Task, steps: int, candidate: Candidate, curve: run.Curve, data: Split
 ) -> dict[str, Any]:
     """What is kept of a training: JSON values alone."""
-    rounded = [float(f"{x:.6g}") if math.isfinite(x) else None for x in curve.validation]
+
+    def rounded(values: Sequence[float]) -> list[float | None]:
+        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
+
     return {
         "task": task.name,
         "steps": steps,
         "weights": candidate.label,
         "digest": candidate.digest,
         "seed": candidate.seed,
-        "validation": rounded,
+        "validation": rounded(curve.validation),
+        "training": rounded(curve.training[-1:])[0],
         "milliseconds": float(f"{curve.milliseconds:.4g}"),
         "data": data.digest[:16],
         "date": datetime.date.today().isoformat(),
