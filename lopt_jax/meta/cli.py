@@ -182,6 +182,7 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
     from lopt_jax.meta.trainer import Interrupted, Trainer
     from lopt_jax.weights import load_weights
 
+    began = time.monotonic()
     _use_data(arguments.data)
     config = _load_config(arguments)
     if arguments.seconds is not None and not arguments.seconds > 0:
@@ -213,7 +214,7 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
     print(f"{config.name}: {config.outer_steps:,} outer steps of {len(config.tasks)} tasks, "
           f"{config.num_pairs} pairs each, on {_hardware()}; compiling", flush=True)  # fmt: skip
     if arguments.campaign is not None:
-        return _run_campaign(trainer, Path(arguments.campaign), arguments.seconds)
+        return _run_campaign(trainer, Path(arguments.campaign), arguments.seconds, began)
     try:
         with _progress(config.outer_steps) as on_report:
             result = trainer.train(out, arguments.resume, arguments.seconds, on_report=on_report)
@@ -253,15 +254,15 @@ def _end_compilation(result: Any) -> None:
         os._exit(0)
 
 
-def _run_campaign(trainer: Any, folder: Path, seconds: float | None) -> int:
-    """A run of a campaign, and what it did."""
+def _run_campaign(trainer: Any, folder: Path, seconds: float | None, began: float) -> int:
+    """A run of a campaign, and what it did; it may take the seconds from when it began."""
     from lopt_jax.meta import campaign
 
-    began = time.monotonic()
     config = trainer.config
     before = campaign.read(folder).step if campaign.exists(folder) else 0
     with _progress(config.outer_steps) as on_report:
-        result = trainer.train(campaign=folder, max_seconds=seconds, on_report=on_report)
+        left = None if seconds is None else began + seconds - time.monotonic()
+        result = trainer.train(campaign=folder, max_seconds=left, on_report=on_report)
     wall = time.monotonic() - began
     if result.compiling:
         print(f"--seconds: {wall:.0f} s were over before the programs were compiled; give it more")

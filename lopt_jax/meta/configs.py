@@ -263,7 +263,6 @@ _LOPT_DIRECTION = MetaTrainConfig(
     truncation_length=50,
     min_horizon=100,
     max_horizon=2000,
-    objective=Objective(measure="training", floor=0.01),
     reparametrise=1.5,
     outer_steps=4000,
     outer_learning_rate=1e-3,

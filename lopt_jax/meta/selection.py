@@ -238,7 +238,7 @@ def _groups(
     for task in tasks:
         rows = []
         for kind, lanes, some in (
-            (REFERENCE, 1, reference),
+            (REFERENCE, _lanes(task, len(reference)), reference),
             ("kept", _lanes(task, len(candidates)), candidates),
         ):
             left = [c for c in some if is_missing(task, c)]
@@ -316,7 +316,7 @@ def select(
 
     def compile_one(name: str, kind: str) -> run.Program:
         task = by_name[name]
-        lanes = 1 if kind == REFERENCE else _lanes(task, len(candidates))
+        lanes = _lanes(task, len(reference if kind == REFERENCE else candidates))
         build = _build_reference if kind == REFERENCE else build_of(kept, list(weights.values()))
         return run.program(task, build, data[name], ("place",), lanes)
 
@@ -373,14 +373,18 @@ def _record(
     task: Task, steps: int, candidate: Candidate, curve: run.Curve, data: Split
 ) -> dict[str, Any]:
     """What is kept of a training: JSON values alone."""
-    rounded = [float(f"{x:.6g}") if math.isfinite(x) else None for x in curve.validation]
+
+    def rounded(values: Sequence[float]) -> list[float | None]:
+        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
+
     return {
         "task": task.name,
         "steps": steps,
         "weights": candidate.label,
         "digest": candidate.digest,
         "seed": candidate.seed,
-        "validation": rounded,
+        "validation": rounded(curve.validation),
+        "training": rounded(curve.training[-1:])[0],
         "milliseconds": float(f"{curve.milliseconds:.4g}"),
         "data": data.digest[:16],
         "date": datetime.date.today().isoformat(),
