@@ -18,7 +18,7 @@ from lopt_jax.batches import Batch, Group, gather, make_batches, make_groups, on
 from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
 from lopt_jax.partition import is_explicit
-from lopt_jax.rows import concatenate
+from lopt_jax.rows import join_trees, take_rows
 from lopt_jax.rules.rule import (
     MLP,
     AccumulatorStatistics,
@@ -184,11 +184,7 @@ def second_pass(
         )
     if statistics is not None:
         order = [i for tensors, _ in kept for i in tensors]
-        statistics = jax.tree.map(
-            lambda default, *rows: _by_tensor(rows, order, default),
-            statistics,
-            *(x for _, x in kept),
-        )
+        statistics = _by_tensor([x for _, x in kept], order, statistics)
     updates, accumulators = as_trees(grouped, results, zero, rule.applies)
     return updates, accumulators, statistics
 
@@ -200,20 +196,20 @@ def zero_of(grouped: Grouped) -> jax.Array | None:
     return None if smallest is None else opaque_zero(grouped.tracing, smallest)
 
 
-def _by_tensor(arrays: Sequence[jax.Array], order: Sequence[int], default: jax.Array) -> jax.Array:
+def _by_tensor[Tree](trees: Sequence[Tree], order: Sequence[int], defaults: Tree) -> Tree:
     """Arrays with a leading axis of tensors, joined in the order of all tensors.
 
     Args:
-      arrays: the arrays.
+      trees: trees of arrays.
       order: the positions of their tensors.
-      default: (tensors, ...), of those that are not among them.
+      defaults: the same of all tensors, for those that are not among them.
     """
-    if not arrays:
-        return default
-    joined = concatenate(arrays)
-    if len(order) == len(default):
-        return joined[np.argsort(np.asarray(order))]
-    return default.at[np.asarray(order)].set(joined)
+    if not trees:
+        return defaults
+    joined = join_trees(trees)
+    if all(len(order) == len(x) for x in jax.tree.leaves(defaults)):
+        return take_rows(joined, np.argsort(order))
+    return jax.tree.map(lambda old, x: old.at[np.asarray(order)].set(x), defaults, joined)
 
 
 def _leaves(gradients: Any, params: Any, accumulators: Accumulators) -> list[TensorArrays]:

@@ -309,10 +309,12 @@ def spread(
         return tuple(jax.tree.leaves(run_local(partitions, *xs, axes=axes)))
 
     whole = functools.partial(run_local, [None] * len(guides))
-    result = jax.eval_shape(whole, *map(_bare, leaves))
+    # traced once: for the shapes of the results, for the fingerprint, and to run what is not split
+    program, result = jax.make_jaxpr(whole, return_shape=True)(*map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    return out_treedef.unflatten(run(local, leaves, dims, out_dims, shapes, given, names, static))
+    results = run(local, program, leaves, dims, out_dims, shapes, given, names, static)
+    return out_treedef.unflatten(results)
 
 
 def is_explicit(x: jax.Array) -> bool:
@@ -388,6 +390,7 @@ def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
 
 def _in_shard_map(
     local: Callable,
+    program: jax.extend.core.ClosedJaxpr,
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
@@ -396,7 +399,7 @@ def _in_shard_map(
     names: Sequence[str],
     settings: Any,
 ) -> Sequence[jax.Array]:
-    del names, settings
+    del program, names, settings
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
     partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
@@ -420,6 +423,7 @@ def _in_shard_map(
 
 def _partitioned(
     local: Callable,
+    program: jax.extend.core.ClosedJaxpr,
     leaves: list[jax.Array],
     dims: Sequence[Dims],
     out_dims: Sequence[Dims],
@@ -430,7 +434,6 @@ def _partitioned(
 ) -> Sequence[jax.Array]:
     whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
     # custom_partitioning takes no constants: they become operands that every device has.
-    program = jax.make_jaxpr(whole)(*map(_bare, leaves))
     # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
     # operands: so programs that differ in the code of a shard alone are different ones.
     added = [*_fingerprint(program, settings), *program.consts]

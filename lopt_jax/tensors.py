@@ -124,7 +124,7 @@ def tensors_of(
     """
     out, first = [], 0
     leaves = jax.tree.leaves(params)
-    partitions = partitions_of_leaves(params, shards)
+    partitions = [None] * len(leaves) if shards is None else partitions_of_leaves(params, shards)
     stacks = _stacked_axes_of_leaves(params, stacked_axes)
     for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
         if partition is not None:
@@ -314,11 +314,9 @@ def arrays_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
 
 def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:
     """A tree of zeros like the params, sharded as they are."""
-    return jax.tree.map(lambda x: zeros(x, [_elementwise(x, dtype)])[0], params)
-
-
-def _elementwise(leaf: Any, dtype: Any) -> Layout:
-    return Layout(tuple(range(len(leaf.shape))), 0, dtype)
+    return jax.tree.map(
+        lambda x: zeros(x, [Layout(tuple(range(len(x.shape))), 0, dtype)])[0], params
+    )
 
 
 def init_accumulators(
@@ -342,36 +340,39 @@ def init_accumulators(
       axes.
     """
     tensors = tensors_of(params, stacked_axes)  # refuses axes that are not there
-    boxes, treedef = jax.tree.flatten(params, is_leaf=is_box)
+    boxed, treedef = jax.tree.flatten(params, is_leaf=is_box)
     of_leaves = [
-        _zero_accumulators(x, entry, dtypes, factored)
-        for x, entry in zip(boxes, tensors, strict=True)
+        _zero_accumulators(leaf, None if x is leaf else x, entry, dtypes, factored)
+        for leaf, x, entry in zip(jax.tree.leaves(params), boxed, tensors, strict=True)
     ]
     tree_of = lambda _, *arrays: treedef.unflatten(arrays)  # noqa: E731
     kinds = dtypes if factored else dtypes._replace(row=(), column=())
     return jax.tree.map(tree_of, kinds, *of_leaves)
 
 
-def _zero_accumulators(x: Any, entry: Tensors, dtypes: Accumulators, factored: int) -> Accumulators:
-    """Zero accumulators of one leaf, in boxes where it is in one."""
-    leaf = content(x) if is_box(x) else x
+def _zero_accumulators(
+    leaf: Any, box: Any, entry: Tensors, dtypes: Accumulators, factored: int
+) -> Accumulators:
+    """Zero accumulators of one leaf; in boxes where it is in one, else the box is None."""
     averages, structure = jax.tree.flatten((dtypes.momentum, dtypes.second_moment))
-    layouts = [_elementwise(leaf, dtype) for dtype in averages]
+    n, dims, axes = len(entry.stack), entry.dims, tuple(range(len(leaf.shape)))
+    layouts = [Layout(axes, 0, dtype) for dtype in averages]
     if factored:
-        n, dims, axes = len(entry.stack), entry.dims, range(leaf.ndim)
-        without = lambda d: (None, *(i for i in axes if i != n + d))  # noqa: E731
-        layouts.append(Layout(without(dims.d0) if dims else (None, *axes), factored, dtypes.row))
+        without = lambda d: (None, *(i for i in axes if i != d))  # noqa: E731
+        layouts.append(Layout(without(n + dims.d0 if dims else None), factored, dtypes.row))
         if dims:
-            layouts.append(Layout(without(dims.d1), factored, dtypes.column))
+            layouts.append(Layout(without(n + dims.d1), factored, dtypes.column))
     arrays = zeros(leaf, layouts)
-    if factored and entry.dims is None:
-        arrays.append(jnp.zeros((1,), dtypes.column))  # of no meaning: it lies anywhere
+    if factored and not dims:
         layouts.append(Layout((None,), 1, dtypes.column))
-    if is_box(x):
-        inside = jax.tree.structure(x)
-        like = [inside.unflatten([a]) for a in arrays[: len(averages)]]
-        others = zip(arrays[len(averages) :], layouts[len(averages) :], strict=True)
-        arrays = [*like, *(reboxed(x, array, layout.dims) for array, layout in others)]
+        arrays.append(jnp.zeros((1,), dtypes.column))  # nothing reads it: it lies anywhere
+    if box is not None:
+        pairs = zip(arrays, layouts, strict=True)
+        like = jax.tree.structure(box)
+        arrays = [
+            like.unflatten([x]) if layout.dims == axes else reboxed(box, x, layout.dims)
+            for x, layout in pairs
+        ]
     momentum, second_moment = structure.unflatten(arrays[: len(averages)])
     return Accumulators(momentum, second_moment, *(arrays[len(averages) :] or ((), ())))
 
