@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 import matplotlib as mpl
 import numpy as np
-from matplotlib.ticker import LogFormatter, LogLocator
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 import lopt_jax
 from lopt_jax.meta import evaluate
@@ -134,7 +134,8 @@ def table(records):
 
 def _cell(record):
     last = [np.inf if seed[-1] is None else seed[-1] for seed in record["valid"]]
-    rate = f" ({record['rate']:.2g})" if len(record["rates"]) > 1 else ""
+    end = "*" if record["rate"] in (record["rates"][0], record["rates"][-1]) else ""
+    rate = f" ({record['rate']:.2g}{end})" if len(record["rates"]) > 1 else ""
     return f"{np.mean(last):.3g} ±{np.std(last):.1g}{rate}"
 
 
@@ -161,11 +162,11 @@ def _picture(records, title, path):
             width = 2.4 if name == "lopt" else 1.4
             axes.plot(record["at"], mean, color=COLOURS[name], label=label, linewidth=width)
             spread = (seeds.min(0), seeds.max(0))
-            axes.fill_between(record["at"], *spread, color=COLOURS[name], alpha=0.2, linewidth=0)
+            axes.fill_between(record["at"], *spread, color=COLOURS[name], alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="step", ylabel="held-out loss (nats)", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(9, 9)))
-        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize=9, ncols=2 if len(records) > 3 else 1)
         figure.savefig(path, dpi=110, metadata={"Comment": digest()})
         pyplot.close(figure)

@@ -98,7 +98,8 @@ def scale_summary() -> str:
         pairs = [(c, by_name.get((c.task, steps, usual))) for c in ours if c.steps == steps]
         percent = sorted(100 * (1 - c.mean / other.mean) for c, other in pairs if other)
         low, high = (f"{x:.0f}" if x >= 0.95 else f"{x:.1f}" for x in (percent[0], percent[-1]))
-        return f"{low}% below {usual}" if low == high else f"{low}% to {high}% below {usual}"
+        whose = {"adamw": "AdamW's", "muon": "Muon's"}[usual]
+        return f"{low}% below {whose}" if low == high else f"{low}% to {high}% below {whose}"
 
     sizes = sorted({round(c.record["parameters"] / 1e6) for c in ours})
     single = sum(len(c.losses) == 1 for c in ours)
