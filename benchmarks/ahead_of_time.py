@@ -158,30 +158,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    columns = {
-        "main_bytes": "bytes a parameter",
-        "on_chip_bytes": "on-chip bytes",
-        "xla_bytes": "XLA's count",
-        "flops": "operations",
-        "temporary_mb": "temporary MB",
-        "fusions": "fusions",
-        "launches": "launches",
-        "compile_processor_s": "compile, processor s",
-    }
-    lines = [
-        " | ".join(["| target", "optimizer", *columns.values()]) + " |",
-        "| --- | --- |" + " ---: |" * len(columns),
-    ]
-    for row in rows:
-        cells = [row.get("reason", ""), *[""] * (len(columns) - 1)]
-        if "reason" not in row:
-            cells = ["" if row[key] is None else str(row[key]) for key in columns]
-        lines.append(" | ".join([f"| {row['target']}", row["optimizer"], *cells]) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
@@ -201,7 +177,7 @@ def main() -> None:
     }
     for names in asked:
         row = {**row_of(*names), **how}
-        print(table([row]).splitlines()[-1], flush=True)
+        print(*row.values(), flush=True)
         rows = json.loads(options.record.read_text()) if options.record.exists() else []
         key = lambda row: (row["target"], row["model"], row["optimizer"])  # noqa: E731
         rows = [old for old in rows if key(old) != key(row)] + [row]

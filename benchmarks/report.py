@@ -7,6 +7,7 @@ A piece begins with a line `<!-- made from records: NAME -->` and ends with `<!-
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -46,6 +47,43 @@ def two_gpus() -> str:
     first = chosen[0]
     title = f"{first['device']}, jax {first['jax']}, {first['dtype']}, {first['date']}"
     return f"{title}\n\n{sharded_step.table(chosen)}"
+
+
+_COMPILED = {  # columns of what was compiled ahead of time
+    "main_bytes": "bytes",
+    "on_chip_bytes": "on-chip bytes",
+    "xla_bytes": "XLA's count",
+    "flops": "operations",
+    "temporary_mb": "temporary MB",
+    "fusions": "fusions",
+    "launches": "launches",
+    "compile_processor_s": "compile, processor s",
+}
+
+
+def ahead_of_time(model: str) -> str:
+    """What updates of a model do, compiled for devices that were not there."""
+    rows = json.loads((RECORDS / "ahead_of_time.json").read_text())
+    rows = [row for row in rows if row["model"] == model]
+    versions = {
+        f"{name} {row[name]}"
+        for row in rows
+        for name in ("jax", "libtpu", "nvidia-cuda-nvcc")
+        if name in row
+    }
+    dates = sorted({row["date"] for row in rows})
+    lines = [
+        f"{', '.join(sorted(versions))}, {' and '.join(dates)}",
+        "",
+        "| target | optimizer | " + " | ".join(_COMPILED.values()) + " |",
+        "| --- | --- |" + " ---: |" * len(_COMPILED),
+    ]
+    for row in rows:
+        cells = [row[key] for key in _COMPILED] if "reason" not in row else [row["reason"]]
+        cells += [None] * (len(_COMPILED) - len(cells))
+        text = ["" if x is None else str(x).replace("|", "/") for x in cells]
+        lines.append(f"| {row['target']} | {row['optimizer']} | {' | '.join(text)} |")
+    return "\n".join(lines)
 
 
 def scale() -> str:
@@ -139,6 +177,10 @@ PIECES: dict[str, Callable[[], str]] = {
     "update-vit": lambda: steps("step_time_h200.json", "vit_b16"),
     "update-mlp": lambda: steps("step_time_h200.json", "mlp"),
     "update-cpu": lambda: steps("step_time_cpu.json", "mlp"),
+    **{
+        f"compiled-{model.split('_')[0]}": functools.partial(ahead_of_time, model)
+        for model in ("4m", "67m", "vit_b16")
+    },
     "train": lambda: benchmark.markdown(read("train_step_h200.json")),
     "two-gpus": two_gpus,
     "train-cpu": lambda: benchmark.markdown(read("train_step_cpu.json")),

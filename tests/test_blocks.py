@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lopt_jax
-from lopt_jax.xla.blocks import map_and_sum_blocks, map_blocks
+from lopt_jax.xla.blocks import map_and_sum_blocks, map_blocks, replace_blocks
 
 
 def function(x, row, columns):
@@ -39,6 +39,36 @@ def test_sums_over_blocks_are_those_of_the_whole(shape, elements):
     np.testing.assert_array_equal(got, np.square(x))
     assert float(sums["sum"]) == np.sum(x)
     assert sums["two"].tolist() == [np.sum(np.asarray(x) > 0), x.size]
+
+
+@pytest.mark.parametrize("elements", [7, 64, 1000, 1 << 20])
+@pytest.mark.parametrize("shape", [(31,), (64, 12), (37, 8), (5, 46, 6), (3, 700)])
+def test_blocks_replace_the_whole(shape, elements):
+    """The new state and the result, from the old state and arrays that are only read."""
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.integers(-9, 9, s), jnp.float32)  # noqa: E731
+    ones = (1,) * (len(shape) - 1)
+    state = {"first": draw(*shape), "second": draw(*shape).astype(jnp.bfloat16)}
+    read = (draw(*shape), draw(*shape[:-1], 1), draw(2, *ones, shape[-1]))
+
+    def replaced(state, read):
+        made = function(*read) + state["first"]
+        return {"first": made, "second": -state["second"]}, 2 * made
+
+    run = jax.jit(lambda state, read: replace_blocks(replaced, state, read, shape, elements))
+    jax.tree.map(np.testing.assert_array_equal, run(state, read), replaced(state, read))
+
+
+def test_blocks_are_replaced_in_place():
+    shape = (1024, 64)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def run(state, read):
+        add = lambda state, read: (jnp.sin(state) + read, jnp.cos(read))  # noqa: E731
+        return replace_blocks(add, state, read, shape, 64 * 64)
+
+    compiled = jax.jit(run, donate_argnums=0).lower(x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1024 * 64
 
 
 @pytest.mark.parametrize("rows", [1024, 1009])  # 1009 is prime

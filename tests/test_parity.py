@@ -54,13 +54,21 @@ def test_trajectory_as_users_compile(name, record_property):
         nightly("small_fc_lopt_h32", {}),
         nightly("small_fc_lopt_h32", {"block_elements": 100}),
         nightly("small_fc_lopt_h32", {"unrolled": True}),
+        ("velo", {"platform": "tpu"}),
+        ("small_fc_lopt_h32", {"platform": "tpu", "block_elements": 100}),
+        nightly("small_fc_lopt_h4", {"platform": "gpu"}),
+        nightly("celo2_base", {"platform": "tpu"}),
         nightly("velo", {}),
         nightly("celo2_base", {}),
     ],
 )
 def test_trajectory_of_large_tensors(name, form, monkeypatch, record_property):
-    """The same through the passes of large tensors: the fixtures' own are small."""
-    calls = every_network(XlaNetwork("cpu", small_elements=0, **form), monkeypatch)
+    """The same through the passes of large tensors: the fixtures' own are small.
+
+    Those of other devices run here too.
+    """
+    chosen = XlaNetwork(**{"platform": "cpu", "small_elements": 0, **form})
+    calls = every_network(chosen, monkeypatch)
     reference.check(
         reference.optimizer(name), reference.trajectory(name), record_property, compiled={}
     )
