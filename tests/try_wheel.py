@@ -24,6 +24,18 @@ for weights in lopt_jax.list_weights():
     if weights.offline:
         lopt_jax.load_weights(weights.name)
 assert (Path(lopt_jax.__file__).parent / "py.typed").exists()
-for arguments in (["list"], ["show", "lopt"], ["--help"]):
-    subprocess.run([Path(sys.prefix) / "bin" / "lopt", *arguments], check=True, capture_output=True)
+command = Path(sys.prefix) / "bin" / "lopt"
+for arguments in (["list"], ["show", "lopt"], ["show", "velo"], ["--help"], ["--version"]):
+    subprocess.run([command, *arguments], check=True, capture_output=True)
+os.environ["LOPT_JAX_CACHE"] = str(Path("cache").absolute())
+for arguments, advice in (  # what is missing is said in one line
+    (["convert", "velo", "weights"], "run `lopt show velo`"),
+    (["meta-train", "tiny", "--out", "run"], "pip install 'lopt_jax[meta]'"),
+    (["meta-eval"], "pip install 'lopt_jax[meta]'"),
+    (["meta-eval", "--plot", "plot.png"], "pip install 'lopt_jax[plot]'"),
+):
+    run = subprocess.run([command, *arguments], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, ""), (arguments, run)
+    assert len(run.stderr.splitlines()) == 1, run.stderr
+    assert advice in run.stderr, run.stderr
 print(f"lopt_jax {lopt_jax.__version__}: the wheel works; loss {float(names['loss']):.2g}")
