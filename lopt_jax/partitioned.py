@@ -79,9 +79,12 @@ def _gradient_statistics(
     def pass_a(
         tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
     ) -> list[GradientStatistics] | jax.Array:
-        batches = make_batches(tracing, groups, inputs, partitions)
-        if not groups[0].on_kernels:  # the results are those of groups, however these are split
-            batches = one_by_one(groups, partitions)
+        # results of XLA are those of groups, so that they are the same however these are split
+        batches = (
+            make_batches(tracing, groups, inputs, partitions)
+            if groups[0].on_kernels
+            else one_by_one(groups, partitions)
+        )
         made = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
         if not leaves_shards:
             return made
