@@ -172,22 +172,21 @@ def settings_now() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def platform_of(tree: Any) -> str | None:
-    """The platform that arrays lie on, or that their mesh names where they have no values yet.
+    """The platform that arrays lie on; None where they have no values yet."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+            return next(iter(x.devices())).platform
+    return None
 
-    Args:
-      tree: of arrays.
 
-    Returns:
-      The platform; None where the first arrays have neither values nor a mesh of devices.
-    """
+def platform_of_mesh(tree: Any) -> str | None:
+    """The platform of the mesh that the types of traced arrays name; None where none does."""
     for x in jax.tree.leaves(tree):
         if isinstance(x, jax.core.Tracer):
             sharding = getattr(jax.typeof(x), "sharding", None)
             device = getattr(getattr(sharding, "mesh", None), "abstract_device", None)
             if device is not None:
                 return device.platform
-        elif isinstance(x, jax.Array):
-            return next(iter(x.devices())).platform
     return None
 
 

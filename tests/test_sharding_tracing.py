@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lopt_jax
 from lopt_jax import batches, sharding
+from lopt_jax.applying import steering
 from lopt_jax.xla import passes
 
 SHAPES = {"wide": (6, 10), "square": (8, 8)}
@@ -135,8 +136,8 @@ def test_shards_take_turns(monkeypatch):
     expected = step_of(tx)(draw(shapes, 1), tx.init(params), params)
     calls, in_turn = [], passes.in_turn
     monkeypatch.setattr(passes, "in_turn", lambda *xs: calls.append(len(xs[1])) or in_turn(*xs))
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")  # where loops are worth it
-    got = step_of(tx)(*arguments_of(tx, make_mesh(), shapes, specs))
+    on_tpus = steering(tx, device="tpu")  # where loops are worth it
+    got = step_of(on_tpus)(*arguments_of(tx, make_mesh(), shapes, specs))
     assert set(calls) == {5, 3}  # whole, and the shards that are alike
     assert_close(got, expected)
 

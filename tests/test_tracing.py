@@ -19,7 +19,7 @@ from lopt_jax import batches
 from lopt_jax.applying import in_batch, steering
 from lopt_jax.compiler import products
 from lopt_jax.compiler.quirks import QUIRKS
-from lopt_jax.context import Tracing, platform_of
+from lopt_jax.context import Tracing, platform_of_mesh
 from lopt_jax.rules.rule import Rule
 from lopt_jax.xla import passes
 
@@ -227,7 +227,7 @@ def test_the_mesh_of_arguments_names_the_platform():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for like in (None, sharding):
         x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=like)
-        jax.jit(lambda x: found.append(platform_of({"of no mesh": 1, "x": x}))).trace(x)
+        jax.jit(lambda x: found.append(platform_of_mesh({"of no mesh": 1, "x": x}))).trace(x)
     assert found == [None, "tpu"]
 
 

@@ -14,7 +14,14 @@ from optax._src.base import NO_PARAMS_MSG
 from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
-from lopt_jax.context import Steered, Tracing, is_traced, platform_of, usual_promotion
+from lopt_jax.context import (
+    Steered,
+    Tracing,
+    is_traced,
+    platform_of,
+    platform_of_mesh,
+    usual_promotion,
+)
 from lopt_jax.partition import mesh_of, say_once, varying_axes
 from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
@@ -606,7 +613,10 @@ def _step(
     tracing = state.tracing if isinstance(state, Steered) else Tracing()
     tracing = replace(
         tracing,
-        device=platform_of(updates) or tracing.device or jax.config.jax_default_device,
+        device=platform_of(updates)
+        or tracing.device
+        or jax.config.jax_default_device
+        or platform_of_mesh(updates),
         # in a program of the caller's, arrays that have values are its constants
         constant_weights=is_traced(updates) and not is_traced(meta_parameters),
     )

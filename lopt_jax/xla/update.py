@@ -4,7 +4,8 @@
 common, the new accumulators among it. Here pass C computes them anew from the old ones, which are
 replaced in place: pass B reads a tensor's six arrays, pass C reads them again and writes five. A
 wide network takes a block of rows at a time, so that no hidden layer is as large as the tensor.
-On CPUs, where XLA makes a loop of every array that it writes, storing them first is faster.
+Storing them first is faster on CPUs, where XLA makes a loop of every array that it writes, and for
+wide networks on GPUs.
 """
 
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def update(
         """What is added to the parameter."""
         return rules.tensor_update(rule, moments, step, parameter, rates.scale, rates.weight_decay)
 
-    if network.stores_accumulators:
+    if network.stores_accumulators(folded):
         now = network.apart(operands)
         step = network.by_blocks(rule, features, folded, now)
         new = Accumulators(now.momentum, now.second_moment, row, column)
