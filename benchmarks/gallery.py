@@ -164,12 +164,20 @@ def _picture(records, title, path):
             spread = (seeds.min(0), seeds.max(0))
             axes.fill_between(record["at"], *spread, color=COLOURS[name], alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="step", ylabel="held-out loss (nats)", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=_ticks(high / low)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(frameon=False, fontsize=9, ncols=2 if len(records) > 3 else 1)
         figure.savefig(path, dpi=110, metadata={"Comment": digest()})
         pyplot.close(figure)
+
+
+def _ticks(span):
+    """Which multiples of powers of ten get a number, by the axis' largest value over its least."""
+    if span > 12:
+        return (1.0, 2.0, 5.0)
+    return (1.0, 1.5, 2.0, 3.0, 4.0, 6.0) if span > 2 else tuple(np.arange(1.0, 10.0, 0.25))
 
 
 def digest():

@@ -159,3 +159,13 @@ def test_learning_curves_of_two_widths_agree_under_mup():
         gaps[under_mup] = np.mean(np.abs(np.log(wide / narrow)))
     assert gaps[True] < np.log(1.25), gaps
     assert gaps[False] > np.log(2.5), gaps
+
+
+def test_describe_has_the_width_multipliers():
+    params = {"hidden": {"kernel": jnp.ones((8, 8))}, "out": jnp.ones((8, 2))}
+    tx = lopt_jax.mulo({"hidden": 4.0, "out": 1.0}, lopt_jax.load_weights("small_fc_lopt"))
+    leaves = lopt_jax.describe(tx, params).leaves
+    assert [leaf.scale for leaf in leaves] == [0.25, 1.0]
+    assert leaves[0].reason == "width multiplier 4"
+    with pytest.raises(TypeError, match="found a transformation of optax, as chain"):
+        lopt_jax.describe(optax.chain(tx), params)

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
+import lopt_jax
 from lopt_jax.weights import (
     Weights,
     WeightsError,
@@ -421,3 +422,14 @@ def test_folders_that_may_not_be_read(saved, tmp_path, monkeypatch):
     finally:
         saved.chmod(0o700)
         (tmp_path / "weights").chmod(0o700)
+
+
+def test_a_wrong_name_says_which_is_close():
+    """First what the optimizer can take, in order; of the wrong kind, whose optimizer to take."""
+    fitting = "a name out of celo2, celo2_small, elo_celo2, found neither"
+    with pytest.raises(WeightsError, match=rf"{fitting}\. Did you mean 'celo2_small'\?"):
+        lopt_jax.celo2(1e-3, "celo2-small")
+    with pytest.raises(WeightsError, match="`lopt list` shows all names"):
+        load_weights("nothing_like_it")
+    with pytest.raises(WeightsError, match=r"Take lopt_jax\.lopt, or other weights"):
+        lopt_jax.velo(10, "lopt")
