@@ -135,18 +135,23 @@ def scale_summary() -> str:
     def below(steps: int, usual: str) -> str:
         pairs = [(c, by_name.get((c.task, steps, usual))) for c in ours if c.steps == steps]
         percent = sorted(100 * (1 - c.mean / other.mean) for c, other in pairs if other)
+        if not percent:
+            return ""
         low, high = (f"{x:.0f}" if x >= 0.95 else f"{x:.1f}" for x in (percent[0], percent[-1]))
         whose = {"adamw": "AdamW's", "muon": "Muon's"}[usual]
         return f"{low}% below {whose}" if low == high else f"{low}% to {high}% below {whose}"
 
+    def at(steps: int) -> str:
+        known = filter(None, (below(steps, usual) for usual in ("adamw", "muon")))
+        return f"At {steps:,} steps its loss is {' and '.join(known)} at their best rates."
+
     sizes = sorted({round(c.record["parameters"] / 1e6) for c in ours})
     single = sum(len(c.losses) == 1 for c in ours)
     return (
-        f"`lopt` was run on language models of {sizes[0]}M and {sizes[-1]}M parameters. At 1,000 "
-        f"steps its loss is {below(1000, 'adamw')} and {below(1000, 'muon')} at their best rates. "
-        f"At 4,000 steps it is {below(4000, 'muon')}, less than seeds differ by. {single} of its "
-        f"{len(ours)} cells have one seed. 109M parameters, 10,000 steps and vision models have "
-        "not been run."
+        f"`lopt` was run on models of {sizes[0]}M to {sizes[-1]}M parameters. "
+        f"{' '.join(map(at, sorted({c.steps for c in ours})))} {single} of its {len(ours)} cells "
+        "have one seed. The other cells of the suite, larger, longer and of pictures among them, "
+        "have not been run."
     )
 
 

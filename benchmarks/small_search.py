@@ -101,11 +101,13 @@ def learned_by_heart():
     """Few examples that long trainings learn by heart, a bottleneck, and many inputs."""
     plain = {"activation": 0, "log_init_spread": 0.0}
     digits = Tables(("digits",), 64, 10, few=(300, 500), keep_places=True)
+    all_digits = Tables(("digits",), 64, 10, disguise=False)
     table = Teacher((30, 8, 2), True, (300, 500), 0.3)
     other = Teacher((20, 6, 2), True, (300, 500), 0.3)
     inputs = Teacher((192, 8, 8), True, (1500, 1600), 0.1)
     fresh = Teacher((128, 16, 4), False, None, 0.1)
     classifiers = [
+        ("digits_mlp_128x2", all_digits, Mlp((64, 128, 128, 10)), 64),
         ("few_digits_mlp_128x2", digits, Mlp((64, 128, 128, 10)), 64),
         ("few_digits_mlp_norm_64x3", digits, Mlp((64, 64, 64, 64, 10), True), 64),
         ("table_mlp_32x2", table, Mlp((30, 32, 32, 2)), 32),

@@ -271,6 +271,8 @@ def test_matrices_of_fewer_outputs_than_inputs_make_smaller_steps():
     assert narrow == pytest.approx(square / 2**0.5)  # the fourth root of 16 / 64
     # beyond four times as many inputs they fall with the ratio itself
     assert bottleneck == pytest.approx(narrow / 4)
+    said = {leaf.path: leaf.reason for leaf in lopt_jax.describe(plain(), layers).leaves}
+    assert [path for path in said if "a bottleneck" in said[path]] == ["['d']['kernel']"]
 
 
 def test_the_window_of_a_convolution_makes_no_bottleneck():

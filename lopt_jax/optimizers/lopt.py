@@ -304,6 +304,8 @@ def _plan(role: Role, shape: Sequence[int], recipe: Recipe, num_steps: int | jax
         channels = shape[role.matrix.rows[-1] % len(shape)]  # of a kernel without window: inputs
         bottleneck = _smaller(recipe.bottleneck * outputs / max(channels, 1), 1.0)
         narrow *= bottleneck**recipe.bottleneck_narrowing
+        if not isinstance(bottleneck, jax.Array) and bottleneck < 1:
+            reason += "; a bottleneck"
         long = _larger(num_steps / recipe.horizon, 1.0)
         scale = recipe.matrix / shorter**0.5 * narrow / long**recipe.shrinking
         return LeafPlan(LEARNED, role.matrix, scale, reason=reason)
