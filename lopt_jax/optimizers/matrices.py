@@ -150,27 +150,14 @@ def matrix_optimizer(
             p if g is None else common.to_float32(p) for p, g in zip(leaves, given, strict=True)
         ]
         count = optax.safe_increment(state.count)
-        factor: Any = 1.0
-        if isinstance(state, FadingState):
-            squared = sum(common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(given)))
-            if max_gradient_norm is not None:  # what clipping leaves
-                squared = jnp.minimum(squared, jnp.square(max_gradient_norm))
-            norms = with_norm(state.norms, jnp.float32(squared), count)
-            factor = fading_factor(norms, count, fading)
+        norms, factor = _faded(state, tracing, treedef, given, count, max_gradient_norm, fading)
         if max_gradient_norm is not None:
             clip = common.clip_by_global_norm(max_gradient_norm)
             given = treedef.flatten_up_to(
                 clip.update(treedef.unflatten(given), None, lopt_tracing=tracing)[0]
             )
-        rate, decay_of_learned = options.rates(state.count, params)
+        rate, decay_of_learned, decay_of_adam = _rates(options, adamw, decay, state.count, params)
         rate = rate * factor
-        adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
-        _, decay_of_adam = adam_options.rates(state.count, params)
-        if decay is not None:
-            value_now = decay(state.count) if callable(decay) else decay
-            decay_of_learned = decay_of_adam = common.weight_decay_of_tensors(
-                value_now, options.weight_decay_mask, params, stacked_axes
-            )
         steps, accumulators = _learned_steps(
             learned_step, tracing, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
@@ -213,9 +200,9 @@ def matrix_optimizer(
                 jax.tree.structure(accumulators.second_moment), second_moment
             ),
         )
-        new_state = state._replace(count=count, accumulators=accumulators)
-        if isinstance(new_state, FadingState):
-            new_state = new_state._replace(norms=norms)
+        new_state: PerParameterState | FadingState = PerParameterState(count, accumulators)
+        if norms is not None:
+            new_state = FadingState(count, accumulators, norms)
         return treedef.unflatten(updates), new_state
 
     state_type = PerParameterState if fading is None else FadingState
@@ -228,6 +215,60 @@ def matrix_optimizer(
         plans=of_leaves,
         without_kernels=learned_step("matrix").without_kernels,
     )
+
+
+def _faded(
+    state: PerParameterState | FadingState,
+    tracing: Tracing,
+    treedef: Any,
+    gradients: Sequence[Any],
+    count: jax.Array,
+    max_norm: Any,
+    threshold: Any,
+) -> tuple[SquaredNorms | None, Any]:
+    """The norms of gradients with those of this update, and the factor of all steps.
+
+    Args:
+      state: before this update.
+      tracing: what steers the trace.
+      treedef: of the params.
+      gradients: float32, one for each leaf; None: it has none.
+      count: () int32, updates made, this one included.
+      max_norm: what gradients are scaled down to; None: they are not.
+      threshold: of `fading_factor`.
+
+    Returns:
+      None and one where steps do not fade.
+    """
+    if not isinstance(state, FadingState):
+        return None, 1.0
+    squares = common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(gradients))
+    squared = jnp.float32(sum(squares))
+    if max_norm is not None:  # what clipping leaves
+        squared = jnp.minimum(squared, jnp.square(max_norm))
+    norms = with_norm(state.norms, squared, count)
+    return norms, fading_factor(norms, count, threshold)
+
+
+def _rates(
+    options: common.Options,
+    adamw: AdamW,
+    decay: common.ScalarOrSchedule | None,
+    count: jax.Array,
+    params: Any,
+) -> tuple[Any, Any, Any]:
+    """The learning rate, and the decays of learned leaves and of AdamW's."""
+    rate, of_learned = options.rates(count, params)
+    if decay is None:
+        adam_options = dataclasses.replace(options, weight_decay=adamw.weight_decay)
+        return rate, of_learned, adam_options.rates(count, params)[1]
+    of_all = common.weight_decay_of_tensors(
+        decay(count) if callable(decay) else decay,
+        options.weight_decay_mask,
+        params,
+        options.stacked_axes,
+    )
+    return rate, of_all, of_all
 
 
 def plans_of(plans: Plans, params: Any, stacked_axes: StackedAxes) -> list[LeafPlan]:
