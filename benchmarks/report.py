@@ -21,7 +21,7 @@ from lopt_jax import benchmark
 from lopt_jax.meta.scale import report, suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/design/compiled.md")
 RECORDS = ROOT / "docs" / "benchmarks"
 PIECE = re.compile(r"(<!-- made from records: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
 
