@@ -24,7 +24,10 @@ from lopt_jax.meta.scale import report, suite
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "choosing", "performance", "gallery")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "choosing", "performance", "gallery", "design/compiled")
+    ),
 )
 RECORDS = ROOT / "docs" / "benchmarks"
 PIECE = re.compile(r"(<!-- made from records: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
