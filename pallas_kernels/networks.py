@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lopt_jax.accumulators import Decays
 from lopt_jax.rules import rule as rules
+from lopt_jax.rules.centred import expected_means, statistics_about
 from lopt_jax.rules.rule import MLP, AccumulatorStatistics, Folded, Rule
 from pallas_kernels import matrix_units, table
 from pallas_kernels.batching import Shared
@@ -96,15 +97,9 @@ def centres_of(
     """What the means of the new accumulators are, but for rounding: (tensors, momenta + 1)."""
     if statistics is None:
         return jnp.zeros((means.shape[0], decays.momentum.shape[-1] + 1), jnp.float32)
-    gradient, squared = means[:, -2:-1], means[:, -1]
-    momentum = decays.momentum * statistics.momentum_mean + (1 - decays.momentum) * gradient
-    rate = decays.second_moment
-    second_moment = rate * statistics.second_moment_mean + (1 - rate) * squared
-    return jnp.concatenate([momentum, second_moment[:, None]], axis=1)
+    return expected_means(statistics, decays, means[:, -2], means[:, -1])
 
 
 def statistics_of(means: jax.Array, centres: jax.Array) -> AccumulatorStatistics:
     """From means of distances to the centres and of their squares."""
-    first, second = jnp.split(means, 2, axis=1)
-    mean, variance = centres + first, jnp.maximum(second - jnp.square(first), 0)
-    return AccumulatorStatistics(mean[:, :-1], variance[:, :-1], mean[:, -1], variance[:, -1])
+    return statistics_about(centres, *jnp.split(means, 2, axis=1))

@@ -17,19 +17,19 @@ def expected_means(
     """What the means of the new accumulators are, but for rounding.
 
     Args:
-      old: of the accumulators before this step.
+      old: of the accumulators before this step, of one tensor or with leading axes of tensors T.
       decays: decay rates.
-      gradient: (), the mean of the gradient.
-      square: (), the mean of its square.
+      gradient: T, the mean of the gradient.
+      square: T, the mean of its square.
 
     Returns:
-      (momenta + 1,), the last is of the second moment.
+      (*T, momenta + 1), the last is of the second moment.
     """
     decay = jnp.asarray(decays.momentum)
-    momentum = decay * old.momentum_mean + (1 - decay) * gradient
+    momentum = decay * old.momentum_mean + (1 - decay) * gradient[..., None]
     rate = decays.second_moment
     second_moment = rate * old.second_moment_mean + (1 - rate) * square
-    return jnp.concatenate([momentum, second_moment[None]])
+    return jnp.concatenate([momentum, second_moment[..., None]], axis=-1)
 
 
 def statistics_about(
@@ -38,12 +38,14 @@ def statistics_about(
     """The statistics from means of distances to centres and of their squares.
 
     Args:
-      centres: (momenta + 1,), any numbers near the means.
-      distances: (momenta + 1,), means of the accumulators less these.
-      squares: (momenta + 1,), means of the squares of that.
+      centres: (*T, momenta + 1), any numbers near the means.
+      distances: (*T, momenta + 1), means of the accumulators less these.
+      squares: (*T, momenta + 1), means of the squares of that.
 
     Returns:
       The statistics.
     """
     mean, variance = centres + distances, jnp.maximum(squares - jnp.square(distances), 0)
-    return AccumulatorStatistics(mean[:-1], variance[:-1], mean[-1], variance[-1])
+    return AccumulatorStatistics(
+        mean[..., :-1], variance[..., :-1], mean[..., -1], variance[..., -1]
+    )
