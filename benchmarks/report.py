@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import gallery
+import quirks
 import sharded_step
 
 from lopt_jax import benchmark
+from lopt_jax.compiler.quirks import QUIRKS, SEEN_ON
 from lopt_jax.meta.scale import report, suite
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,14 @@ PAGES = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("index", "choosing", "performance", "gallery", "design/compiled")
+        for name in (
+            "index",
+            "choosing",
+            "performance",
+            "gallery",
+            "design/compiled",
+            "design/quirks",
+        )
     ),
 )
 RECORDS = ROOT / "docs" / "benchmarks"
@@ -87,6 +96,23 @@ def ahead_of_time(model: str) -> str:
         text = ["" if x is None else str(x).replace("|", "/") for x in cells]
         lines.append(f"| {row['target']} | {row['optimizer']} | {' | '.join(text)} |")
     return "\n".join(lines)
+
+
+def quirks_known() -> str:
+    """The quirks, as the library has them."""
+    lines = [
+        "| quirk | what XLA would do | what was measured | where |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [f"| `{k}` | {q.why} | {q.gain} | `{q.where}` |" for k, q in QUIRKS.items()]
+    return f"Measured with {SEEN_ON}.\n\n" + "\n".join(lines)
+
+
+def quirks_gained() -> str:
+    """What each quirk gains on CPUs."""
+    records = [quirks.Record(**x) for x in json.loads((RECORDS / "quirks_cpu.json").read_text())]
+    title = f"{records[0].device}, two cores, jax {records[0].jax}, {records[0].date}"
+    return "\n".join([title, "", quirks.HEADER, *map(quirks.row, records)])
 
 
 def scale() -> str:
@@ -192,6 +218,8 @@ PIECES: dict[str, Callable[[], str]] = {
     "train": lambda: benchmark.markdown(read("train_step_h200.json")),
     "two-gpus": two_gpus,
     "train-cpu": lambda: benchmark.markdown(read("train_step_cpu.json")),
+    "quirks": quirks_known,
+    "quirks-cpu": quirks_gained,
     "gallery": lambda: gallery.table(gallery.read()),
     "gallery-how": gallery_how,
 }

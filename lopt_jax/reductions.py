@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from lopt_jax.partition import Partition
 
 _PARTS = (8, 7, 9, 6, 10, 5, 12, 4)  # of an axis that are added on CPUs, the best first
-_WORTH_PARTS = 1 << 15  # elements; of fewer, more operations cost more than they gain
+WORTH_PARTS = 1 << 15  # elements; of fewer, more operations cost more than they gain
+_STORED = 3  # times an array, at most, is what lies between the two sums
 
 
 def means(
@@ -89,13 +90,15 @@ def _reduce_on_cpu(arrays: Sequence[jax.Array], axes: tuple[int, ...]) -> tuple[
 
     XLA's CPU reduces one element after another, several arrays at once on one core. Where a leading
     axis can be cut into a few equal parts, these are added first, which are vector operations on
-    all cores. Else the last axis is summed first: its sums stay in registers, twice as fast as the
-    other order. The barrier stops XLA from merging the two sums into one.
+    all cores; what they make is stored. Else the last axis is summed first: its sums stay in
+    registers, twice as fast as the other order. The barrier stops XLA from merging the two sums
+    into one.
     """
     shape, last = arrays[0].shape, arrays[0].ndim - 1
     long = max((a for a in axes if a != last), key=lambda a: shape[a])
     parts = next((n for n in _PARTS if shape[long] % n == 0), None)
-    if parts is None or math.prod(shape) < _WORTH_PARTS:
+    are_few = parts is not None and len(arrays) <= _STORED * parts
+    if parts is None or not are_few or math.prod(shape) < WORTH_PARTS:
         first = _reduce(arrays, (last,))
         return _reduce(jax.lax.optimization_barrier(first), tuple(a for a in axes if a != last))
 

@@ -42,8 +42,8 @@ def unsupported_reason(
         reason = import_reason()
     else:
         device = tracing.runs_on
-        reason = device_reason(device) or kernels_reason(kernels, device, is_asked_for)
-        reason = reason or import_reason() or lowering_reason()
+        reason = device_reason(device) or import_reason() or lowering_reason()
+        reason = reason or kernels_reason(kernels, device, is_asked_for)
     if reason is None and checked_axes():
         return "jax.shard_map checks types here, which kernels do not pass: give it check_vma=False"
     return reason

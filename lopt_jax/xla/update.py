@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from lopt_jax.accumulators import Accumulators, Decays, factored_dims
 from lopt_jax.features import Feature, Operands
 from lopt_jax.partition import Partition
-from lopt_jax.reductions import mean, means
+from lopt_jax.reductions import WORTH_PARTS, mean, means
 from lopt_jax.rules import rule as rules
 from lopt_jax.rules.centred import expected_means, statistics_about
 from lopt_jax.rules.rule import (
@@ -145,7 +145,8 @@ def _pass_b(
     """
     everywhere = range(operands.gradient.ndim)
     is_whole = rules.normalizer_axes(rule, operands.gradient.ndim) == tuple(everywhere)
-    if not rule.accumulator_statistics or old is None or not is_whole:
+    is_small = operands.gradient.size < WORTH_PARTS  # a pass costs nothing
+    if not rule.accumulator_statistics or old is None or not is_whole or is_small:
         new = Accumulators(operands.momentum, operands.second_moment, None, None)
         return (
             rules.normalize(rule, features, operands, partition),
