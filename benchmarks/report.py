@@ -139,8 +139,8 @@ def cost() -> str:
     ]
     return (
         f"Whole training steps, as multiples of AdamW's: on two CPU cores, for an MLP of 0.67M "
-        f"parameters, {of_mlp['lopt']} with `lopt`, {of_mlp['optax.contrib.muon']} with Muon (both "
-        f"iterate on matrices) and {of_mlp['velo']} with VeLO; on one {gpu[0].device}, "
+        f"parameters, {of_mlp['lopt']} with `lopt`, {of_mlp['optax.contrib.muon']} with Muon "
+        f"and {of_mlp['velo']} with VeLO; on one {gpu[0].device}, "
         f"{' and '.join(of_velo)} with VeLO (`python benchmarks/train_step.py`, {cpu[0].date} and "
         f"{gpu[0].date}). A step of `lopt` on a GPU is not in these records yet."
     )
