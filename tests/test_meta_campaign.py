@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import os
 import signal
 import subprocess
@@ -165,7 +166,7 @@ def test_the_command_begins_and_goes_on(tmp_path, capsys):
     assert cli.main([*command, "--seconds", "100"]) == 0
     text = capsys.readouterr().out
     assert "step 20 of 20" in text
-    assert "inner steps/s" in text
+    assert re.search(r"for 20 outer steps \([\d,]+ inner steps/s\); \d+ sets of weights", text)
     assert json.loads((tmp_path / "run/campaign.json").read_text())["config"]["seed"] == 0
     assert cli.main(command) == 0
     assert "0 s for 0 outer steps" in capsys.readouterr().out

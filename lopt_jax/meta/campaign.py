@@ -221,7 +221,7 @@ class Campaign:
         runs[-1] = {
             "from": first,
             "to": step,
-            "seconds": round(seconds - before, 1),
+            "seconds": round(seconds - before, 3),
             "wall_seconds": round(time.monotonic() - self._began, 1),
             **_versions(),
             "date": datetime.date.today().isoformat(),
