@@ -62,12 +62,14 @@ def test_dealing_anew_changes_the_weights(whole):
 
 
 _KILLED = """
-import sys
+import sys, threading
 from lopt_jax.meta.config import from_json
 from lopt_jax.meta.trainer import Trainer
 config = from_json(open(sys.argv[1]).read())
 def report(r, total, left):
     print(r.step, flush=True)
+    if r.step >= 40:
+        threading.Event().wait()  # for its end, however late it comes
 Trainer(config).train(campaign=sys.argv[2], on_report=report)
 """
 

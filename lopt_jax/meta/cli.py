@@ -167,6 +167,11 @@ def _load_config(arguments: argparse.Namespace) -> Any:
     return from_json(json.dumps(fields))
 
 
+def _check_seconds(seconds: float | None) -> None:
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"--seconds: expected a number above 0, found {seconds:g}")
+
+
 def run_meta_train(arguments: argparse.Namespace) -> int:
     """Runs `lopt meta-train`.
 
@@ -185,8 +190,7 @@ def run_meta_train(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     _use_data(arguments.data)
     config = _load_config(arguments)
-    if arguments.seconds is not None and not arguments.seconds > 0:
-        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    _check_seconds(arguments.seconds)
     if arguments.campaign is not None and (arguments.out is not None or arguments.resume):
         raise ValueError(
             "--campaign: expected neither --out nor --resume beside it: a campaign always goes on"
@@ -305,8 +309,7 @@ def run_meta_select(arguments: argparse.Namespace) -> int:
 
     began = time.monotonic()
     _use_data(arguments.data)
-    if not arguments.seconds > 0:
-        raise ValueError(f"--seconds: expected a number above 0, found {arguments.seconds:g}")
+    _check_seconds(arguments.seconds)
     if arguments.export is not None and Path(arguments.export).exists():
         raise ValueError(f"--export: {arguments.export} already exists; choose another folder")
     kept = campaign.read(Path(arguments.campaign))
