@@ -130,8 +130,13 @@ def growth(num_steps):
     return max(1000 / num_steps, 1) ** (1 / 3)
 
 
+def shrinking(num_steps):
+    return min(1000 / num_steps, 1) ** 0.25
+
+
 def decay_at(step, num_steps):
-    return 12 / max(num_steps, 600) * schedule_by_numpy(step, num_steps)
+    grown = 12 * max(num_steps / 1000, 1) ** 0.4
+    return grown / max(num_steps, 600) * schedule_by_numpy(step, num_steps)
 
 
 def matrix_by_numpy(p, gradients, num_steps):
@@ -141,8 +146,7 @@ def matrix_by_numpy(p, gradients, num_steps):
         direction = unit(orthogonal(unit(g) + unit(momentum)))
         inputs, outputs = p.shape
         size = 0.038 / np.sqrt(min(p.shape)) * min(outputs / inputs, 1) ** 0.25
-        size = size * min(1000 / num_steps, 1) ** (1 / 3)
-        size = size * schedule_by_numpy(step, num_steps)
+        size = size * shrinking(num_steps) * schedule_by_numpy(step, num_steps)
         decay = np.where(direction * p >= 0, decay_at(step, num_steps) * p, 0)
         p = p - size * direction - decay
     return p
@@ -194,14 +198,13 @@ def test_steps_fade_with_the_gradient(num_steps, smallest):
         moved, new = update(gradient, state, num_steps=num_steps, weight_decay=0.0)
         decayed, _ = update(gradient, state, num_steps=num_steps, weight_decay=1.0)
         state = new
-        whole = 0.019 * min(1000 / num_steps, 1) ** (1 / 3)
         factor = factor_by_numpy(squared, num_steps)
-        size = whole * schedule_by_numpy(step, num_steps) * factor
+        sizes = shrinking(num_steps) * schedule_by_numpy(step, num_steps) * factor
+        size = 0.019 * sizes
         got = moved["Dense_0"]["kernel"]
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(got))), size, rtol=1e-3)
         direction, moments = adam.update(gradient, moments)
-        expected = -0.008 * schedule_by_numpy(step, num_steps) * factor
-        expected *= direction["Dense_0"]["bias"]
+        expected = -0.008 * sizes * direction["Dense_0"]["bias"]
         np.testing.assert_allclose(moved["Dense_0"]["bias"], expected, rtol=1e-3)
         # what no step shrinks decays by the rest of the fraction
         kernel = params()["Dense_0"]["kernel"]
@@ -222,7 +225,7 @@ def test_steps_come_back_with_the_gradient():
     assert all(map(jnp.isfinite, state.norms))
     updates, state = update(one, state, num_steps=5000, weight_decay=0.0)
     size = np.sqrt(np.mean(np.square(updates["Dense_0"]["kernel"])))
-    np.testing.assert_allclose(size, 0.019 * 5 ** (-1 / 3) * schedule_by_numpy(3, 5000), rtol=1e-2)
+    np.testing.assert_allclose(size, 0.019 * 5**-0.25 * schedule_by_numpy(3, 5000), rtol=1e-2)
 
 
 # -- embeddings, heads and vectors ----------------------------------------------------------------
@@ -285,12 +288,27 @@ def test_the_window_of_a_convolution_makes_no_bottleneck():
     )  # twice as many as four times
 
 
-@pytest.mark.parametrize(("num_steps", "times"), [(200, 1), (1000, 1), (8000, 0.5)])
-def test_long_trainings_make_smaller_steps_of_matrices(num_steps, times):
+@pytest.mark.parametrize(("num_steps", "times"), [(600, 1), (1000, 1), (16_000, 0.5)])
+@pytest.mark.parametrize(
+    ("role", "size"), [("matrix", 0.019), ("embedding", 0.02), ("head", 0.016), ("vector", 0.008)]
+)
+def test_long_trainings_make_smaller_steps(role, size, num_steps, times):
     layers = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((4, 6), jnp.float32)}}
+    larger = 1 if role == "matrix" else growth(num_steps)
     for steps in (num_steps, jnp.int32(num_steps)):
-        (plan,) = lopt_jax.lopt(steps, label_fn=lambda *_: "matrix").plans(layers)
-        assert plan.scale == pytest.approx(0.019 * times)
+        (plan,) = lopt_jax.lopt(steps, label_fn=lambda *_: role).plans(layers)
+        assert plan.scale == pytest.approx(size * larger * times)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "decay"), [(100, 0.02), (1000, 0.012), (32_000, 0.0015)]
+)  # the last: four times as much over the training as one of 1,000 steps
+def test_long_trainings_decay_more(num_steps, decay):
+    kernel = params()["Dense_0"]["kernel"]
+    still = jax.tree.map(jnp.zeros_like, params())
+    state = plain().init(params())._replace(count=jnp.int32(0.1 * num_steps))  # full steps
+    updates, _ = update(still, state, num_steps=num_steps)
+    np.testing.assert_allclose(updates["Dense_0"]["kernel"], -decay * kernel, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_lopt_fades_alike_on_every_device(monkeypatch):
     factor = norms.recent / (0.24**2 * norms.mean)
     assert factor < 0.01
     size = np.sqrt(np.mean(np.square(expected["mlp"]["kernel"])))
-    whole = 0.038 / 8**0.5 * 5 ** (-1 / 3)
+    whole = 0.038 / 8**0.5 * 5**-0.25
     np.testing.assert_allclose(
         size, whole * factor * schedule(500, 5000, lopt_jax.Recipe()), rtol=1e-3
     )

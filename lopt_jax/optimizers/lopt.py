@@ -62,7 +62,8 @@ class Recipe:
       horizon: trainings of fewer steps make larger ones, ...
       growth: ... by (horizon / num_steps) to this power, where they are Adam's.
       shrinking: trainings of more than `horizon` steps make smaller ones, by (horizon / num_steps)
-        to this power, where they are of matrices.
+        to this power, ...
+      decay_growth: ... and decay more, by (num_steps / horizon) to this power.
       fading: steps get smaller where the gradient's norm falls below this times
         1 - horizon / num_steps of what it was in the training so far: never in shorter ones.
       warm_up: the fraction of the training over which steps grow.
@@ -86,7 +87,8 @@ class Recipe:
     shortest: Number = 600.0
     horizon: Number = 1000.0
     growth: Number = 1 / 3
-    shrinking: Number = 1 / 3
+    shrinking: Number = 0.25
+    decay_growth: Number = 0.4
     fading: Number = 0.3
     warm_up: Number = 0.1
     floor: Number = 0.01
@@ -167,7 +169,8 @@ def lopt(
         precision=rule_precision(precision),
     )
     common.check_learning_rate(learning_rate)
-    per_step = weight_decay * constants.decay / jnp.maximum(num_steps, constants.shortest)
+    whole = constants.decay * _lengthened(num_steps, constants) ** constants.decay_growth
+    per_step = weight_decay * whole / jnp.maximum(num_steps, constants.shortest)
     return matrix_optimizer(
         resolve(weights, (LINEAR, *ARCHITECTURES), has_own=False),
         options,
@@ -179,7 +182,7 @@ def lopt(
         precision=precision,
         still_where_zero=True,
         cautious_decay=True,
-        fading=constants.fading * (1 - 1 / _larger(num_steps / constants.horizon, 1.0)),
+        fading=constants.fading * (1 - 1 / _lengthened(num_steps, constants)),
     )
 
 
@@ -272,6 +275,11 @@ def _larger(a: Number, b: Number) -> Number:
     return jnp.maximum(a, b) if isinstance(a * b, jax.Array) else max(a, b)
 
 
+def _lengthened(num_steps: int | jax.Array, recipe: Recipe) -> Number:
+    """How many times longer than the recipe's horizon a training is; 1 for shorter ones."""
+    return _larger(num_steps / recipe.horizon, 1.0)
+
+
 def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
     """The role that `label_fn` gives a leaf, or a ValueError naming the leaf."""
     rank = leaf.ndim - stacked
@@ -297,6 +305,7 @@ def _plan(role: Role, shape: Sequence[int], recipe: Recipe, num_steps: int | jax
       num_steps: updates of the whole training.
     """
     reason = f"{role.name}: {role.reason}"
+    long = _lengthened(num_steps, recipe)
     if role.name == MATRIX:
         inputs, outputs = matrix_sizes(role.matrix, shape)
         shorter = max(min(inputs, outputs), 1)  # an empty leaf has none
@@ -306,10 +315,9 @@ def _plan(role: Role, shape: Sequence[int], recipe: Recipe, num_steps: int | jax
         narrow *= bottleneck**recipe.bottleneck_narrowing
         if not isinstance(bottleneck, jax.Array) and bottleneck < 1:
             reason += "; a bottleneck"
-        long = _larger(num_steps / recipe.horizon, 1.0)
         scale = recipe.matrix / shorter**0.5 * narrow / long**recipe.shrinking
         return LeafPlan(LEARNED, role.matrix, scale, reason=reason)
-    growth = _larger(recipe.horizon / num_steps, 1.0) ** recipe.growth
+    growth = _larger(recipe.horizon / num_steps, 1.0) ** recipe.growth / long**recipe.shrinking
     if role.name == HEAD:
         inputs, _ = matrix_sizes(role.matrix, shape)
         rate = _smaller(recipe.head / max(inputs, 1), recipe.head_limit)
