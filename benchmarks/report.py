@@ -33,6 +33,7 @@ PAGES = (
             "choosing",
             "performance",
             "gallery",
+            "scale",
             "design/compiled",
             "design/quirks",
         )
@@ -120,6 +121,11 @@ def scale() -> str:
     return report.table(suite.current(suite.read_records(ROOT / suite.RECORDS)))
 
 
+def scale_multiples() -> str:
+    """What multiples of `lopt`'s rate give in the scale suite."""
+    return report.multiples(suite.current(suite.read_records(ROOT / suite.RECORDS)))
+
+
 def times_adamw(records: list[benchmark.Record], model: str, optimizer: str) -> float:
     """Milliseconds of a step as a multiple of AdamW's."""
     ms = {r.optimizer: r.ms for r in records if r.model == model}
@@ -166,9 +172,13 @@ def scale_summary() -> str:
         percent = sorted(100 * (1 - c.mean / other.mean) for c, other in pairs if other)
         if not percent:
             return ""
-        low, high = (f"{x:.0f}" if x >= 0.95 else f"{x:.1f}" for x in (percent[0], percent[-1]))
         whose = {"adamw": "AdamW's", "muon": "Muon's"}[usual]
-        return f"{low}% below {whose}" if low == high else f"{low}% to {high}% below {whose}"
+        worst, best = percent[0], percent[-1]
+        low, high = (f"{abs(x):.0f}" if abs(x) >= 0.95 else f"{abs(x):.1f}" for x in (worst, best))
+        if worst < 0 < best:
+            return f"{high}% below to {low}% above {whose}"
+        where = "above" if best < 0 else "below"
+        return f"{low}% {where} {whose}" if low == high else f"{low}% to {high}% {where} {whose}"
 
     def at(steps: int) -> str:
         known = filter(None, (below(steps, usual) for usual in ("adamw", "muon")))
@@ -179,8 +189,7 @@ def scale_summary() -> str:
     return (
         f"`lopt` was run on models of {sizes[0]}M to {sizes[-1]}M parameters. "
         f"{' '.join(map(at, sorted({c.steps for c in ours})))} {single} of its {len(ours)} cells "
-        "have one seed. The other cells of the suite, larger, longer and of pictures among them, "
-        "have not been run."
+        "have one seed. The other cells of the suite have not been run."
     )
 
 
@@ -205,6 +214,7 @@ def small() -> str:
 PIECES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "scale": scale,
+    "scale-multiples": scale_multiples,
     "scale-summary": scale_summary,
     "small": small,
     "update-gpt2": lambda: steps("step_time_h200.json", "gpt2_355m"),

@@ -168,6 +168,20 @@ def test_table():
     ]
 
 
+def test_table_of_multiples():
+    """Of cells in which more than one was run, and of the first seed alone."""
+    of = lambda rate, loss, seed=0, task="gpt": record("lopt", rate, loss, seed, task, 1000)  # noqa: E731
+    records = [
+        of(1.0, 2.2), of(0.7, 2.0), of(2.0, float("nan")), of(0.7, 1.0, 1), of(1.0, 3.0, 0, "vit"),
+        record("adamw", 0.1, 1.0, task="gpt"),
+    ]  # fmt: skip
+    assert report.multiples(records).splitlines() == [
+        "| task | steps | 0.7 | 1 | 2 | 1 / best |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| gpt | 1,000 | **2** | 2.2 | inf | +10.0% |",
+    ]
+
+
 def test_plot(tmp_path):
     report.plot([record("lopt", 1.0, 2.0), record("adamw", 0.1, 3.0)], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -106,6 +106,37 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def multiples(records: Sequence[Mapping[str, Any]], optimizer: str = "lopt") -> str:
+    """A Markdown table: what multiples of an untuned optimizer's rate give, a row a cell.
+
+    Args:
+      records: of the suite.
+      optimizer: the untuned one.
+
+    Returns:
+      The text: final validation losses of the first seed, the best one in bold, and how far the
+      rate that users get is from it.
+    """
+    losses: dict[tuple[str, int], dict[float, float]] = {}
+    for record in records:
+        if record["optimizer"] == optimizer and record["seed"] == 0:
+            here = losses.setdefault((record["task"], record["steps"]), {})
+            here[record["settings"]["rate"]] = final_loss(record)
+    tried = {cell: here for cell, here in losses.items() if len(here) > 1}
+    rates = sorted({rate for here in tried.values() for rate in here})
+    titles = ["task", "steps", *(f"{rate:g}" for rate in rates), "1 / best"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
+    for (task, steps), here in tried.items():
+        best = min(here.values())
+        texts = [f"{here[r]:.4g}" if r in here else "" for r in rates]
+        texts = [
+            f"**{t}**" if here.get(r) == best else t for r, t in zip(rates, texts, strict=True)
+        ]
+        over = f"{100 * (here[1.0] / best - 1):+.1f}%" if 1.0 in here else ""
+        lines.append("| " + " | ".join([task, f"{steps:,}", *texts, over]) + " |")
+    return "\n".join(lines)
+
+
 def _order(row: tuple[str, int], by_cell: Mapping[Any, Cell]) -> tuple[bool, int, str, int]:
     size = next(c.record["parameters"] for k, c in by_cell.items() if k[:2] == row)
     return (not row[0].startswith("gpt"), size, *row)
