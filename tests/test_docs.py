@@ -224,6 +224,8 @@ def test_pages_ask_no_other_host():
     assert "repo_url" not in config
     hooks = (DOCS / "_hooks.py").read_text()
     assert "config.repo_url" not in hooks
+    # the theme fetches the program that draws these
+    assert "mermaid" not in config + "".join((ROOT / page).read_text() for page in PAGES)
 
 
 def test_benchmark_models_are_the_flax_models():
