@@ -103,7 +103,7 @@ def adamw(rate):
 
 
 model, optimizer, curve = train(tx)
-others = {rate: train(adamw(rate))[2] for rate in (0.002, 0.004, 0.008, 0.016, 0.032)}
+others = {rate: train(adamw(rate))[2] for rate in (0.002, 0.008, 0.032, 0.128, 0.512)}
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
