@@ -189,7 +189,7 @@ def main():
             ends = [results[t.name, name][:, -1] for t in trainings]
             cells = [f"{x[i]:.4f}" + (" *" if i == np.nanargmin(x) else "") for x in ends]
             table.add_row(name, "none given" if name == "lopt" else f"{rate:g}", *cells)
-    Console().print(table, "* the best of this optimizer's", sep="\n")
+    Console().print(table, "* this optimizer's best rate", sep="\n")
     draw_curves(trainings, results)
     print(f"Curves: {PICTURE}")
 
