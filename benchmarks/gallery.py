@@ -39,6 +39,14 @@ RATES = {
     "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "muon": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
 }
+# Meta-trained sets are drawn with these, since their colours alone are hard to tell apart.
+DASHES = {
+    "celo2_small": "--",
+    "velo_small": "-.",
+    "celo_small": ":",
+    "small_fc_lopt": (0, (6, 2)),
+    "small_fc_lopt_h4": (0, (3, 1, 1, 1, 1, 1)),
+}
 # name -> title and number of steps
 TASKS = {
     "digits_mlp_128": ("Digits: MLP 64-128-10", 400),
@@ -160,7 +168,8 @@ def _picture(records, title, path):
             label = name + (f", best of {len(record['rates'])} rates" if name in RATES else "")
             mean = seeds.mean(0)
             width = 2.4 if name == "lopt" else 1.4
-            axes.plot(record["at"], mean, color=COLOURS[name], label=label, linewidth=width)
+            style = {"linewidth": width, "linestyle": DASHES.get(name, "-")}
+            axes.plot(record["at"], mean, color=COLOURS[name], label=label, **style)
             spread = (seeds.min(0), seeds.max(0))
             axes.fill_between(record["at"], *spread, color=COLOURS[name], alpha=0.12, linewidth=0)
         axes.set(title=title, xlabel="step", ylabel="held-out loss (nats)", yscale="log")
@@ -168,7 +177,8 @@ def _picture(records, title, path):
         axes.yaxis.set_major_locator(LogLocator(subs=_ticks(high / low)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.legend(frameon=False, fontsize=9, ncols=2 if len(records) > 3 else 1)
+        columns = 2 if len(records) > 3 else 1
+        axes.legend(frameon=False, fontsize=9, ncols=columns, handlelength=2.8)
         figure.savefig(path, dpi=110, metadata={"Comment": digest()})
         pyplot.close(figure)
 

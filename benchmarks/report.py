@@ -40,6 +40,7 @@ PAGES = (
     ),
 )
 RECORDS = ROOT / "docs" / "benchmarks"
+MATRICES = "step_time_matrices_h200.json"
 PIECE = re.compile(r"(<!-- made from records: ([\w-]+) -->\n).*?(<!-- end -->)", flags=re.S)
 
 
@@ -117,7 +118,14 @@ def quirks_gained() -> str:
 
 
 def scale() -> str:
-    """The table of the scale suite."""
+    """The table of the scale suite, without what `lopt` has not been run on."""
+    records = suite.current(suite.read_records(ROOT / suite.RECORDS))
+    run = {(r["task"], r["steps"]) for r in records if r["optimizer"] == "lopt"}
+    return report.table([r for r in records if (r["task"], r["steps"]) in run])
+
+
+def scale_all() -> str:
+    """The whole table of the scale suite."""
     return report.table(suite.current(suite.read_records(ROOT / suite.RECORDS)))
 
 
@@ -144,11 +152,22 @@ def cost() -> str:
         for model, name in (("gpt2_355m", "GPT-2 355M"), ("vit_b16", "ViT-B/16"))
     ]
     return (
-        f"Whole training steps, as multiples of AdamW's: on two CPU cores, for an MLP of 0.67M "
-        f"parameters, {of_mlp['lopt']} with `lopt`, {of_mlp['optax.contrib.muon']} with Muon "
+        f"A whole training step, as a multiple of one with AdamW: on two CPU cores, for an MLP of "
+        f"0.67M parameters, {of_mlp['lopt']} with `lopt`, {of_mlp['optax.contrib.muon']} with Muon "
         f"and {of_mlp['velo']} with VeLO; on one {gpu[0].device}, "
         f"{' and '.join(of_velo)} with VeLO (`python benchmarks/train_step.py`, {cpu[0].date} and "
-        f"{gpu[0].date}). A step of `lopt` on a GPU is not in these records yet."
+        f"{gpu[0].date}). {update_cost()}"
+    )
+
+
+def update_cost() -> str:
+    """What an update of `lopt` costs on a GPU, beside Muon's, in a sentence."""
+    records = {r.optimizer: r for r in read(MATRICES)}
+    lopt, muon = records["lopt"], records["optax.contrib.muon"]
+    return (
+        f"An update of `lopt` alone keeps an {lopt.device} busy for {lopt.busy_ms:.0f} ms on GPT-2 "
+        f"355M, {lopt.busy_ms / muon.busy_ms:.2f} times as long as `optax.contrib.muon`'s "
+        f"(`lopt bench`, {lopt.date})."
     )
 
 
@@ -188,8 +207,8 @@ def scale_summary() -> str:
     single = sum(len(c.losses) == 1 for c in ours)
     return (
         f"`lopt` was run on models of {sizes[0]}M to {sizes[-1]}M parameters. "
-        f"{' '.join(map(at, sorted({c.steps for c in ours})))} {single} of its {len(ours)} cells "
-        "have one seed. The other cells of the suite have not been run."
+        f"{' '.join(map(at, sorted({c.steps for c in ours})))} {single} of these {len(ours)} "
+        "results have one seed. The rest of the suite has not been run."
     )
 
 
@@ -214,9 +233,11 @@ def small() -> str:
 PIECES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "scale": scale,
+    "scale-all": scale_all,
     "scale-multiples": scale_multiples,
     "scale-summary": scale_summary,
     "small": small,
+    "update-matrices": lambda: steps(MATRICES, "gpt2_355m"),
     "update-gpt2": lambda: steps("step_time_h200.json", "gpt2_355m"),
     "update-vit": lambda: steps("step_time_h200.json", "vit_b16"),
     "update-mlp": lambda: steps("step_time_h200.json", "mlp"),

@@ -1,4 +1,4 @@
-"""A linen model trained by `lopt`. To begin: python examples/first_linen.py 300."""
+"""A linen model trained by `lopt`: python examples/first_linen.py 300."""
 
 import sys
 

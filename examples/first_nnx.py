@@ -1,4 +1,4 @@
-"""An NNX model trained by `lopt`. To begin: python examples/first_nnx.py 300."""
+"""An NNX model trained by `lopt`: python examples/first_nnx.py 300."""
 
 import sys
 

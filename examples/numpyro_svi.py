@@ -3,7 +3,7 @@
     pip install numpyro
     python examples/numpyro_svi.py --steps 1000
 
-NumPyro takes any optax transformation through `optax_to_numpyro`, and hands on the loss. The model
+NumPyro takes any optax transformation through `optax_to_numpyro`, and passes on the loss. The model
 is a logistic regression on the breast cancer table of scikit-learn: the posterior of its weights,
 as a normal distribution with a full covariance, and the held-out accuracy of its mean prediction.
 Adam at the given rate runs beside it.

@@ -1,4 +1,4 @@
-"""`lopt`, as it comes, against AdamW and Muon at five rates each, on two small trainings.
+"""`lopt` with its defaults against AdamW and Muon at five rates each, on two small trainings.
 
 A network on the handwritten digits that ship with scikit-learn, and a transformer on the bytes of
 Python's standard library. Prints a table and draws the curves to outputs/quickstart.png.
@@ -15,9 +15,9 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
         return nn.Dense(256, use_bias=False, name="head")(nn.RMSNorm()(x))
 
 
-# `train` is what `draw` takes examples from, `test` inputs and labels
+# draw(key, train) gives a batch; test is inputs and labels
 Training = namedtuple("Training", "name model train test draw steps")
 
 
@@ -157,11 +157,8 @@ def run(training, optimizer, rates):
 
 
 def draw_curves(trainings, results):
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axes, training in zip(panels, trainings, strict=True):
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, training in zip(figure.subplots(1, 2), trainings, strict=True):
         for name in OPTIMIZERS:
             color = COLOURS[name]
             losses = results[training.name, name]
@@ -192,7 +189,7 @@ def main():
             ends = [results[t.name, name][:, -1] for t in trainings]
             cells = [f"{x[i]:.4f}" + (" *" if i == np.nanargmin(x) else "") for x in ends]
             table.add_row(name, "none given" if name == "lopt" else f"{rate:g}", *cells)
-    Console().print(table, "* the best of this optimizer's", sep="\n")
+    Console().print(table, "* this optimizer's best rate", sep="\n")
     draw_curves(trainings, results)
     print(f"Curves: {PICTURE}")
 

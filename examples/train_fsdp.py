@@ -1,13 +1,11 @@
-"""Trains a small transformer with a learned optimizer, sharded over all devices.
+"""Trains a small transformer, split over a mesh of two axes, with any optimizer of this library.
 
-The text is on every machine: the sources of Python's standard library, as bytes. Parameters and
-optimizer state are split over the mesh; the optimizer needs no change for that.
-
-    python examples/train_fsdp.py --mesh data=4,model=2 --steps 300 --folder outputs/fsdp
+    python examples/train_fsdp.py --mesh data=4,model=2 --steps 300
     JAX_NUM_CPU_DEVICES=8 python examples/train_fsdp.py --mesh data=8      # on a laptop
 
-Run it again after an interruption, a kill -9 included: it goes on from the last complete checkpoint
-and ends with the parameters that it would have ended with.
+It learns the bytes of Python's standard library. Parameters and optimizer state are split over the
+mesh; the optimizer needs no change for that. Run it again after an interruption, even a kill -9: it
+goes on from the last complete checkpoint, and ends with the same parameters.
 """
 
 import argparse
@@ -28,7 +26,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lopt_jax
-from lopt_jax import sharding
 
 
 class Transformer(nn.Module):
@@ -50,18 +47,13 @@ class Transformer(nn.Module):
             h = jax.nn.dot_product_attention(heads(q), heads(k), heads(v), is_causal=True)
             x = x + nn.Dense(self.width)(h.reshape(x.shape))
             x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x))))
-        return nn.Dense(256)(nn.LayerNorm()(x))
+        return nn.Dense(256, name="head")(nn.LayerNorm()(x))
 
 
 def read_text(limit: int) -> np.ndarray:
-    """The standard library's sources, in the order of their names, as bytes."""
-    folder, parts, size = Path(sysconfig.get_paths()["stdlib"]), [], 0
-    for path in sorted(folder.glob("*.py")):
-        parts.append(path.read_bytes())
-        size += len(parts[-1])
-        if size > limit:
-            break
-    return np.frombuffer(b"".join(parts), np.uint8)
+    """The first bytes of the standard library's sources."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return np.frombuffer(b"".join(f.read_bytes() for f in files)[:limit], np.uint8)
 
 
 def batch_at(text: np.ndarray, step: int, batch: int, length: int) -> np.ndarray:
@@ -75,16 +67,14 @@ def make_mesh(description: str) -> Mesh:
     try:
         sizes = {name: int(size) for name, size in (x.split("=") for x in description.split(","))}
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected axes and their sizes such as data=4,model=2, found {description!r}"
-        ) from None
+        wrong = f"expected axes and their sizes such as data=4,model=2, found {description!r}"
+        raise argparse.ArgumentTypeError(wrong) from None
     known = int(np.prod([n for n in sizes.values() if n > 0]))
     sizes = {k: n if n > 0 else jax.device_count() // known for k, n in sizes.items()}
     count = int(np.prod(list(sizes.values())))
     if not 0 < count <= jax.device_count():
-        raise argparse.ArgumentTypeError(
-            f"expected at most {jax.device_count()} devices, those there are, found {description!r}"
-        )
+        wrong = f"expected at most {jax.device_count()} devices, those there are, found {sizes}"
+        raise argparse.ArgumentTypeError(wrong)
     devices = np.asarray(jax.devices()[:count]).reshape(tuple(sizes.values()))
     return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -105,17 +95,37 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformationExtr
         return optax.with_extra_args_support(optax.adamw(1e-3))
     constructor = getattr(lopt_jax, args.optimizer)
     given = {"weights": args.weights} if args.weights else {}
-    if args.optimizer in ("velo", "celo", "celo_adam"):
+    if args.optimizer in ("lopt", "velo", "celo", "celo_adam"):
         given["num_steps"] = args.steps
     return constructor(**given)
 
 
+def continue_log(log: Path, done: int) -> None:
+    """Keeps the lines of the steps that the checkpoint has; a kill leaves one file whole."""
+    lines = log.read_text().splitlines(keepends=True)[:done] if log.exists() else []
+    new = log.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(log)
+
+
+def plot(log: Path, title: str) -> None:
+    """The loss curve, beside the log; without matplotlib there is none."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(np.arange(1, len(losses) + 1), losses)
+    axes.set(xlabel="step", ylabel="training loss (nats a byte)", title=title)
+    figure.savefig(log.with_name("loss.png"), dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--mesh", type=make_mesh, default="data=-1", help="such as data=4,model=2; -1: the rest"
-    )
-    parser.add_argument("--optimizer", default="small_fc_lopt", help="of lopt_jax, or adamw")
+    parser.add_argument("--mesh", type=make_mesh, default="data=-1", help="-1: all other devices")
+    parser.add_argument("--optimizer", default="lopt", help="of lopt_jax, or adamw")
     parser.add_argument("--weights", help="its weights: a name or a path")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16)
@@ -128,117 +138,62 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/train_fsdp"))
     args = parser.parse_args()
 
-    mesh = args.mesh
+    mesh, text = args.mesh, read_text(args.text)
     print(f"{mesh.size} devices ({jax.devices()[0].device_kind}), mesh {dict(mesh.shape)}")
-    text = read_text(args.text)
-    model = Transformer(args.layers, args.width, args.length)
-    tx = make_optimizer(args)
+    model, tx = Transformer(args.layers, args.width, args.length), make_optimizer(args)
 
-    # Parameters and state are born sharded: nothing is ever whole on one device.
-    example = jax.ShapeDtypeStruct((1, args.length), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)
-    specs = jax.tree.map(functools.partial(spec_of, mesh), shapes)
-    of_params = jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
-    of_state = sharding.state_shardings(tx, shapes, specs, mesh)
-    of_batch = NamedSharding(mesh, P("data" if "data" in mesh.shape else None))
-
-    @functools.partial(jax.jit, out_shardings=(of_params, of_state))
     def start() -> tuple[Any, Any]:
         params = model.init(jax.random.key(0), jnp.zeros((1, args.length), jnp.int32))
         return params, tx.init(params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(of_params, of_state, None))
+    # Parameters and state are made in parts: nothing is ever whole on one device.
+    shapes = jax.eval_shape(start)
+    specs = jax.tree.map(functools.partial(spec_of, mesh), shapes[0])
+    of_params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    placed = of_params, lopt_jax.sharding.state_shardings(tx, shapes[0], specs, mesh)
+    of_batch = NamedSharding(mesh, P("data" if "data" in mesh.shape else None))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*placed, None))
     def train_step(params: Any, state: Any, batch: jax.Array) -> tuple[Any, Any, jax.Array]:
         def loss_of(params: Any) -> jax.Array:
             logits = model.apply(params, batch[:, :-1])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
-            return jnp.mean(losses)
+            return losses.mean()
 
         loss, gradients = jax.value_and_grad(loss_of)(params)
         updates, state = tx.update(gradients, state, params, value=loss)
         return optax.apply_updates(params, updates), state, loss
 
     # Orbax writes under a temporary name and renames: a checkpoint is complete or not there.
-    folder = args.folder.absolute()
+    log = args.folder.absolute() / "losses.jsonl"
     manager = ocp.CheckpointManager(
-        folder / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        log.parent / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     )
-    done = manager.latest_step()
-    losses: list[float] = []
-    if done is None:
-        done = 0
-        params, state = start()
-    else:
-        abstract = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(start),
-            (of_params, of_state),
-        )
+    done = manager.latest_step() or 0
+    if done:
+        where = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+        abstract = jax.tree.map(where, shapes, placed)
         params, state = manager.restore(done, args=ocp.args.StandardRestore(abstract))
-        losses = read_losses(folder / "losses.jsonl")[:done]
         print(f"resumed after step {done}")
-    write_losses(folder / "losses.jsonl", losses)
+    else:
+        params, state = jax.jit(start, out_shardings=placed)()
+    continue_log(log, done)
 
-    began, first = time.perf_counter(), done
-    with open(folder / "losses.jsonl", "a") as log:
-        for step in range(done, args.steps):
+    began = time.perf_counter()
+    with log.open("a") as lines:
+        for step in range(done + 1, args.steps + 1):
             batch = jax.device_put(batch_at(text, step, args.batch, args.length), of_batch)
             params, state, loss = train_step(params, state, batch)
-            losses.append(float(loss))
-            log.write(json.dumps({"step": step, "loss": losses[-1]}) + "\n")
-            count = step + 1
-            if count % args.print_every == 0 or count == args.steps:
-                rate = (count - first) / (time.perf_counter() - began)
-                left = (args.steps - count) / rate
-                print(
-                    f"step {count}/{args.steps}  loss {losses[-1]:.4f}  {rate:.1f} steps/s  "
-                    f"{left:.0f} s left",
-                    flush=True,
-                )
-            if count % args.save_every == 0 or count == args.steps:
-                log.flush()
-                manager.save(count, args=ocp.args.StandardSave((params, state)))
-    manager.wait_until_finished()
+            lines.write(json.dumps({"step": step, "loss": float(loss)}) + "\n")
+            if step % args.print_every == 0 or step == args.steps:
+                rate = (step - done) / (time.perf_counter() - began)
+                print(f"step {step}/{args.steps}  loss {loss:.4f}  {rate:.1f} steps/s", flush=True)
+            if step % args.save_every == 0 or step == args.steps:
+                lines.flush()
+                manager.save(step, args=ocp.args.StandardSave((params, state)))
     manager.close()
-    plot(losses, folder / "loss.png", args.optimizer)
-    print(f"done: {folder}/loss.png, checkpoint {args.steps} in {folder}/checkpoints")
-
-
-def read_losses(path: Path) -> list[float]:
-    """The losses of the steps so far; the last line may be cut short."""
-    losses: list[float] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            losses.append(json.loads(line)["loss"])
-        except ValueError:
-            break
-    return losses
-
-
-def write_losses(path: Path, losses: list[float]) -> None:
-    """Replaces the log, in one step that cannot be cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"step": i, "loss": loss}) + "\n" for i, loss in enumerate(losses))
-    temporary = path.with_suffix(".new")
-    temporary.write_text("".join(lines))
-    temporary.replace(path)
-
-
-def plot(losses: list[float], path: Path, optimizer: str) -> None:
-    """The loss curve."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no loss curve: matplotlib is not installed (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4))
-    axes.plot(losses)
-    axes.set(xlabel="step", ylabel="loss (nats a byte)", title=optimizer)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    plot(log, args.optimizer)
+    print(f"done: {log.parent}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ class TrainState(train_state.TrainState):
     Works with any optax transformation: those that do not read the loss ignore it, and those that
     can write the new parameters themselves (`lopt_jax.update_params`).
 
-    Example:
+    Examples:
       >>> state = lopt_jax.flax.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
       >>> loss, grads = jax.value_and_grad(loss_fn)(state.params)
       >>> state = state.apply_gradients(grads=grads, value=loss)

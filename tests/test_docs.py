@@ -138,6 +138,13 @@ def test_links_between_pages(page):
             assert anchor in {slug(heading) for heading in headings}, (target, anchor)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_names_are_there(page):
+    folders = "lopt_jax|pallas_kernels|benchmarks|tests|examples|docs"
+    named = re.findall(rf"`((?:{folders})/[\w/-]+\.(?:py|json|sh))\b", (ROOT / page).read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 def slug(heading):
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
 
@@ -224,6 +231,8 @@ def test_pages_ask_no_other_host():
     assert "repo_url" not in config
     hooks = (DOCS / "_hooks.py").read_text()
     assert "config.repo_url" not in hooks
+    # the theme fetches the program that draws these
+    assert "mermaid" not in config + "".join((ROOT / page).read_text() for page in PAGES)
 
 
 def test_benchmark_models_are_the_flax_models():
@@ -250,7 +259,11 @@ def test_readme_of_the_package_has_absolute_links():
         text = re.sub(substitution["pattern"], substitution["replacement"], text)
     urls = project["project"]["urls"]
     targets = re.findall(r"\]\(([^)]+)\)", text)
-    assert all(target.startswith("https://") for target in targets)
+    pictures = re.findall(r'src="([^"]+)"', text)
+    assert all(target.startswith("https://") for target in targets + pictures)
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (ROOT / picture.partition("/main/")[2]).is_file(), picture
     pages = [t.removeprefix(urls["Documentation"]) for t in targets if urls["Documentation"] in t]
     assert len(pages) > 10
     for page in pages:

@@ -96,6 +96,50 @@ def read_losses(folder):
     return [json.loads(line)["loss"] for line in lines]
 
 
+def test_sharded_transformer_goes_on_from_its_checkpoint(monkeypatch, capsys, tmp_path):
+    """A log that is ahead of the checkpoint loses the steps that run again."""
+    arguments = "--steps 12 --layers 1 --width 16 --length 8 --batch 8 --text 10000 --save-every 6"
+    arguments = [*arguments.split(), "--folder", tmp_path]
+    run_here(monkeypatch, "train_fsdp.py", *arguments)
+    whole = read_losses(tmp_path)
+    assert len(whole) == 12
+    assert whole[-1] < whole[0]
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    capsys.readouterr()
+    run_here(monkeypatch, "train_fsdp.py", *arguments)
+    assert "resumed after step 6" in capsys.readouterr().out
+    assert read_losses(tmp_path) == whole
+
+
+def test_pmap_trains(capsys):
+    names = runpy.run_path(str(EXAMPLES / "train_pmap.py"))
+    end = names["main"]("small_fc_lopt_h4", steps=41)
+    begin = float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0])
+    assert end < 0.9 * begin
+
+
+def test_quickstart_compares():
+    """A row a rate, and a column a measurement."""
+    names = runpy.run_path(str(EXAMPLES / "quickstart.py"))
+    training = names["digits"](40)
+    for name in ("lopt", "muon"):
+        optimizer, rates = names["OPTIMIZERS"][name]
+        losses = names["run"](training, optimizer, rates[:2])
+        assert losses.shape == (len(rates[:2]), 20)
+        assert losses[:, -1].min() < 0.7 * losses[0, 0]
+
+
+def test_widths_are_compared(monkeypatch, capsys):
+    run_here(monkeypatch, "mup_widths.py", "--widths", "8", "16", "--steps", "40")
+    printed = capsys.readouterr().out
+    assert printed.count("losses of the two widths differ by at most") == 2
+
+
+def test_examples_fit_on_a_few_screens():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 200, path.name
+
+
 def test_numpyro_takes_an_optimizer_of_ours():
     pytest.importorskip("numpyro")
     names = runpy.run_path(str(EXAMPLES / "numpyro_svi.py"))

@@ -121,7 +121,8 @@ def test_fsdp_example_survives_kills(tmp_path):
     steps = 70
     lopt_jax.save_weights(tmp_path / "weights", optimizers.weights("small_fc_lopt"))
     common = (
-        f"--mesh data=2 --steps {steps} --layers 1 --width 16 --length 8 --batch 4 --text 10000"
+        f"--mesh data=2 --steps {steps} --layers 1 --width 16 --length 8 --batch 4 --text 10000 "
+        "--optimizer small_fc_lopt"
     )
     command = [sys.executable, str(ROOT / "examples" / "train_fsdp.py"), *common.split()]
     command += ["--weights", str(tmp_path / "weights"), "--save-every", "1", "--print-every", "1"]

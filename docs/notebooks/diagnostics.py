@@ -9,10 +9,10 @@
 # %% [markdown]
 # # Look at a run
 #
-# `diagnose` measures a step inside the jitted program: how large the step of every tensor is
-# beside the tensor, and what a learned controller multiplied it by. `plot_run` draws a run. Here
-# VeLO's rule trains a small network. Then `lopt` trains one in which a layer gets no gradient,
-# and the measures show which.
+# `diagnose` measures a step inside the jitted program: the ratio of every tensor's update to the
+# tensor, and the multiplier that a learned controller chose. `plot_run` draws a run. Here VeLO's
+# rule trains a small network. Then `lopt` trains one in which a layer gets no gradient, and the
+# measures show which one.
 #
 # You need `pip install 'lopt_jax[plot]'`.
 
@@ -68,8 +68,8 @@ def run(tx, loss_of):
 # %% [markdown]
 # ## As it should be
 #
-# The learned multiplier falls towards the end: the controller makes its own schedule. Updates end
-# small beside their parameters.
+# The learned multiplier falls towards the end: the controller makes its own schedule. At the end,
+# updates are small compared with their parameters.
 
 # %%
 tx = lopt_jax.velo(num_steps=STEPS, weights="velo_small", weight_decay=0.001)
@@ -82,9 +82,9 @@ lopt_jax.plot.plot_run(history, losses)
 # %% [markdown]
 # ## A layer that does not learn
 #
-# A `stop_gradient` is where it should not be. The loss falls all the same, but less far. The
-# ratio of update to parameter is zero for every tensor of the layer, from the first step on.
-# (Decay is turned off here: it would shrink the kernel also without a gradient.)
+# A `stop_gradient` is in the wrong place. The loss still falls, but less. The ratio of update to
+# parameter is zero for every tensor of the layer, from the first step on. (Decay is turned off
+# here: it would shrink the kernel also without a gradient.)
 
 # %%
 wrong, wrong_history = run(lopt_jax.lopt(num_steps=STEPS, weight_decay=0.0), wrong_loss_of)

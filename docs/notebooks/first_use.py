@@ -9,8 +9,8 @@
 # %% [markdown]
 # # First use
 #
-# Five minutes: train a network with `lopt`, see what it does with every parameter, compare it
-# with AdamW at five rates, save the training and go on.
+# In five minutes: train a network with `lopt`, see what it does with every parameter, compare it
+# with AdamW at five rates, save the training and resume it.
 #
 # You need `pip install 'lopt_jax[examples]'`.
 
@@ -67,10 +67,10 @@ def train_step(model, optimizer, x, y):
 test_loss = nnx.jit(loss_of)
 
 # %% [markdown]
-# ## What `lopt` is going to do
+# ## What `lopt` will do
 #
-# It takes one number: how many updates the whole training makes. `describe` computes nothing; it
-# tells which rule every parameter gets, with which scale and decay, and why.
+# It takes one number: how many updates the whole training makes. `describe` computes nothing. It
+# shows the rule of every parameter, the size of its step, its decay, and why.
 
 # %%
 STEPS = 300
@@ -103,7 +103,7 @@ def adamw(rate):
 
 
 model, optimizer, curve = train(tx)
-others = {rate: train(adamw(rate))[2] for rate in (0.002, 0.004, 0.008, 0.016, 0.032)}
+others = {rate: train(adamw(rate))[2] for rate in (0.002, 0.008, 0.032, 0.128, 0.512)}
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -125,19 +125,19 @@ assert accuracy > 0.9
 # %% [markdown]
 # One seed and one small task prove little. [Models of real size](../scale.md) has the evidence.
 #
-# ## Save, and go on
+# ## Save and resume
 #
-# Model and optimizer state are trees of arrays. Orbax saves both, and the restored training goes
-# on bit for bit.
+# Orbax saves model and optimizer. The restored training goes on bit for bit.
 
 # %%
-with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:
+with ocp.CheckpointManager(tempfile.mkdtemp()) as manager:  # your folder: an absolute path
     manager.save(STEPS, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
     manager.wait_until_finished()
     copy = Classifier(nnx.Rngs(1))
     copy_optimizer = nnx.Optimizer(copy, tx, wrt=nnx.Param)
     empty = jax.tree.map(ocp.utils.to_shape_dtype_struct, nnx.state((copy, copy_optimizer)))
-    nnx.update((copy, copy_optimizer), manager.restore(STEPS, args=ocp.args.StandardRestore(empty)))
+    restored = manager.restore(STEPS, args=ocp.args.StandardRestore(empty))
+    nnx.update((copy, copy_optimizer), restored)
 
 x, y = images[~test][:128], labels[~test][:128]
 assert train_step(copy, copy_optimizer, x, y) == train_step(model, optimizer, x, y)

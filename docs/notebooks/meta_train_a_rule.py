@@ -9,9 +9,9 @@
 # %% [markdown]
 # # Meta-train a rule in ten minutes
 #
-# A per-parameter rule with four hidden units learns to train small networks on tables, from a
-# step that is far too small, on two CPU cores. It shows how the parts fit. It is far too little
-# training for a rule that anybody should use, and the end of this page shows that, too.
+# A per-parameter rule with four hidden neurons learns to train small networks on tables, on two
+# CPU cores. At the start its steps are far too small. This shows how the parts fit. It is far too
+# little training for a rule that you should use, as the end of this page shows.
 #
 # You need `pip install 'lopt_jax[examples]'`.
 
@@ -32,8 +32,8 @@ from lopt_jax.plot import COLOURS
 # %% [markdown]
 # ## Settings
 #
-# `tiny` is the smallest config. Its task draws another table, other labels and another activation
-# for every network that it trains.
+# `tiny` is the smallest config. For every network that it trains, its task draws a table, labels
+# and an activation function.
 
 # %%
 config = dataclasses.replace(CONFIGS["tiny"], outer_steps=400, log_every=10)
@@ -66,7 +66,7 @@ assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
 # %% [markdown]
 # ## Is it better than before?
 #
-# First on new problems of the kind that it has seen, at a length that it has seen: the rule
+# First on new problems of the kind that it was meta-trained on, of the same length: the rule
 # before and after, and AdamW at four rates.
 
 # %%
@@ -106,10 +106,10 @@ assert ends["after"] < ends["before"]
 ends
 
 # %% [markdown]
-# Then on a task of another kind, with a network ten times as large. A rule that has seen one kind
-# of task is a guess for all others, so judge it anew after every change: with 800 outer steps in
-# place of 400 this rule was better on tables, and diverged here. Shipped rules were meta-trained on
-# several kinds, and `reparametrise` draws scales at random.
+# Then on a task of another kind, with a network ten times as large. A rule that was meta-trained on
+# one kind of task may fail on others, so test it again after every change: with 800 outer steps in
+# place of 400 this rule is better on tables, and diverges here. The rules that ship were
+# meta-trained on several kinds, and `reparametrise` drew the scales of parameters at random.
 
 # %%
 compare("digits", tasks.held_out_tasks()["digits_mlp_128"], [*rules, adamw])
@@ -127,4 +127,4 @@ updates, state = tx.update(params, tx.init(params), params)
 print(jax.tree.map(lambda u: float(np.abs(u).mean()), updates))
 
 # %% [markdown]
-# To go on: your own data and a longer training, [here](../meta_train.md).
+# Next: [your own data and a longer training](../meta_train.md).
