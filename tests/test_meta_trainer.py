@@ -19,6 +19,7 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
+from killed import killed_run
 
 import lopt_jax
 from lopt_jax.meta import cli, data, trainer
@@ -91,37 +92,10 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
         Trainer(other).train(tmp_path, resume=True)
 
 
-_KILLED = """
-import sys, threading
-from lopt_jax.meta.config import from_json
-from lopt_jax.meta.trainer import Trainer
-config = from_json(open(sys.argv[1]).read())
-def report(r, total, left):
-    print(r.step, flush=True)
-    if r.step >= 24:
-        threading.Event().wait()  # for its end, however late it comes
-Trainer(config).train(sys.argv[2], on_report=report)
-"""
-
-
 def test_killed_run_resumes_to_the_same_weights(tmp_path):
     """Killed anywhere between its 12th step and its 24th: it writes a checkpoint every third."""
     config = dataclasses.replace(TINY, outer_steps=30)
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(path), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= 12:
-                break
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    killed_run(config, tmp_path / "run", "folder", 12, 24)
     resumed = Trainer(config).train(tmp_path / "run", resume=True)
     assert_same(resumed.meta_parameters, Trainer(config).train().meta_parameters)
     assert resumed.steps == 30
