@@ -101,6 +101,29 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path):
     assert resumed.steps == 30
 
 
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, whole):
+    Trainer(TINY).train(tmp_path, max_steps=7)
+    newest = tmp_path / "checkpoints" / "7"
+    for name in ("record/metadata", "state/_METADATA"):
+        path = newest / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-20])
+        with pytest.raises(ValueError, match=r"checkpoints/7: expected a checkpoint of this con"):
+            Trainer(TINY).train(tmp_path, resume=True)
+        path.write_bytes(content)
+    shutil.rmtree(newest)
+    resumed = Trainer(TINY).train(tmp_path, resume=True)
+    assert [r.step for r in resumed.history] == [3, 6, 9, 12]
+    assert_same(resumed.meta_parameters, whole.meta_parameters)
+
+
+def test_meta_parameters_that_are_not_finite_are_no_start(tmp_path):
+    start = Trainer(TINY)._start()
+    start["log_learning_rate"] = np.float32(np.nan)
+    with pytest.raises(ValueError, match="initial: expected meta-parameters that are finite"):
+        Trainer(TINY, initial=start)
+
+
 @pytest.fixture
 def in_the_background():
     """As whoever starts tests in the background or under nohup: Ctrl-C is ignored."""

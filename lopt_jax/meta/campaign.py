@@ -28,7 +28,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from lopt_jax.meta.checkpoints import check_same
+from lopt_jax.meta.checkpoints import check_finite, check_same
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.files import read_json, read_rows, write_rows, write_whole
 from lopt_jax.meta.locks import lock
@@ -258,11 +258,7 @@ class Campaign:
                 )
         placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(found, leaves, strict=True)]
         theta, optimizer_state = structure.unflatten(placed)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(theta)):
-            raise ValueError(
-                f"{path}: expected meta-parameters that are finite, found others, from which no "
-                "step leads back; start in another folder, with weights of an earlier step"
-            )
+        check_finite(path, theta)
         step, seconds = int(arrays["step"]), float(arrays["seconds"])
         self._first = (step, seconds)
         self._record["runs"] = _runs_up_to(self._record["runs"], step)

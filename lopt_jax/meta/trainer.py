@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax.meta.augmentation import Reparametrised
 from lopt_jax.meta.campaign import Campaign
-from lopt_jax.meta.checkpoints import Checkpoints
+from lopt_jax.meta.checkpoints import Checkpoints, check_finite
 from lopt_jax.meta.config import MetaTrainConfig
 from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
 from lopt_jax.meta.experts import guidance_at, make_expert
@@ -229,6 +229,8 @@ class Trainer:
             self._estimator(task, scaled_rule, config.num_pairs * count)
             for task, count in zip(self.tasks, self.counts, strict=True)
         ]
+        if initial is not None:
+            check_finite("initial", initial)
         self._initial = initial
         _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
