@@ -224,14 +224,11 @@ def summary(found):
             f"{np.median(ratios):.2f} times the first loss, the highest at {np.max(ratios):.3f}."
         )
         if others:
-            began, ended = (
-                max(abs(row[name] / row["constant"] - 1) for row in others)
-                for name in ("first", "last")
-            )
             lines.append(
-                f"The other {len(others)} have batches of at most "
-                f"{max(row['batch'] for row in others)}. They began within {began:.1%} of the loss "
-                f"of the best constant outputs, and ended within {ended:.1%} of it."
+                f"Of those that did not ({len(others)}), the largest batch is "
+                f"{max(row['batch'] for row in others)}, and "
+                f"{sum(row['first'] < 1.01 * row['constant'] for row in others)} began within 1% "
+                "of the loss of the best constant outputs."
             )
     return "\n".join(lines)
 

@@ -43,12 +43,12 @@ def test_the_records_are_of_the_networks_that_the_script_draws(robustness, found
 
 
 def test_none_diverged(robustness, found):
-    """What did not end below where it began had learned nothing, and ends near a constant's."""
+    """What did not end below where it began learned from one example a step, and ends near it."""
     for row in found["networks"]:
         assert math.isfinite(row["last"])
-        if not robustness.ends_well(row):
-            assert row["batch"] <= 2
-            assert row["last"] < 1.05 * row["constant"]
+        assert robustness.ends_well(row) or (
+            row["batch"] == 1 and row["last"] < 1.03 * row["first"]
+        )
 
 
 def test_the_best_constant(robustness):
@@ -68,4 +68,4 @@ def test_all_end_as_recorded(robustness, found):
     highest = max(row["last"] / row["first"] for row in found["networks"])
     for shape, networks in group.draws():
         first, last, _ = map(np.asarray, robustness.train(networks, *shape))
-        assert (last < max(highest, 1.05) * first).all()
+        assert (last < max(highest, 1.03) * first).all()
