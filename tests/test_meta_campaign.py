@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from killed import killed_run
-from test_meta_trainer import TINY, assert_same
+from test_meta_trainer import TINY, assert_same, clock  # noqa: F401 (a fixture)
 
 from lopt_jax.meta import campaign, cli, files
 from lopt_jax.meta.config import to_json
@@ -158,14 +158,9 @@ def test_a_campaign_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_no_steps_are_begun_that_would_be_lost(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("clock")
+def test_no_steps_are_begun_that_would_be_lost(tmp_path):
     """The clock goes on by ten seconds whenever it is read: six steps take more than 100 s."""
-    from types import SimpleNamespace
-
-    from lopt_jax.meta import trainer
-
-    ticks = itertools.count(step=10.0)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     config = dataclasses.replace(CONFIG, outer_steps=10**5)
     result = Trainer(config).train(campaign=tmp_path, max_seconds=500.0)
     assert result.ended == "budget"

@@ -22,13 +22,14 @@ import pytest
 from killed import killed_run
 
 import lopt_jax
-from lopt_jax.meta import cli, data, trainer
+from lopt_jax.meta import cli, compilation, data, trainer
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
 from lopt_jax.meta.locks import lock
+from lopt_jax.meta.reports import Report
 from lopt_jax.meta.tasks import Quadratic
-from lopt_jax.meta.trainer import Interrupted, Report, Result, Trainer
+from lopt_jax.meta.trainer import Interrupted, Result, Trainer
 
 TINY = MetaTrainConfig(
     name="test",
@@ -218,7 +219,8 @@ def test_phases_train_one_part_after_the_other():
 def clock(monkeypatch):
     """The trainer's clock goes on by ten seconds whenever it is read."""
     ticks = itertools.count(step=10.0)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    for module in (trainer, compilation):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 def test_wall_clock_budget_plans_the_steps(clock):
@@ -384,7 +386,7 @@ def test_resume_of_nothing_is_an_error(tmp_path, capsys):
 
 
 def test_a_folder_in_use_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    monkeypatch.setattr("lopt_jax.meta.trainer.compile_all", None)
     run = tmp_path / "run"
     claim = lock(run / ".lock")
     assert cli.main(["meta-train", "tiny", "--out", str(run)]) == 2
@@ -403,9 +405,9 @@ class _Slow:
 
 
 def test_the_budget_bounds_compilation_and_weights_are_written(tmp_path, monkeypatch, capsys):
-    real = trainer._compile_all
+    real = trainer.compile_all
     monkeypatch.setattr(
-        trainer, "_compile_all", lambda lowers, deadline: real([_Slow] * len(lowers), deadline)
+        trainer, "compile_all", lambda lowers, deadline: real([_Slow] * len(lowers), deadline)
     )
     exits = []
     monkeypatch.setattr(cli.os, "_exit", exits.append)
@@ -449,7 +451,7 @@ def test_without_scikit_learn_a_message_before_any_work(command, tmp_path, monke
         load.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    monkeypatch.setattr("lopt_jax.meta.trainer.compile_all", None)
     monkeypatch.setattr("lopt_jax.meta.evaluate.run_curves", None)
     assert cli.main(command.split()) == 2
     printed = capsys.readouterr()
