@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from lopt_jax.meta import campaign, selection
+from lopt_jax.meta import campaign, ranking, selection
 
 GRACE = 20.0  # seconds for imports and files at the end, of every command
 # Programs compile faster, and every compilation chooses the same kernels.
@@ -109,13 +109,13 @@ def row(options, config, ended):
     inner = each * (last["to"] - last["from"])
     rate = f"{inner / last['seconds']:,.0f}" if last["seconds"] > 0 else ""
     steps = sorted(selection.spread(kept.steps[1:], 5))
-    means = [(step, selection.mean_loss(kept, step)) for step in steps]
+    means = [(step, ranking.mean_loss(kept, step)) for step in steps]
     curve = ", ".join(f"{step:,}: {loss:.4f}" for step, loss in means if loss is not None)
     best = change = ""
-    records = [r for r in selection.read_records(folder) if r["steps"] == options.select_steps]
+    records = selection.current_records(kept, options.select_steps)
     if records:
-        rows, base = selection.rank(records)
-        found = selection.best_of(rows)
+        rows, base = ranking.rank(records)
+        found = ranking.best_of(rows)
         if found is not None:
             losses = ", ".join(f"{t} {x:.4f}" for t, x in found.losses.items())
             best = f"{found.label}: {losses}"

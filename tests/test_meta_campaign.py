@@ -1,21 +1,18 @@
 """A chain of runs gives bitwise what one run gives, whenever a run was stopped or killed."""
 
 import dataclasses
+import errno
+import itertools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from test_meta_trainer import TINY, assert_same
+from killed import killed_run
+from test_meta_trainer import TINY, assert_same, clock  # noqa: F401 (a fixture)
 
-from lopt_jax.meta import campaign, cli
+from lopt_jax.meta import campaign, cli, files
 from lopt_jax.meta.config import to_json
 from lopt_jax.meta.locks import lock
 from lopt_jax.meta.trainer import Trainer
@@ -61,37 +58,9 @@ def test_dealing_anew_changes_the_weights(whole):
     assert not np.array_equal(first, second)
 
 
-_KILLED = """
-import sys, threading
-from lopt_jax.meta.config import from_json
-from lopt_jax.meta.trainer import Trainer
-config = from_json(open(sys.argv[1]).read())
-def report(r, total, left):
-    print(r.step, flush=True)
-    if r.step >= 40:
-        threading.Event().wait()  # for its end, however late it comes
-Trainer(config).train(campaign=sys.argv[2], on_report=report)
-"""
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     config = dataclasses.replace(CONFIG, outer_steps=60)
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(path), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= 15:
-                break
-        time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    killed_run(config, tmp_path / "run", "campaign", 15, 40)
     assert campaign.read(tmp_path / "run").step in range(12, 60, 6)
     resumed = Trainer(config).train(campaign=tmp_path / "run")
     assert_same(resumed.meta_parameters, Trainer(config).train().meta_parameters)
@@ -105,11 +74,72 @@ def test_files_half_written_are_not_gone_on_from(tmp_path, whole):
     (tmp_path / "state.npz").write_bytes(state)
     assert campaign.read(tmp_path).steps == (0, 6, 12)
     result = Trainer(CONFIG).train(campaign=tmp_path)
+    runs = campaign.read(tmp_path).record["runs"]
+    assert [(run["from"], run["to"]) for run in runs] == [(0, 12), (12, 20)]
     assert [r.step for r in result.history] == [3, 6, 9, 12, 15, 18, 20]
     assert_same(result.meta_parameters, whole.meta_parameters)
     (tmp_path / "state.npz").write_bytes(state[:-40])
     with pytest.raises(ValueError, match=r"state\.npz: expected arrays of a campaign"):
         Trainer(CONFIG).train(campaign=tmp_path)
+
+
+def test_a_full_disk_leaves_the_campaign_as_it_was(tmp_path, whole, monkeypatch):
+    """Whichever of the four files of a step it is that has no room."""
+    Trainer(CONFIG).train(campaign=tmp_path, max_steps=6)
+    for nth in range(4):
+        written = itertools.count()
+
+        def full(descriptor, nth=nth, written=written):
+            if next(written) == nth:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as context:
+            context.setattr(files.os, "fsync", full)
+            with pytest.raises(OSError, match="No space left on device"):
+                Trainer(CONFIG).train(campaign=tmp_path)
+        assert campaign.read(tmp_path).step == 6
+        assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    result = Trainer(CONFIG).train(campaign=tmp_path)
+    assert_same(result.meta_parameters, whole.meta_parameters)
+    runs = campaign.read(tmp_path).record["runs"]
+    assert [(run["from"], run["to"]) for run in runs] == [(0, 6), (6, 20)]
+
+
+def test_a_state_that_is_gone_or_not_finite_is_refused(tmp_path):
+    Trainer(CONFIG).train(campaign=tmp_path, max_steps=6)
+    path = tmp_path / "state.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{**arrays, "00000": np.full_like(arrays["00000"], np.nan)})
+    with pytest.raises(ValueError, match=r"state\.npz: expected meta-parameters that are finite"):
+        Trainer(CONFIG).train(campaign=tmp_path)
+    np.savez(path, **{name: x for name, x in arrays.items() if name != "step"})
+    with pytest.raises(ValueError, match=r"state\.npz: .* found none named 'step'"):
+        campaign.read(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"holds a campaign without its state\.npz"):
+        Trainer(CONFIG).train(campaign=tmp_path)
+    assert (tmp_path / "weights/00000006.npz").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": {}, "data": {}}', "\xff", '{"config'])
+def test_a_damaged_record_is_named(content, tmp_path):
+    Trainer(CONFIG).train(campaign=tmp_path, max_steps=6)
+    (tmp_path / "campaign.json").write_text(content, encoding="latin-1")
+    for use in (campaign.read, lambda folder: Trainer(CONFIG).train(campaign=folder)):
+        with pytest.raises(ValueError, match=r"campaign\.json: expected "):
+            use(tmp_path)
+    (tmp_path / "campaign.json").unlink()
+    with pytest.raises(ValueError, match=r"campaign\.json"):
+        Trainer(CONFIG).train(campaign=tmp_path)
+
+
+def test_a_killed_start_is_begun_anew(tmp_path, whole):
+    """Even with other settings: nothing was learned."""
+    Trainer(dataclasses.replace(CONFIG, seed=1)).train(campaign=tmp_path, max_steps=1)
+    (tmp_path / "state.npz").unlink()  # as if killed before the last of the first files
+    result = Trainer(CONFIG).train(campaign=tmp_path)
+    assert_same(result.meta_parameters, whole.meta_parameters)
 
 
 def test_a_campaign_of_something_else_is_refused(tmp_path):
@@ -128,15 +158,9 @@ def test_a_campaign_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_no_steps_are_begun_that_would_be_lost(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("clock")
+def test_no_steps_are_begun_that_would_be_lost(tmp_path):
     """The clock goes on by ten seconds whenever it is read: six steps take more than 100 s."""
-    import itertools
-    from types import SimpleNamespace
-
-    from lopt_jax.meta import trainer
-
-    ticks = itertools.count(step=10.0)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     config = dataclasses.replace(CONFIG, outer_steps=10**5)
     result = Trainer(config).train(campaign=tmp_path, max_seconds=500.0)
     assert result.ended == "budget"
@@ -161,7 +185,7 @@ def test_wrong_arguments_are_named_before_anything_runs(arguments, message, tmp_
     assert not folder.exists()
 
 
-def test_the_command_begins_and_goes_on(tmp_path, capsys):
+def test_the_command_begins_and_goes_on(tmp_path, capsys, monkeypatch):
     path = tmp_path / "config.json"
     path.write_text(to_json(CONFIG))
     command = ["meta-train", str(path), "--campaign", str(tmp_path / "run")]
@@ -172,3 +196,11 @@ def test_the_command_begins_and_goes_on(tmp_path, capsys):
     assert json.loads((tmp_path / "run/campaign.json").read_text())["config"]["seed"] == 0
     assert cli.main(command) == 0
     assert "0 s for 0 outer steps" in capsys.readouterr().out
+    assert cli.main([*command, "--set", "truncation_length=8", "--set", "log_every=6"]) == 2
+    message = "other settings of ['truncation_length', 'log_every']"
+    assert message in capsys.readouterr().err
+    exits = []
+    monkeypatch.setattr(cli.os, "_exit", exits.append)
+    assert cli.main([*command, "--seconds", "1e-9"]) == 0
+    assert "were over before the programs were compiled; give it more" in capsys.readouterr().out
+    assert exits == [0]

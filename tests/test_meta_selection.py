@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import pytest
 from test_meta_trainer import TINY
 
 import lopt_jax
-from lopt_jax.meta import campaign, cli, selection
+from lopt_jax.meta import campaign, cli, ranking, selection
+from lopt_jax.meta.locks import lock
 from lopt_jax.meta.scale import run
 from lopt_jax.meta.tasks import training_tasks
 from lopt_jax.meta.trainer import Trainer
@@ -112,30 +114,95 @@ def test_it_goes_on_where_it_stopped(folder, monkeypatch):
     assert (len(none), complete) == (3, False)
 
 
-def test_the_ranking_is_by_the_mean_log_ratio():
-    def record(task, weights, loss):
-        return {"task": task, "weights": weights, "validation": [9.0, loss]}
+def test_what_was_trained_with_another_recipe_is_no_record_of_todays(tmp_path, monkeypatch):
+    Trainer(LOPT).train(campaign=tmp_path)
+    first, _ = chosen(tmp_path, "tables_mlp_16", checkpoints=1)
+    assert [r["weights"] for r in selection.current_records(campaign.read(tmp_path), 50)] == [
+        "lopt", "3",
+    ]  # fmt: skip
+    other = dataclasses.replace(lopt_jax.Recipe(), decay=11.0)
+    monkeypatch.setattr(selection, "Recipe", lambda: other)
+    assert [r["weights"] for r in selection.current_records(campaign.read(tmp_path), 50)] == [
+        "lopt",  # its version is no business of this test
+    ]
+    again, complete = chosen(tmp_path, "tables_mlp_16", checkpoints=1)
+    assert complete
+    assert again[0] == first[0]
+    assert again[1]["digest"] != first[1]["digest"]
+    assert len(selection.read_records(tmp_path)) == 3
 
+
+def test_a_selection_beside_another_is_refused(folder):
+    with (
+        lock(folder / ".selection.lock"),
+        pytest.raises(ValueError, match="another selection is at work in"),
+    ):
+        chosen(folder, "quadratic")
+
+
+def test_a_campaign_without_weights_is_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/weights")
+    with pytest.raises(ValueError, match=r"campaign: expected weights in .*weights, found none"):
+        chosen(tmp_path / "run", "quadratic")
+
+
+def test_damaged_records_are_named(folder, tmp_path):
+    for content in ('[{"task": "quadratic"}]', "{}", '[{"task": '):
+        (tmp_path / "selection.json").write_text(content)
+        with pytest.raises(ValueError, match=r"selection\.json: expected"):
+            selection.read_records(tmp_path)
+
+
+def record(task, weights, loss, seed=0):
+    return {"task": task, "weights": weights, "seed": seed, "validation": [9.0, loss]}
+
+
+def test_the_ranking_is_by_the_mean_log_ratio():
     losses = {"a": {"lopt": 2.0, "0": 2.0, "5": 1.0}, "b": {"lopt": 1.0, "0": None, "5": 1.5}}
     records = [record(t, w, x) for t, row in losses.items() for w, x in row.items()]
-    rows, base = selection.rank([*records, record("a", "9", 0.1)])
+    rows, base = ranking.rank([*records, record("a", "9", 0.1)])
     assert base == "lopt"
     assert [row.label for row in rows] == ["lopt", "0", "5", "9"]
     assert rows[0].score == 0.0
     assert rows[1].score == math.inf
     assert rows[2].score == pytest.approx((math.log(0.5) + math.log(1.5)) / 2)
     assert math.isnan(rows[3].score)  # one task alone
-    assert selection.best_of(rows).label == "5"
+    assert ranking.best_of(rows).label == "5"
     with pytest.raises(ValueError, match="records: expected trainings to rank"):
-        selection.rank([])
+        ranking.rank([])
+
+
+def test_only_seeds_that_both_have_are_compared():
+    losses = {"lopt": [2.0, 4.0, 60.0], "0": [1.0, 3.0], "5": [2.0]}
+    records = [record("a", w, x, i) for w, row in losses.items() for i, x in enumerate(row)]
+    rows, _ = ranking.rank(records)
+    assert [row.losses["a"] for row in rows] == [22.0, 2.0, 2.0]
+    assert [row.score for row in rows] == pytest.approx([0.0, math.log(4 / 6), 0.0])
+
+
+def test_the_base_is_one_that_did_not_diverge(tmp_path):
+    """And a loss of zero is the best, not an error."""
+    losses = {"lopt": None, "0": 2.0, "5": 0.0}
+    rows, base = ranking.rank([record("a", w, x) for w, x in losses.items()])
+    assert base == "0"
+    assert [row.score for row in rows] == [math.inf, 0.0, -math.inf]
+    assert ranking.best_of(rows).label == "5"
+    rows, base = ranking.rank([record("a", "lopt", None), record("a", "5", None)])
+    assert base == "lopt"
+    assert all(math.isnan(row.score) for row in rows)
+    assert ranking.best_of(rows) is None
+    kept = campaign.Kept(None, CONFIG, {}, 8, (0, 5), [])
+    assert "| 5 |  | inf |  |" in ranking.table(kept, rows, base)
+    ranking.plot(kept, rows, base, tmp_path / "plot.png")
 
 
 def test_meta_losses_are_means_since_the_kept_step_before():
     history = [{"step": step, "loss": loss} for step, loss in ((2, 1.0), (4, 3.0), (6, None))]
     kept = campaign.Kept(None, CONFIG, {}, 8, (0, 4, 6), [*history, {"step": 8, "loss": 9.0}])
-    assert selection.mean_loss(kept, 0) is None
-    assert selection.mean_loss(kept, 4) == 2.0
-    assert selection.mean_loss(kept, 6) is None
+    assert ranking.mean_loss(kept, 0) is None
+    assert ranking.mean_loss(kept, 4) == 2.0
+    assert ranking.mean_loss(kept, 6) is None
 
 
 def test_a_direction_is_trained_by_lopt_and_can_be_exported(tmp_path, capsys):

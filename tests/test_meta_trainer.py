@@ -19,15 +19,17 @@ from typing import ClassVar
 import jax
 import numpy as np
 import pytest
+from killed import killed_run
 
 import lopt_jax
-from lopt_jax.meta import cli, data, trainer
+from lopt_jax.meta import cli, compilation, data, trainer
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
 from lopt_jax.meta.configs import CONFIGS
 from lopt_jax.meta.initial import initial_parameters
 from lopt_jax.meta.locks import lock
+from lopt_jax.meta.reports import Report
 from lopt_jax.meta.tasks import Quadratic
-from lopt_jax.meta.trainer import Interrupted, Report, Result, Trainer
+from lopt_jax.meta.trainer import Interrupted, Result, Trainer
 
 TINY = MetaTrainConfig(
     name="test",
@@ -91,40 +93,36 @@ def test_a_folder_with_checkpoints_is_not_overwritten(tmp_path):
         Trainer(other).train(tmp_path, resume=True)
 
 
-_KILLED = """
-import sys, threading
-from lopt_jax.meta.config import from_json
-from lopt_jax.meta.trainer import Trainer
-config = from_json(open(sys.argv[1]).read())
-def report(r, total, left):
-    print(r.step, flush=True)
-    if r.step >= 24:
-        threading.Event().wait()  # for its end, however late it comes
-Trainer(config).train(sys.argv[2], on_report=report)
-"""
-
-
 def test_killed_run_resumes_to_the_same_weights(tmp_path):
     """Killed anywhere between its 12th step and its 24th: it writes a checkpoint every third."""
     config = dataclasses.replace(TINY, outer_steps=30)
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(path), str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if int(line) >= 12:
-                break
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    killed_run(config, tmp_path / "run", "folder", 12, 24)
     resumed = Trainer(config).train(tmp_path / "run", resume=True)
     assert_same(resumed.meta_parameters, Trainer(config).train().meta_parameters)
     assert resumed.steps == 30
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(tmp_path, whole):
+    Trainer(TINY).train(tmp_path, max_steps=7)
+    newest = tmp_path / "checkpoints" / "7"
+    for name in ("record/metadata", "state/_METADATA"):
+        path = newest / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-20])
+        with pytest.raises(ValueError, match=r"checkpoints/7: expected a checkpoint of this con"):
+            Trainer(TINY).train(tmp_path, resume=True)
+        path.write_bytes(content)
+    shutil.rmtree(newest)
+    resumed = Trainer(TINY).train(tmp_path, resume=True)
+    assert [r.step for r in resumed.history] == [3, 6, 9, 12]
+    assert_same(resumed.meta_parameters, whole.meta_parameters)
+
+
+def test_meta_parameters_that_are_not_finite_are_no_start(tmp_path):
+    start = Trainer(TINY)._start()
+    start["log_learning_rate"] = np.float32(np.nan)
+    with pytest.raises(ValueError, match="initial: expected meta-parameters that are finite"):
+        Trainer(TINY, initial=start)
 
 
 @pytest.fixture
@@ -221,7 +219,8 @@ def test_phases_train_one_part_after_the_other():
 def clock(monkeypatch):
     """The trainer's clock goes on by ten seconds whenever it is read."""
     ticks = itertools.count(step=10.0)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    for module in (trainer, compilation):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
 
 
 def test_wall_clock_budget_plans_the_steps(clock):
@@ -387,7 +386,7 @@ def test_resume_of_nothing_is_an_error(tmp_path, capsys):
 
 
 def test_a_folder_in_use_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    monkeypatch.setattr("lopt_jax.meta.trainer.compile_all", None)
     run = tmp_path / "run"
     claim = lock(run / ".lock")
     assert cli.main(["meta-train", "tiny", "--out", str(run)]) == 2
@@ -406,9 +405,9 @@ class _Slow:
 
 
 def test_the_budget_bounds_compilation_and_weights_are_written(tmp_path, monkeypatch, capsys):
-    real = trainer._compile_all
+    real = trainer.compile_all
     monkeypatch.setattr(
-        trainer, "_compile_all", lambda lowers, deadline: real([_Slow] * len(lowers), deadline)
+        trainer, "compile_all", lambda lowers, deadline: real([_Slow] * len(lowers), deadline)
     )
     exits = []
     monkeypatch.setattr(cli.os, "_exit", exits.append)
@@ -452,7 +451,7 @@ def test_without_scikit_learn_a_message_before_any_work(command, tmp_path, monke
         load.cache_clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr("lopt_jax.meta.trainer._compile_all", None)
+    monkeypatch.setattr("lopt_jax.meta.trainer.compile_all", None)
     monkeypatch.setattr("lopt_jax.meta.evaluate.run_curves", None)
     assert cli.main(command.split()) == 2
     printed = capsys.readouterr()

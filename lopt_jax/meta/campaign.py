@@ -21,15 +21,16 @@ import platform
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 
-from lopt_jax.meta.checkpoints import check_same
+from lopt_jax.meta.checkpoints import check_finite, check_same
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
+from lopt_jax.meta.files import read_json, read_rows, write_rows, write_whole
 from lopt_jax.meta.locks import lock
 from lopt_jax.meta.rules import MetaParameters, rescaled
 from lopt_jax.weights import Weights
@@ -72,9 +73,9 @@ class Kept:
                 place = place.setdefault(parent, {})
             place[last] = value
         settings = self.record["config"]
-        runs = [run for run in self.record["runs"] if run["from"] < step]
         record = {**settings, **{k: v for k, v in self.record.items() if k != "config"}}
-        record |= {"runs": runs, "steps": step, "not_good_for": self.config.notes}
+        record |= {"runs": _runs_up_to(self.record["runs"], step), "steps": step}
+        record |= {"not_good_for": self.config.notes}
         metadata = {
             "source": "meta-trained with lopt_jax.meta",
             "licence": "Apache-2.0",
@@ -102,18 +103,24 @@ def read(folder: Path) -> Kept:
     Raises:
       ValueError: where there is none, or a file is damaged; the message names it.
     """
-    record = _read_json(folder / _RECORD)
+    record = _read_record(folder)
     if record is None or not exists(folder):
         raise ValueError(
             f"folder: expected a campaign with {_RECORD} and {_STATE}, found none in {folder}; "
             "`lopt meta-train NAME --campaign FOLDER` makes one"
         )
-    step = int(_read_arrays(folder / _STATE)["step"])
+    step = int(_read_state(folder)["step"])
     paths = (folder / _WEIGHTS).glob("*.npz")
     steps = sorted(int(path.stem) for path in paths if path.stem.isdigit())
-    history = [row for row in _read_json(folder / _HISTORY) or [] if row["step"] <= step]
+    history = _read_history(folder, step)
     config = from_json(json.dumps(record["config"]))
     return Kept(folder, config, record, step, tuple(s for s in steps if s <= step), history)
+
+
+def _read_history(folder: Path, step: int) -> list[dict[str, Any]]:
+    """The reports up to a step."""
+    rows = read_rows(folder / _HISTORY, ("step", "loss"))
+    return [row for row in rows if row["step"] <= step]
 
 
 class Campaign:
@@ -160,14 +167,19 @@ class Campaign:
 
     def _checked(self, initial: MetaParameters | None) -> dict[str, Any]:
         """The record to go on with."""
-        found = None if self.is_new else _read_json(self._folder / _RECORD)
+        found = _read_record(self._folder)
         digest = "" if initial is None else _digest(initial)
-        if found is None:
-            if not self.is_new:
-                raise ValueError(f"folder: expected {self._folder / _RECORD}, found none")
+        if self.is_new and found is not None and any(run["to"] for run in found["runs"]):
+            raise ValueError(
+                f"folder: {self._folder} holds a campaign without its {_STATE}, so that none can "
+                "go on from it; put the file back, or start in another folder"
+            )
+        if self.is_new:  # or killed before it had a state
             settings = json.loads(to_json(self._config))
             return {"config": settings, "data": self._data, "start": digest, **_versions(),
                     "runs": []}  # fmt: skip
+        if found is None:
+            raise ValueError(f"folder: expected {self._folder / _RECORD}, found none")
         check_same(self._folder, found, self._config, self._data)
         if digest and digest != found["start"]:
             raise ValueError(
@@ -199,13 +211,11 @@ class Campaign:
             return
         self._saved = step
         theta, optimizer_state = jax.device_get((state.meta_parameters, state.optimizer_state))
-        self._folder.joinpath(_WEIGHTS).mkdir(parents=True, exist_ok=True)
         own = rescaled(theta, dict(self._config.scales))
         _write_arrays(_weights_path(self._folder, step), _by_path(own))
         names = record["fields"]
         rows = [dict(zip(names, map(_short, row), strict=True)) for row in record["history"]]
-        lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows)
-        _write(self._folder / _HISTORY, f"[\n{lines}\n]\n".encode())
+        write_rows(self._folder / _HISTORY, rows)
         self._note_run(step, record["seconds"])
         leaves = jax.tree.leaves((theta, optimizer_state))
         arrays = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
@@ -226,7 +236,7 @@ class Campaign:
             **_versions(),
             "date": datetime.date.today().isoformat(),
         }
-        _write(self._folder / _RECORD, json.dumps(self._record, indent=1).encode())
+        write_whole(self._folder / _RECORD, json.dumps(self._record, indent=1).encode())
 
     def restore(self, like: Any) -> tuple[Any, int, dict[str, Any]]:
         """Reads the state, without inner trainings, into the shapes and shardings of `like`.
@@ -235,7 +245,7 @@ class Campaign:
           ValueError: for a file that is damaged or of other shapes.
         """
         path = self._folder / _STATE
-        arrays = _read_arrays(path)
+        arrays = _read_state(self._folder)
         wanted = (like.meta_parameters, like.optimizer_state)
         leaves, structure = jax.tree.flatten(wanted)
         found = [arrays.get(f"{i:05d}") for i in range(len(leaves))]
@@ -248,9 +258,11 @@ class Campaign:
                 )
         placed = [jax.device_put(x, leaf.sharding) for x, leaf in zip(found, leaves, strict=True)]
         theta, optimizer_state = structure.unflatten(placed)
+        check_finite(path, theta)
         step, seconds = int(arrays["step"]), float(arrays["seconds"])
         self._first = (step, seconds)
-        rows = [row for row in _read_json(self._folder / _HISTORY) or [] if row["step"] <= step]
+        self._record["runs"] = _runs_up_to(self._record["runs"], step)
+        rows = _read_history(self._folder, step)
         history = [[math.nan if x is None else x for x in row.values()] for row in rows]
         state = like._replace(
             meta_parameters=theta, optimizer_state=optimizer_state, estimators=None
@@ -294,21 +306,10 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    _write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -319,11 +320,29 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: expected arrays of a campaign ({error})") from error
 
 
-def _read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is no file."""
-    if not path.is_file():
+def _read_state(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of the state, "step" and "seconds" among them."""
+    path = folder / _STATE
+    arrays = _read_arrays(path)
+    for name in ("step", "seconds"):
+        if name not in arrays or arrays[name].shape != ():
+            raise ValueError(f"{path}: expected arrays of a campaign, found none named {name!r}")
+    return arrays
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    """What campaign.json holds; None where there is no such file."""
+    path = folder / _RECORD
+    record = read_json(path)
+    if record is None:
         return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON of a campaign ({error})") from error
+    kinds = {"config": dict, "data": dict, "start": str, "runs": list}
+    for name, kind in kinds.items():
+        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+            raise ValueError(f"{path}: expected the record of a campaign, found no {name!r} in it")
+    return record
+
+
+def _runs_up_to(runs: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The runs as they led to a step: what later ones did that was not kept is left out."""
+    return [{**run, "to": min(run["to"], step)} for run in runs if run["from"] < step]

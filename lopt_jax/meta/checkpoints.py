@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lopt_jax.meta.config import MetaTrainConfig, from_json, to_json
@@ -53,6 +54,24 @@ def check_same(
                 f"{str(data.get(name))[:12]} under Python {platform.python_version()}; "
                 "resume with the same data and versions, or start in another folder"
             )
+
+
+def check_finite(name: Path | str, meta_parameters: Any) -> None:
+    """Checks that a run can learn from what it begins with or goes on from.
+
+    Args:
+      name: of the argument, the file or the folder, for the message.
+      meta_parameters: a tree of arrays.
+
+    Raises:
+      ValueError: for numbers that are not finite: all losses of such a rule are none either, so
+        that no step leads back.
+    """
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(meta_parameters)):
+        raise ValueError(
+            f"{name}: expected meta-parameters that are finite, found others, from which no step "
+            "leads back; begin elsewhere, with weights of an earlier step"
+        )
 
 
 class Checkpoints:
@@ -123,14 +142,13 @@ class Checkpoints:
         """Reads the newest checkpoint into the shapes and shardings of `like`.
 
         Raises:
-          ValueError: if there is none, or it was written with other settings or other data.
+          ValueError: if there is none, it is damaged, or it was written with other settings or
+            other data.
         """
         step = self._manager.latest_step()
         if step is None:
             raise self._nothing_to_resume()
-        record = self._manager.restore(
-            step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-        )["record"]
+        record = self._read(step, record=ocp.args.JsonRestore())["record"]
         check_same(self._folder, record, self._config, self._data)
         leaves, structure = jax.tree.flatten(like)
         template = {
@@ -138,9 +156,7 @@ class Checkpoints:
             for i, leaf in enumerate(leaves)
             if leaf.size  # Orbax does not store empty arrays
         }
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-        )["state"]
+        restored = self._read(step, state=ocp.args.StandardRestore(template))["state"]
         state = structure.unflatten(
             [
                 restored[f"{i:05d}"] if leaf.size
@@ -148,4 +164,15 @@ class Checkpoints:
                 for i, leaf in enumerate(leaves)
             ]
         )  # fmt: skip
+        check_finite(self._folder / str(step), state.meta_parameters)
         return state, step, record
+
+    def _read(self, step: int, **items: Any) -> Any:
+        """Items of a checkpoint; Orbax names neither the folder nor what to do."""
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (KeyError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self._folder / str(step)}: expected a checkpoint of this config ({error}); "
+                "without this folder, resume goes on from the checkpoint before"
+            ) from error

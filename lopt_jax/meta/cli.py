@@ -304,7 +304,7 @@ def run_meta_select(arguments: argparse.Namespace) -> int:
     Raises:
       ValueError: for wrong arguments, naming them.
     """
-    from lopt_jax.meta import campaign, selection
+    from lopt_jax.meta import campaign, ranking, selection
     from lopt_jax.weights import save_weights
 
     began = time.monotonic()
@@ -315,7 +315,7 @@ def run_meta_select(arguments: argparse.Namespace) -> int:
     kept = campaign.read(Path(arguments.campaign))
     names = arguments.tasks.split(",") if arguments.tasks else selection.DEFAULT_TASKS
     tasks = [selection.selection_task(name) for name in dict.fromkeys(names)]
-    records, complete, compiling = selection.select(
+    selected = selection.select(
         kept, tasks, arguments.steps,
         seeds=arguments.seeds,
         checkpoints=arguments.checkpoints,
@@ -325,37 +325,37 @@ def run_meta_select(arguments: argparse.Namespace) -> int:
         cache=Path(arguments.cache),
         say=lambda text: print(text, flush=True),
     )  # fmt: skip
+    records = selected.records
     if records:
         _show_selection(kept, records)
-    if not complete:
+    if not selected.complete:
         print("Not complete: the same command goes on.")
-    best = selection.best_of(selection.rank(records)[0]) if records else None
+    best = ranking.best_of(ranking.rank(records)[0]) if records else None
     if best is not None and arguments.export is not None:
         weights = kept.weights(int(best.label))
-        save_weights(Path(arguments.export), selection.with_evidence(weights, records, best))
+        save_weights(Path(arguments.export), ranking.with_evidence(weights, records, best))
         print(f"{arguments.export}: the weights of step {best.label}")
     elif arguments.export is not None:
         print("--export: nothing was written, as no set of weights has been trained on every task")
-    if compiling:
-        sys.stdout.flush()
-        os._exit(0)
+    _end_compilation(selected)
     return 0
 
 
 def _show_selection(kept: Any, records: Sequence[Any]) -> None:
     """Prints the table, and writes it and the picture into the campaign's folder."""
-    from lopt_jax.meta import selection
+    from lopt_jax.meta import ranking
+    from lopt_jax.meta.files import write_whole
 
-    rows, base = selection.rank(records)
-    text = selection.table(kept, rows, base)
-    best = selection.best_of(rows)
+    rows, base = ranking.rank(records)
+    text = ranking.table(kept, rows, base)
+    best = ranking.best_of(rows)
     if best is not None:
         change = 100 * math.expm1(best.score)
         text += f"\n\nThe best: step {best.label}, with losses {change:+.2f}% against {base}."
-    (kept.folder / "selection.md").write_text(text + "\n")
+    write_whole(kept.folder / "selection.md", f"{text}\n".encode())
     print(text)
     try:
-        selection.plot(kept, rows, base, kept.folder / "selection.png")
+        ranking.plot(kept, rows, base, kept.folder / "selection.png")
     except ImportError:
         print("no picture: matplotlib is not installed")
 

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lopt_jax import cli
+from lopt_jax.meta.files import write_whole
 
 MANIFEST = "manifest.json"
 CLIPART_SIDE = 32
@@ -295,13 +296,6 @@ def content_size(content: Mapping[str, np.ndarray] | bytes) -> int:
     return len(content["train_images" if "train_images" in content else "images"])
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, then renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What `prepare` wrote about its files, by file name; empty where there is none.
 
@@ -350,7 +344,7 @@ def prepare(name: str, out: Path, packages: Path | None = None) -> Path:
     if not least <= size <= largest:
         raise ValueError(f"{name}: expected a size of {least} to {largest}, found {size}")
     data = _encode(content)
-    _write(path, data)
+    write_whole(path, data)
     entry = {
         "sha256": hashlib.sha256(data).hexdigest(),
         "bytes": len(data),
@@ -359,7 +353,7 @@ def prepare(name: str, out: Path, packages: Path | None = None) -> Path:
     }
     manifest = {**read_manifest(out), data_set.file: entry}
     text = json.dumps(dict(sorted(manifest.items())), indent=1) + "\n"
-    _write(out / MANIFEST, text.encode())
+    write_whole(out / MANIFEST, text.encode())
     return path
 
 

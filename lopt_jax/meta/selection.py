@@ -8,12 +8,13 @@ vision model: of the tuning tasks, never of those that are reported as evidence.
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +23,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from lopt_jax.meta.campaign import Kept
+from lopt_jax.meta.files import read_rows, write_rows
+from lopt_jax.meta.locks import lock
+from lopt_jax.meta.ranking import REFERENCE
 from lopt_jax.meta.rules import LOPT_TAKES, make_rule, make_schedule
 from lopt_jax.meta.scale import run
+from lopt_jax.meta.scale.contenders import LOPT
 from lopt_jax.meta.scale.tasks import TUNING, Split, Task, stacked_axes
 from lopt_jax.meta.tasks import data_hashes, training_tasks
-from lopt_jax.optimizers.lopt import lopt
+from lopt_jax.optimizers.lopt import Recipe, lopt
 from lopt_jax.weights import Weights
 
 DEFAULT_TASKS = ("tuning_gpt5m", "tuning_vit_clipart")
-REFERENCE = "lopt"  # the weights that ship, trained beside the kept ones
 _SMALL_LANES = 4
 _RECORDS = "selection.json"
+_KEY = ("task", "steps", "weights", "digest", "seed", "data")  # of a record: what says which it is
+_DIGITS = 16  # of the digest of data
 
 
 class Candidate(NamedTuple):
@@ -40,7 +46,7 @@ class Candidate(NamedTuple):
 
     Fields:
       label: the outer step as text, or `REFERENCE`.
-      digest: of the weights.
+      digest: of `digest_of`; of the reference, the version of `lopt`.
       seed: of the training.
     """
 
@@ -180,10 +186,15 @@ def _build_reference(settings: Mapping[str, jax.Array], horizon: jax.Array) -> A
 
 
 def digest_of(weights: Weights) -> str:
-    """A short text that says which weights they are."""
+    """A short text that says what is trained with weights: them, and the recipe around them."""
     content = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights.params)]
     content.append(repr((weights.architecture, dict(weights.config))).encode())
+    if weights.architecture in LOPT_TAKES:
+        content.append(repr(Recipe()).encode())
     return hashlib.sha256(b"".join(content)).hexdigest()[:12]
+
+
+# -- records --------------------------------------------------------------------------------------
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -192,30 +203,45 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a damaged file.
     """
-    path = folder / _RECORDS
-    if not path.is_file():
-        return []
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected records of a selection ({error})") from error
+    return read_rows(folder / _RECORDS, (*_KEY, "validation"))
 
 
-def write_records(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes records, a line each."""
-    lines = [json.dumps(record, separators=(",", ":")) for record in records]
-    temporary = folder / f".{_RECORDS}.{os.getpid()}"
-    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(temporary, folder / _RECORDS)
+def current_records(kept: Kept, steps: int) -> list[dict[str, Any]]:
+    """The records of trainings of so many steps with what the weights and the recipe are now."""
+    digests = {str(step): digest_of(kept.weights(step)) for step in kept.steps}
+    digests[REFERENCE] = LOPT.version()
+    records = [r for r in read_records(kept.folder) if r["steps"] == steps]
+    return [r for r in records if digests.get(r["weights"]) == r["digest"]]
 
 
-def _key(task: str, steps: int, candidate: Candidate, data: str) -> tuple[Any, ...]:
-    return task, steps, *candidate, data[:16]
+def _key(task: str, steps: int, candidate: Candidate, data: Split) -> tuple[Any, ...]:
+    return task, steps, *candidate, data.digest[:_DIGITS]
 
 
 def _key_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("task", "steps", "weights", "digest", "seed", "data")
-    return tuple(record[name] for name in names)
+    return tuple(record[name] for name in _KEY)
+
+
+def _record(
+    task: str, steps: int, candidate: Candidate, curve: run.Curve, data: Split
+) -> dict[str, Any]:
+    """What is kept of a training: JSON values alone."""
+
+    def rounded(values: Sequence[float]) -> list[float | None]:
+        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
+
+    return {
+        **dict(zip(_KEY, _key(task, steps, candidate, data), strict=True)),
+        "validation": rounded(curve.validation),
+        "training": rounded(curve.training[-1:])[0],
+        "milliseconds": float(f"{curve.milliseconds:.4g}"),
+        "date": datetime.date.today().isoformat(),
+        "jax": jax.__version__,
+        "hardware": f"1 {jax.devices()[0].device_kind}",
+    }
+
+
+# -- what is to be trained ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,30 +253,107 @@ class _Group:
     candidates: tuple[Candidate, ...]
 
 
-def _groups(
-    tasks: Sequence[Task],
-    candidates: Sequence[Candidate],
-    reference: Sequence[Candidate],
-    is_missing: Callable[[Task, Candidate], bool],
-) -> list[_Group]:
-    """What is to be run: of every task the reference, then the first candidates, and so on."""
-    by_task: list[list[_Group]] = []
-    for task in tasks:
-        rows = []
-        for kind, lanes, some in (
-            (REFERENCE, _lanes(task, len(reference)), reference),
-            ("kept", _lanes(task, len(candidates)), candidates),
-        ):
-            left = [c for c in some if is_missing(task, c)]
-            parts = [left[i : i + lanes] for i in range(0, len(left), lanes)]
-            rows += [_Group(task.name, (task.name, kind), tuple(part)) for part in parts]
-        by_task.append(rows)
-    longest = max(map(len, by_task), default=0)
-    return [rows[i] for i in range(longest) for rows in by_task if i < len(rows)]
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """All trainings of a selection.
+
+    Attributes:
+      kept: the campaign.
+      weights: its chosen sets by label.
+      candidates: those sets with every seed.
+      reference: the weights that ship with every seed; or none.
+      tasks: by name.
+      data: of every task.
+      steps: of every training.
+    """
+
+    kept: Kept
+    weights: Mapping[str, Weights]
+    candidates: tuple[Candidate, ...]
+    reference: tuple[Candidate, ...]
+    tasks: Mapping[str, Task]
+    data: Mapping[str, Split]
+    steps: int
+
+    def key(self, task: str, candidate: Candidate) -> tuple[Any, ...]:
+        """Of a training's record."""
+        return _key(task, self.steps, candidate, self.data[task])
+
+    def keys(self) -> list[tuple[Any, ...]]:
+        """Of all records."""
+        every = (*self.reference, *self.candidates)
+        return [self.key(task, candidate) for task in self.tasks for candidate in every]
+
+    def _lanes(self, task: str, candidates: Sequence[Candidate]) -> int:
+        return max(1, min(self.tasks[task].lanes, len(candidates)))
+
+    def groups(self, records: Container[tuple[Any, ...]]) -> list[_Group]:
+        """What has no record: of every task the reference, then the first candidates, and so on."""
+        by_task: list[list[_Group]] = []
+        for task in self.tasks:
+            rows = []
+            for kind, some in ((REFERENCE, self.reference), ("kept", self.candidates)):
+                lanes = self._lanes(task, some)
+                left = [c for c in some if self.key(task, c) not in records]
+                parts = [left[i : i + lanes] for i in range(0, len(left), lanes)]
+                rows += [_Group(task, (task, kind), tuple(part)) for part in parts]
+            by_task.append(rows)
+        longest = max(map(len, by_task), default=0)
+        return [rows[i] for i in range(longest) for rows in by_task if i < len(rows)]
+
+    def compiled(self, task: str, kind: str) -> run.Program:
+        """A program, compiled."""
+        build: run.Build = _build_reference
+        if kind != REFERENCE:
+            build = build_of(self.kept, list(self.weights.values()))
+        lanes = self._lanes(task, self.reference if kind == REFERENCE else self.candidates)
+        return run.program(self.tasks[task], build, self.data[task], ("place",), lanes)
+
+    def train(self, program: run.Program, group: _Group) -> list[dict[str, Any]]:
+        """Trains a group: a record for each of its candidates."""
+        data = self.data[group.task]
+        place = {label: float(i) for i, label in enumerate(self.weights)}
+        settings = [{"place": place.get(c.label, 0.0)} for c in group.candidates]
+        seeds = [c.seed for c in group.candidates]
+        curves = run.train(program, self.tasks[group.task], data, settings, seeds, self.steps)
+        return [
+            _record(group.task, self.steps, candidate, curve, data)
+            for candidate, curve in zip(group.candidates, curves, strict=True)
+        ]
 
 
-def _lanes(task: Task, candidates: int) -> int:
-    return max(1, min(task.lanes, candidates))
+def _candidates(
+    kept: Kept, checkpoints: int | None, seeds: int, with_reference: bool
+) -> tuple[dict[str, Weights], tuple[Candidate, ...], tuple[Candidate, ...]]:
+    """Sets of weights by label, the candidates, and those of the reference."""
+    if not kept.steps:
+        raise ValueError(
+            f"campaign: expected weights in {kept.folder / 'weights'}, found none; "
+            "`lopt meta-train` writes them"
+        )
+    weights = {str(step): kept.weights(step) for step in spread(kept.steps, checkpoints)}
+    digests = {label: digest_of(found) for label, found in weights.items()}
+    every = range(seeds)
+    own = [Candidate(label, digest, seed) for label, digest in digests.items() for seed in every]
+    reference = [Candidate(REFERENCE, LOPT.version(), seed) for seed in every]
+    return weights, tuple(own), tuple(reference if with_reference else ())
+
+
+# -- the selection --------------------------------------------------------------------------------
+
+
+class Selected(NamedTuple):
+    """What a selection did.
+
+    Fields:
+      records: of the sets of weights that were asked for, of this run and of earlier ones.
+      complete: whether all are there.
+      compiling: whether programs still compile in the background.
+    """
+
+    records: list[dict[str, Any]]
+    complete: bool
+    compiling: bool
 
 
 def select(
@@ -265,7 +368,7 @@ def select(
     data_folder: Path,
     cache: Path,
     say: Callable[[str], None] = print,
-) -> tuple[list[dict[str, Any]], bool, bool]:
+) -> Selected:
     """Makes the trainings that are missing, until the time is over; writes each as a record.
 
     Args:
@@ -280,259 +383,76 @@ def select(
       cache: for tokens.
       say: prints a line.
 
-    Returns:
-      The records of these weights, whether all are there, and whether programs still compile in
-      the background.
-
     Raises:
-      ValueError: for a number of steps that is no such multiple.
+      ValueError: for a number of steps that is no such multiple, a campaign without weights, or one
+        in whose folder another selection is at work.
     """
     began = time.monotonic()
-    clock = lambda: time.monotonic() - began  # noqa: E731
+    tell = lambda text: say(f"{time.monotonic() - began:5.0f} s  {text}")  # noqa: E731
     if steps <= 0 or steps % run.CHUNK:
         raise ValueError(f"--steps: expected a multiple of {run.CHUNK}, found {steps}")
-    chosen = spread(kept.steps, checkpoints)
-    weights = {str(step): kept.weights(step) for step in chosen}
-    digests = {label: digest_of(found) for label, found in weights.items()}
-    every = range(seeds)
-    candidates = [Candidate(label, digests[label], seed) for label in weights for seed in every]
-    reference = [Candidate(REFERENCE, _reference_digest(), seed) for seed in every]
-    reference = reference if with_reference else []
-    data = {}
-    for task in tasks:
-        data[task.name] = task.load(data_folder, cache)
-        say(f"{clock():5.0f} s  data of {task.name}")
-    records = {_key_of(record): record for record in read_records(kept.folder)}
+    claim = lock(kept.folder / ".selection.lock")
+    if claim is None:
+        raise ValueError(f"campaign: another selection is at work in {kept.folder}; wait for it")
+    with claim:
+        weights, own, reference = _candidates(kept, checkpoints, seeds, with_reference)
+        data = {}
+        for task in tasks:
+            data[task.name] = task.load(data_folder, cache)
+            tell(f"data of {task.name}")
+        by_name = {task.name: task for task in tasks}
+        plan = _Plan(kept, weights, own, reference, by_name, data, steps)
+        records = {_key_of(record): record for record in read_records(kept.folder)}
+        compiling = _train_all(plan, records, began + seconds, tell)
+    keys = plan.keys()
+    found = [records[key] for key in keys if key in records]
+    return Selected(found, len(found) == len(keys), compiling)
 
-    def key(task: Task, candidate: Candidate) -> tuple[Any, ...]:
-        return _key(task.name, steps, candidate, data[task.name].digest)
 
-    def is_missing(task: Task, candidate: Candidate) -> bool:
-        return key(task, candidate) not in records
+def _train_all(
+    plan: _Plan,
+    records: dict[tuple[Any, ...], dict[str, Any]],
+    deadline: float,
+    tell: Callable[[str], None],
+) -> bool:
+    """Makes the trainings that have no record, and adds and writes theirs.
 
-    groups = _groups(tasks, candidates, reference, is_missing)
-    by_name = {task.name: task for task in tasks}
-    place = {label: float(i) for i, label in enumerate(weights)}
+    Args:
+      plan: all trainings.
+      records: by key; those that are made are added.
+      deadline: of `time.monotonic()`.
+      tell: prints a line.
 
-    def compile_one(name: str, kind: str) -> run.Program:
-        task = by_name[name]
-        lanes = _lanes(task, len(reference if kind == REFERENCE else candidates))
-        build = _build_reference if kind == REFERENCE else build_of(kept, list(weights.values()))
-        return run.program(task, build, data[name], ("place",), lanes)
-
-    wanted = dict.fromkeys(group.program for group in groups)
-    jobs = {item: (lambda item=item: compile_one(*item)) for item in wanted}
+    Returns:
+      Whether programs still compile in the background.
+    """
+    left = plan.groups(records)
+    wanted = dict.fromkeys(group.program for group in left)
+    jobs = {item: functools.partial(plan.compiled, *item) for item in wanted}
     futures = run.compile_all(jobs, max((os.cpu_count() or 2) - 2, 2)) if jobs else {}
-    say(f"{clock():5.0f} s  {len(groups)} groups of trainings of {steps:,} steps to run; compiling")
-    left, took = list(groups), dict[tuple[str, str], float]()
+    tell(f"{len(left)} groups of trainings of {plan.steps:,} steps to run; compiling")
+    took: dict[tuple[str, str], float] = {}
     while left:
-        left = [g for g in left if clock() + took.get(g.program, 0.0) < seconds]
-        ready = next((g for g in left if futures[g.program].done()), None)
+        now = time.monotonic()
+        left = [group for group in left if now + took.get(group.program, 0.0) < deadline]
+        ready = next((group for group in left if futures[group.program].done()), None)
         if ready is None:
-            waited = {futures[g.program] for g in left}
-            rest = None if seconds == math.inf else max(seconds - clock(), 0.0)
-            if not waited or not _any_done(waited, rest):
+            waited = {futures[group.program] for group in left}
+            if not waited or not _any_done(waited, deadline - now):
                 break
             continue
         left.remove(ready)
-        start = clock()
-        task = by_name[ready.task]
-        settings = [{"place": place.get(c.label, 0.0)} for c in ready.candidates]
-        curves = run.train(
-            futures[ready.program].result(), task, data[task.name], settings,
-            [c.seed for c in ready.candidates], steps,
-        )  # fmt: skip
-        took[ready.program] = clock() - start
-        for candidate, curve in zip(ready.candidates, curves, strict=True):
-            record = _record(task, steps, candidate, curve, data[task.name])
-            records[key(task, candidate)] = record
-            say(f"{clock():5.0f} s  {task.name} {candidate.label}: {curve.validation[-1]:.4f}")
-        write_records(kept.folder, list(records.values()))
-    found = [
-        records[key(task, c)]
-        for task in tasks
-        for c in (*reference, *candidates)
-        if not is_missing(task, c)
-    ]
-    complete = len(found) == len(tasks) * len([*reference, *candidates])
-    return found, complete, any(not future.done() for future in futures.values())
+        made = plan.train(futures[ready.program].result(), ready)
+        took[ready.program] = time.monotonic() - now
+        for record in made:
+            records[_key_of(record)] = record
+            end = record["validation"][-1]
+            tell(f"{ready.task} {record['weights']}: {'diverged' if end is None else f'{end:.4f}'}")
+        write_rows(plan.kept.folder / _RECORDS, records.values())
+    return any(not future.done() for future in futures.values())
 
 
-def _any_done(futures: Iterable[Any], seconds: float | None) -> bool:
+def _any_done(futures: Iterable[Any], seconds: float) -> bool:
     first = concurrent.futures.FIRST_COMPLETED
-    return bool(concurrent.futures.wait(set(futures), seconds, first).done)
-
-
-def _reference_digest() -> str:
-    from lopt_jax.meta.scale.contenders import LOPT
-
-    return LOPT.version()
-
-
-def _record(
-    task: Task, steps: int, candidate: Candidate, curve: run.Curve, data: Split
-) -> dict[str, Any]:
-    """What is kept of a training: JSON values alone."""
-
-    def rounded(values: Sequence[float]) -> list[float | None]:
-        return [float(f"{x:.6g}") if math.isfinite(x) else None for x in values]
-
-    return {
-        "task": task.name,
-        "steps": steps,
-        "weights": candidate.label,
-        "digest": candidate.digest,
-        "seed": candidate.seed,
-        "validation": rounded(curve.validation),
-        "training": rounded(curve.training[-1:])[0],
-        "milliseconds": float(f"{curve.milliseconds:.4g}"),
-        "data": data.digest[:16],
-        "date": datetime.date.today().isoformat(),
-        "jax": jax.__version__,
-        "hardware": f"1 {jax.devices()[0].device_kind}",
-    }
-
-
-class Row(NamedTuple):
-    """One set of weights in the ranking.
-
-    Fields:
-      label: the outer step as text, or `REFERENCE`.
-      losses: mean final validation loss by task; a task that has none is missing.
-      score: mean over tasks of the log of the loss over that of the base; nan where one is missing.
-    """
-
-    label: str
-    losses: dict[str, float]
-    score: float
-
-
-def rank(records: Sequence[Mapping[str, Any]]) -> tuple[list[Row], str]:
-    """Ranks sets of weights by their trainings.
-
-    Args:
-      records: of `select`.
-
-    Returns:
-      Rows by outer step, the reference first; and the base: the reference where it has all tasks,
-      else the first step that has.
-
-    Raises:
-      ValueError: for no records.
-    """
-    tasks = list(dict.fromkeys(record["task"] for record in records))
-    labels = sorted({r["weights"] for r in records}, key=_order)
-    if not labels:
-        raise ValueError("records: expected trainings to rank, found none; give it more --seconds")
-
-    def losses_of(label: str) -> dict[str, float]:
-        found = {}
-        for task in tasks:
-            rows = [r for r in records if (r["task"], r["weights"]) == (task, label)]
-            ends = [r["validation"][-1] for r in rows]
-            if ends:
-                finite = [math.inf if end is None else end for end in ends]
-                found[task] = sum(finite) / len(finite)
-        return found
-
-    losses = {label: losses_of(label) for label in labels}
-    base = next((label for label in labels if len(losses[label]) == len(tasks)), labels[0])
-
-    def score(label: str) -> float:
-        if len(losses[label]) < len(tasks) or len(losses[base]) < len(tasks):
-            return math.nan
-        logs = [math.log(losses[label][task] / losses[base][task]) for task in tasks]
-        return sum(logs) / len(logs)
-
-    return [Row(label, losses[label], score(label)) for label in labels], base
-
-
-def _order(label: str) -> int:
-    return -1 if label == REFERENCE else int(label)
-
-
-def best_of(rows: Sequence[Row]) -> Row | None:
-    """The best of the campaign's own sets; None where none has been trained on every task."""
-    own = [row for row in rows if row.label != REFERENCE and math.isfinite(row.score)]
-    return min(own, key=lambda row: row.score, default=None)
-
-
-def mean_loss(kept: Kept, step: int) -> float | None:
-    """The mean meta-loss of the steps before one, back to the kept one before; None at the first.
-
-    One report is noisy: trainings of other ages have other losses.
-    """
-    before = max((s for s in kept.steps if s < step), default=step)
-    losses = [r["loss"] for r in kept.history if before < r["step"] <= step]
-    finite = [loss for loss in losses if loss is not None]
-    return sum(finite) / len(finite) if finite else None
-
-
-def with_evidence(weights: Weights, records: Sequence[Mapping[str, Any]], best: Row) -> Weights:
-    """The weights, whose metadata say what they were chosen by.
-
-    Args:
-      weights: of the best set.
-      records: of `select`.
-      best: its row.
-    """
-    tasks = {r["task"]: r["steps"] for r in records}
-    chosen = {
-        "tasks": {task: f"{steps} steps" for task, steps in tasks.items()},
-        "losses": best.losses,
-        "among": sorted({r["weights"] for r in records}, key=_order),
-    }
-    return dataclasses.replace(weights, metadata={**weights.metadata, "selection": chosen})
-
-
-def table(kept: Kept, rows: Sequence[Row], base: str) -> str:
-    """The ranking as a Markdown table, with the meta-loss up to each step."""
-    tasks = list(dict.fromkeys(task for row in rows for task in row.losses))
-    best = best_of(rows)
-    lines = [
-        "| weights | meta-loss | " + " | ".join(tasks) + f" | against {base} |",
-        "| --- | ---: |" + " ---: |" * (len(tasks) + 1),
-    ]
-    for row in rows:
-        meta = mean_loss(kept, int(row.label)) if row.label != REFERENCE else None
-        cells = [f"{row.losses[task]:.4f}" if task in row.losses else "" for task in tasks]
-        score = f"{100 * math.expm1(row.score):+.2f}%" if math.isfinite(row.score) else ""
-        name = f"**{row.label}**" if best is not None and row.label == best.label else row.label
-        text = "" if meta is None else f"{meta:.4f}"
-        lines.append("| " + " | ".join([name, text, *cells, score]) + " |")
-    return "\n".join(lines)
-
-
-def plot(kept: Kept, rows: Sequence[Row], base: str, path: Path) -> None:
-    """The meta-loss by outer step, and each task's loss against the base's.
-
-    Raises:
-      ImportError: without matplotlib.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    reports = [(r["step"], r["loss"]) for r in kept.history if r["loss"] is not None]
-    axes[0].plot(*zip(*reports, strict=True) if reports else ([], []), alpha=0.3)
-    means = [(step, mean_loss(kept, step)) for step in kept.steps]
-    smooth = [(step, loss) for step, loss in means if loss is not None]
-    axes[0].plot(*zip(*smooth, strict=True) if smooth else ([], []))
-    axes[0].set_ylabel("meta-loss")
-    own = [row for row in rows if row.label != REFERENCE]
-    bases = next(row for row in rows if row.label == base).losses
-    for task in bases:
-        points = [(int(r.label), r.losses[task]) for r in own if task in r.losses]
-        change = [100 * (loss / bases[task] - 1) for _, loss in points]
-        axes[1].plot([step for step, _ in points], change, "o-", label=task)
-    axes[1].axhline(0.0, color="black", linewidth=0.8)
-    axes[1].set_ylabel(f"final loss against {base}, %")
-    axes[1].legend(fontsize="small")
-    for axis in axes:
-        axis.set_xlabel("outer step")
-        axis.grid(alpha=0.3)
-    figure.suptitle(kept.config.name)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    timeout = None if seconds == math.inf else max(seconds, 0.0)
+    return bool(concurrent.futures.wait(set(futures), timeout, first).done)

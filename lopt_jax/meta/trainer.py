@@ -5,11 +5,9 @@ their way; a campaign's has none of them and is written where all are dealt anew
 is bitwise the run that was not interrupted.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
 import signal
 import threading
 import time
@@ -25,11 +23,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lopt_jax.meta.augmentation import Reparametrised
 from lopt_jax.meta.campaign import Campaign
-from lopt_jax.meta.checkpoints import Checkpoints
+from lopt_jax.meta.checkpoints import Checkpoints, check_finite
+from lopt_jax.meta.compilation import BudgetEndedError, compile_all
 from lopt_jax.meta.config import MetaTrainConfig
 from lopt_jax.meta.estimators import ESTIMATORS, Estimate, Estimator, Resumption
 from lopt_jax.meta.experts import guidance_at, make_expert
 from lopt_jax.meta.initial import initial_parameters
+from lopt_jax.meta.reports import Report, report_of
 from lopt_jax.meta.rules import MakeOptimizer, MetaParameters, make_rule, rescaled
 from lopt_jax.meta.tasks import Task, data_hashes, join, training_tasks
 from lopt_jax.meta.unroll import Guidance, Unroll
@@ -43,19 +43,6 @@ class TrainState(NamedTuple):
     meta_parameters: MetaParameters  # in units of MetaTrainConfig.scales
     optimizer_state: Any
     estimators: Any  # a tuple with one a program; None where they are to be dealt
-
-
-class Report(NamedTuple):
-    """Averages over the outer steps since the last report."""
-
-    step: int
-    seconds: float  # training time, without compilation
-    loss: float  # mean over tasks of the meta-loss
-    final_score: float  # mean over tasks of the score near the horizon; nan if none was near
-    diverged: float  # fraction of particles above their initial loss
-    rejected: float  # fraction of pairs with a loss that is not finite
-    gradient_norm: float
-    task_scores: tuple[float, ...]  # final_score of each task, or of those that are joined
 
 
 Ending = Literal["finished", "max_steps", "budget", "interrupted"]
@@ -148,6 +135,48 @@ def _check_keys(config: MetaTrainConfig, meta_parameters: MetaParameters) -> Non
             )
 
 
+@dataclasses.dataclass
+class _Run:
+    """Where a run stands.
+
+    Attributes:
+      step: outer steps done.
+      total: outer steps that are planned.
+      planned: whether they stay so many, whatever the budget.
+      spent: seconds of training of the runs before.
+      history: the reports.
+    """
+
+    step: int
+    total: int
+    planned: bool
+    spent: float
+    history: list[Report]
+
+    def end(self, max_steps: int | None) -> int:
+        """The step to stop at."""
+        return self.total if max_steps is None else min(self.total, max_steps)
+
+    def plan(self, left: float, rate: float, budget: float) -> None:
+        """Plans so many steps as fit into the seconds left, unless that was done."""
+        if self.planned:
+            return
+        # For checkpoints on the way and at the end; little of a small budget.
+        margin = min(20.0, 0.1 * budget)
+        self.total = min(self.total, self.step + max(1, int(rate * (left - margin) * 0.97)))
+        self.planned = True
+
+    def record(self, seconds: float) -> dict[str, Any]:
+        """What is saved of it, after so many seconds of training."""
+        return {
+            "total": self.total,
+            "planned": self.planned,
+            "seconds": seconds,
+            "fields": Report._fields,
+            "history": [list(row) for row in self.history],
+        }
+
+
 class _Interruption:
     """Lets a first Ctrl-C wait: the block sees `asked` and ends in order; a second acts at once."""
 
@@ -229,6 +258,8 @@ class Trainer:
             self._estimator(task, scaled_rule, config.num_pairs * count)
             for task, count in zip(self.tasks, self.counts, strict=True)
         ]
+        if initial is not None:
+            check_finite("initial", initial)
         self._initial = initial
         _check_keys(config, jax.eval_shape(self._start))
         devices = devices or jax.devices()
@@ -328,7 +359,7 @@ class Trainer:
             keys = [jax.random.fold_in(key, step) for key in keys]
         if self._deal is None:
             jitted = [jax.jit(e.init, out_shardings=self._by_pair) for e in self.estimators]
-            self._deal = _compile_all(
+            self._deal = compile_all(
                 [functools.partial(f.lower, start, k) for f, k in zip(jitted, keys, strict=True)],
                 deadline,
             )
@@ -388,7 +419,7 @@ class Trainer:
             state.meta_parameters, state.optimizer_state, gradients, scalar, scalar,
         )  # fmt: skip
         lowers = [functools.partial(lower_estimate, i) for i in range(len(self.tasks))]
-        compiled = _compile_all([*lowers, lower_outer], deadline)
+        compiled = compile_all([*lowers, lower_outer], deadline)
         return compiled[:-1], compiled[-1]
 
     def train(
@@ -448,178 +479,120 @@ class Trainer:
         max_steps: int | None,
         on_report: Callable[[Report, int, float], None] | None,
     ) -> Result:
-        config = self.config
         deadline = None if max_seconds is None else began + max_seconds
-        restored: TrainState | None = None
-        step, total, history = 0, config.outer_steps, list[Report]()
-        planned = isinstance(store, Campaign)
-        spent = 0.0
-
-        def result(
-            theta: MetaParameters, seconds: float, ended: Ending, compiling: bool = False
-        ) -> Result:
-            theta = jax.tree.map(np.asarray, rescaled(theta, dict(config.scales)))
-            return Result(theta, history, step, seconds, step >= total, total, ended, compiling)
-
-        is_new = isinstance(store, Campaign) and store.is_new
-        if store is not None and resume and not is_new:
-            restored, step, record = store.restore(self.shapes())
-            total, planned = record["total"], record["planned"]
-            spent = record["seconds"]
-            history = [
-                Report._make(row)._replace(task_scores=tuple(row[-1])) for row in record["history"]
-            ]
+        restored, run = self._where_it_stands(store, resume)
         try:
             dealt = None if restored else 0  # the step at which inner trainings were dealt
             state = restored or self.init(deadline)
             if state.estimators is None:
-                state, dealt = self.deal(state, step, deadline), step
+                state, dealt = self.deal(state, run.step, deadline), run.step
             programs, outer = self._compile(state, deadline)
         except BudgetEndedError:
             theta = self._scaled_start() if restored is None else restored.meta_parameters
-            return result(theta, spent, "budget", compiling=True)
+            return self._result(run, theta, run.spent, "budget", compiling=True)
         loop_began = time.monotonic()
         saved = last = loop_began
         pending: list[tuple[list[Estimate], jax.Array]] = []
-        end = total if max_steps is None else min(total, max_steps)
 
-        def put(value: int) -> jax.Array:
-            return jax.device_put(np.int32(value), self._replicated)
+        def seconds() -> float:
+            return run.spent + time.monotonic() - loop_began
 
         def save() -> None:
             if store is not None:
-                seconds = spent + time.monotonic() - loop_began
-                record = {"total": total, "planned": planned, "seconds": seconds}
-                rows = [list(row) for row in history]
-                store.save(step, state, {**record, "fields": Report._fields, "history": rows})
+                store.save(run.step, state, run.record(seconds()))
 
         over = False
-        every = config.deal_every
-        if is_new:
+        every = self.config.deal_every
+        if isinstance(store, Campaign) and store.is_new:
             save()
         with _Interruption() as interruption:
-            while step < end and not interruption.asked and not over:
-                if every and step % every == 0 and step != dealt:
-                    state, dealt = self.deal(state, step), step
-                theta, optimizer_state, estimator_states = state
-                at, of = put(step), put(total)
-                estimates, new_states = [], []
-                for program, estimator_state in zip(programs, estimator_states, strict=True):
-                    estimate, estimator_state = program(theta, estimator_state, at, of)
-                    estimates.append(estimate)
-                    new_states.append(estimator_state)
-                gradients = [estimate.gradient for estimate in estimates]
-                theta, optimizer_state, norm = outer(theta, optimizer_state, gradients, at, of)
-                state = TrainState(theta, optimizer_state, tuple(new_states))
-                pending.append(([e._replace(gradient=None) for e in estimates], norm))
-                step += 1
+            while run.step < run.end(max_steps) and not interruption.asked and not over:
+                if every and run.step % every == 0 and run.step != dealt:
+                    state, dealt = self.deal(state, run.step), run.step
+                state, made = self._outer_step(programs, outer, state, run)
+                pending.append(made)
+                run.step += 1
                 if deadline is not None:
                     # One step behind, so that the device always has one to do.
                     if len(pending) > 1:
                         jax.block_until_ready(pending[-2])
                     over = time.monotonic() > deadline
-                if step % config.log_every and step != end and not over:
+                is_last = run.step == run.end(max_steps) or over
+                if run.step % self.config.log_every and not is_last:
                     continue
-                now_spent = spent + time.monotonic() - loop_began
-                report = _report(step, now_spent, pending, self.counts)
-                history.append(report)
+                report = report_of(run.step, seconds(), pending, self.counts)
+                run.history.append(report)
                 now = time.monotonic()  # the report waited for the device
                 rate = len(pending) / max(now - last, 1e-6)
                 last, pending = now, []
                 if max_seconds is not None:
                     left = max_seconds - (now - began)
                     over = left <= 0
-                    # For checkpoints on the way and at the end; little of a small budget.
-                    margin = min(20.0, 0.1 * max_seconds)
-                    if not planned and not over and step >= 2 * config.log_every:
-                        total = min(total, step + max(1, int(rate * (left - margin) * 0.97)))
-                        end = total if max_steps is None else min(total, max_steps)
-                        planned = True
+                    if not over and run.step >= 2 * self.config.log_every:
+                        run.plan(left, rate, max_seconds)
                 if on_report is not None:
-                    on_report(report, total, (total - step) / rate)
-                if store is not None and store.due(step, now - saved):
+                    on_report(report, run.total, (run.total - run.step) / rate)
+                if store is not None and store.due(run.step, now - saved):
                     save()
                     saved = time.monotonic()
-                    if isinstance(store, Campaign) and deadline is not None and step < end:
+                    if isinstance(store, Campaign) and deadline is not None:
                         # Steps that would not reach the next save are not begun.
-                        over |= saved + every / rate > deadline
+                        over |= run.step < run.end(max_steps) and saved + every / rate > deadline
             if pending:  # interrupted between two reports
-                now_spent = spent + time.monotonic() - loop_began
-                history.append(_report(step, now_spent, pending, self.counts))
+                run.history.append(report_of(run.step, seconds(), pending, self.counts))
             save()
-        seconds = spent + time.monotonic() - loop_began
+        spent, theta = seconds(), state.meta_parameters
         if interruption.asked:
             raise Interrupted(
-                f"after step {step}" + ("" if store is None else ", " + store.saved_up_to(step)),
-                result(state.meta_parameters, seconds, "interrupted"),
+                f"after step {run.step}"
+                + ("" if store is None else ", " + store.saved_up_to(run.step)),
+                self._result(run, theta, spent, "interrupted"),
             )
-        ended: Ending = "finished" if step >= total else ("budget" if over else "max_steps")
-        return result(state.meta_parameters, seconds, ended)
+        is_done = run.step >= run.total
+        return self._result(
+            run, theta, spent, "finished" if is_done else "budget" if over else "max_steps"
+        )
 
+    def _where_it_stands(
+        self, store: Checkpoints | Campaign | None, resume: bool
+    ) -> tuple[TrainState | None, _Run]:
+        """The state to go on from, None at the start, and what was done."""
+        is_campaign = isinstance(store, Campaign)
+        if store is None or not resume or (isinstance(store, Campaign) and store.is_new):
+            return None, _Run(0, self.config.outer_steps, is_campaign, 0.0, [])
+        state, step, record = store.restore(self.shapes())
+        history = [
+            Report._make(row)._replace(task_scores=tuple(row[-1])) for row in record["history"]
+        ]
+        return state, _Run(step, record["total"], record["planned"], record["seconds"], history)
 
-class BudgetEndedError(Exception):
-    """The wall-clock budget ended before the programs were compiled."""
+    def _outer_step(
+        self, programs: Sequence[Any], outer: Any, state: TrainState, run: _Run
+    ) -> tuple[TrainState, tuple[list[Estimate], jax.Array]]:
+        """One outer step: the state after it, and what its report is made of."""
+        at, of = (
+            jax.device_put(np.int32(value), self._replicated) for value in (run.step, run.total)
+        )
+        estimates, states = [], []
+        for program, estimator_state in zip(programs, state.estimators, strict=True):
+            estimate, estimator_state = program(state.meta_parameters, estimator_state, at, of)
+            estimates.append(estimate)
+            states.append(estimator_state)
+        gradients = [estimate.gradient for estimate in estimates]
+        theta, optimizer_state, norm = outer(
+            state.meta_parameters, state.optimizer_state, gradients, at, of
+        )
+        made = [estimate._replace(gradient=None) for estimate in estimates], norm
+        return TrainState(theta, optimizer_state, tuple(states)), made
 
-
-def _compile_all(lowers: list[Callable[[], Any]], deadline: float | None) -> list[Any]:
-    """Lowers programs one after the other, and compiles them side by side.
-
-    Compilation releases the interpreter's lock, and nothing can stop it. So it runs in threads that
-    do not keep the process from ending.
-    """
-    slots = threading.Semaphore(os.cpu_count() or 1)
-    futures: list[concurrent.futures.Future[Any]] = []
-
-    def late() -> bool:
-        return deadline is not None and time.monotonic() > deadline
-
-    def compile_one(lowered: Any, future: concurrent.futures.Future[Any]) -> None:
-        with slots:
-            if late():
-                return
-            try:
-                future.set_result(lowered.compile())
-            except BaseException as error:
-                future.set_exception(error)
-
-    for lower in lowers:
-        lowered = lower()
-        if late():
-            raise BudgetEndedError
-        futures.append(concurrent.futures.Future())
-        threading.Thread(target=compile_one, args=(lowered, futures[-1]), daemon=True).start()
-    left = None if deadline is None else max(0.0, deadline - time.monotonic())
-    if concurrent.futures.wait(futures, left, concurrent.futures.FIRST_EXCEPTION).not_done:
-        for future in futures:
-            if future.done():
-                future.result()  # raises what went wrong
-        raise BudgetEndedError
-    return [future.result() for future in futures]
-
-
-def _report(
-    step: int,
-    seconds: float,
-    pending: list[tuple[list[Estimate], jax.Array]],
-    counts: Sequence[int],
-) -> Report:
-    """Means over steps, and over tasks: `counts` says how many each program stands for."""
-    values = jax.device_get(pending)
-    scores = np.array([[e.final_score for e in estimates] for estimates, _ in values])
-
-    def mean(name: str) -> float:
-        found = np.array([[getattr(e, name) for e in row] for row, _ in values])
-        return float(np.mean(np.average(found, 1, counts)))
-
-    known = np.isfinite(scores)
-    totals = np.where(known, scores, 0.0).sum(0)
-    times = known.sum(0)
-    tasks = np.where(times > 0, totals / np.maximum(times, 1), np.nan)
-    final = math.nan
-    if times.any():
-        final = float(np.average(tasks[times > 0], weights=np.asarray(counts)[times > 0]))
-    norm = float(np.mean([norm for _, norm in values]))
-    return Report(
-        step, seconds, mean("loss"), final, mean("diverged"), mean("rejected"), norm,
-        tuple(float(x) for x in tasks),
-    )  # fmt: skip
+    def _result(
+        self,
+        run: _Run,
+        theta: MetaParameters,
+        seconds: float,
+        ended: Ending,
+        compiling: bool = False,
+    ) -> Result:
+        theta = jax.tree.map(np.asarray, rescaled(theta, dict(self.config.scales)))
+        is_done = run.step >= run.total
+        return Result(theta, run.history, run.step, seconds, is_done, run.total, ended, compiling)

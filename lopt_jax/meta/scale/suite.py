@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lopt_jax import cli
+from lopt_jax.meta.files import write_whole
 from lopt_jax.meta.scale import contenders as contenders_module
 from lopt_jax.meta.scale import run
 from lopt_jax.meta.scale.contenders import CONTENDERS, Contender
@@ -75,11 +76,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes records, a line each, in the order of their keys."""
-    lines = [json.dumps(record) for record in sorted(records, key=key_of)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(temporary, path)
+    lines = ",\n".join(json.dumps(record) for record in sorted(records, key=key_of))
+    write_whole(path, f"[\n{lines}\n]\n".encode())
 
 
 def current(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
