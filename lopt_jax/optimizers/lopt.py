@@ -22,6 +22,7 @@ from lopt_jax.optimizers.plans import (
     LEARNED,
     LabelFn,
     LeafPlan,
+    Matrix,
     MatrixAxes,
     Plans,
     check_functions,
@@ -37,8 +38,10 @@ from lopt_jax.optimizers.roles import (
     matrix_sizes,
     roles_of,
 )
+from lopt_jax.rules.newton_schulz import check_precision
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
+from lopt_jax.weights.base import brief
 
 Number = float | jax.Array
 
@@ -138,8 +141,8 @@ def lopt(
       accumulator_dtype: dtype of momentum and second moments in the state.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
-      backend: "auto", "xla" or "pallas", for weights of the Celo2 family; the linear rule needs no
-        kernels.
+      backend: "auto" or "xla"; "pallas" for weights of the Celo2 family alone: the linear rule has
+        no kernels, and XLA fuses it.
       precision: of the products of Newton-Schulz, as `celo2`'s.
 
     Returns:
@@ -156,6 +159,7 @@ def lopt(
     common.check_num_steps(num_steps)
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a lopt_jax.Recipe, found {type(recipe).__name__}.")
+    check_precision(precision)
     constants = Recipe() if recipe is None else recipe
     options = common.Options(
         learning_rate=_scheduled(learning_rate, num_steps, constants),
@@ -223,7 +227,7 @@ def _scheduled(
     learning_rate: common.ScalarOrSchedule, num_steps: int | jax.Array, recipe: Recipe
 ) -> Any:
     def rate(count: jax.Array) -> jax.Array:
-        multiplier = learning_rate(count) if callable(learning_rate) else learning_rate
+        multiplier = common.learning_rate_at(learning_rate, count)
         return multiplier * schedule(count, num_steps, recipe)
 
     return rate
@@ -281,9 +285,9 @@ def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
         raise ValueError(
             f"label_fn: expected one of {', '.join(names)}, or None, for the leaf "
             f"{jax.tree_util.keystr(path)} of rank {rank} (learned, matrix and head are for "
-            f"rank two and more); found {label!r}."
+            f"rank two and more); found {brief(label)}."
         )
-    matrix, _ = likely_matrix(path, leaf.shape[stacked:])
+    matrix = likely_matrix(path, leaf.shape[stacked:])[0] if rank >= 2 else Matrix()
     return Role(name, "label_fn says so", matrix)
 
 
