@@ -138,6 +138,11 @@ def test_a_state_of_optax_is_said_to_be_one():
             update(tx, state=make(0.1).init(PARAMS))
 
 
+def test_a_state_restored_without_a_target_is_said_to_be_one():
+    with pytest.raises(TypeError, match=r"found a dict, as .* without a target.*eval_shape"):
+        update(optimizers.plain("small_fc_lopt"), state={"count": 0})
+
+
 def test_a_part_of_a_state_is_said_in_one_line():
     tx = optax.chain(optax.clip(1.0), optimizers.plain("small_fc_lopt"))
     inner = optimizers.plain("small_fc_lopt").init(PARAMS)
@@ -307,6 +312,19 @@ def test_lopt_with_weights_of_a_network_has_kernels():
     lopt_jax.lopt(10, weights=optimizers.weights("celo2"), backend="pallas")
 
 
+def test_a_rate_in_place_of_weights_is_named():
+    with pytest.raises(TypeError, match="learning_rate="):
+        lopt_jax.lopt(100, 0.001)
+
+
+@pytest.mark.parametrize("call", [lopt_jax.packed, lambda tx: lopt_jax.update_params(tx, 1, 2, 3)])
+def test_what_is_no_transformation_is_named(call):
+    with pytest.raises(TypeError, match=r"tx: expected an optax transformation, found NoneType"):
+        call(None)
+    with pytest.raises(TypeError, match=r"found function; call it: lopt\(\.\.\.\)"):
+        call(lopt_jax.lopt)
+
+
 # -- descriptions ---------------------------------------------------------------------------------
 
 
@@ -319,3 +337,8 @@ def test_describe_takes_python_numbers_and_packed_optimizers():
         lopt_jax.describe(lopt_jax.packed(optax.adam(1)), params)
     with pytest.raises(ValueError, match=r"width_multipliers: .* it lacks"):
         lopt_jax.describe(optimizers.make("mulo", width_multipliers={"w": 2.0}), params)
+
+
+def test_diagnostics_of_another_tree_say_where():
+    with pytest.raises(ValueError, match=r"updates: expected a tree like the params; it lacks"):
+        lopt_jax.diagnostics.diagnose({"w": PARAMS["w"]}, (), PARAMS)

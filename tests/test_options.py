@@ -296,7 +296,9 @@ def test_the_message_for_a_missing_loss_names_the_train_state_that_keeps_it(name
     from flax.training.train_state import TrainState
 
     state = TrainState.create(apply_fn=None, params=params, tx=optimizers.plain(name))
-    with pytest.raises(ValueError, match=rf"{name} .*keep value=.*flax\.training.*TrainState \(lopt_jax\.flax"):
+    with pytest.raises(
+        ValueError, match=rf"{name} .*keep value=.*flax\.training.*TrainState \(lopt_jax\.flax"
+    ):
         state.apply_gradients(grads=params, value=LOSS)
 
 

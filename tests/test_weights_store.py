@@ -377,7 +377,9 @@ def test_home_is_expanded_everywhere(weights, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-@pytest.mark.parametrize("path", ["~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")])
+@pytest.mark.parametrize(
+    "path", ["", "~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")]
+)
 def test_paths_that_name_nothing(weights, path):
     for function in (
         load_weights,
@@ -387,6 +389,12 @@ def test_paths_that_name_nothing(weights, path):
     ):
         with pytest.raises(WeightsError, match="expected a path or an address, found"):
             function(path)
+
+
+def test_paths_that_tensorstore_cannot_name_are_refused(weights, tmp_path):
+    with pytest.raises(WeightsError, match=r"expected a path in UTF-8"):
+        save_weights(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), weights)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/x", "hf://owner/repo", "https://host/x"])

@@ -461,9 +461,9 @@ def require_value(name: str, value: Any) -> jax.Array:
     """The loss as () float32, or an error that names `value=`."""
     if value is None:
         raise ValueError(
-            f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
-            "Some wrappers keep value= from the optimizer inside them: "
-            "flax.training.train_state.TrainState (lopt_jax.flax.TrainState hands it on), "
+            f"{name} reads the loss at every step: call update(grads, state, params, value=loss), "
+            "of flax.nnx.Optimizer update(model, grads, value=loss). Some wrappers keep value= from "
+            "the optimizer inside them: flax.training.train_state.TrainState (lopt_jax.flax.TrainState hands it on), "
             "optax.MultiSteps(...).gradient_transformation() (MultiSteps itself hands it on), "
             "optax.lookahead and optax.contrib.split_real_and_imaginary."
         )
@@ -511,6 +511,11 @@ def _kind_of_state(state: Any) -> str:
     if found is tuple:
         return (
             "a tuple, as the states of optax.chain and of its optimizers, such as optax.adamw, are."
+        )
+    if isinstance(state, dict | list):
+        return (
+            f"a {found.__name__}, as checkpoints are restored without a target: give Orbax "
+            "jax.eval_shape(tx.init, params)."
         )
     if found.__module__.startswith("optax"):
         return f"{found.__name__}, the state of a transformation of optax."

@@ -55,8 +55,8 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(path_or_url)
     scheme = scheme_of(text) if isinstance(path_or_url, str) else ""
     try:
-        if b"\0" in os.fsencode(text):
-            raise ValueError("a NUL character")
+        if not text or b"\0" in os.fsencode(text):
+            raise ValueError("a NUL character" if text else "an empty text")
         if not scheme:
             return Path(text).expanduser()
         if scheme != "file":
