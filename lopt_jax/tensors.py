@@ -213,8 +213,8 @@ def check_params(params: Any) -> Any:
         leaf = leaf if hasattr(leaf, "shape") else _as_array(path, leaf)
         if not _is_known(leaf.dtype):
             raise TypeError(
-                f"params: expected an array of numbers, found {leaf.dtype} in the leaf "
-                f"{name_of(path)}."
+                f"params: expected an array of numbers as jax has them, found {leaf.dtype} in the "
+                f"leaf {name_of(path)}."
             )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
@@ -245,7 +245,33 @@ def name_of(path: Any) -> str:
 
 def _is_known(dtype: Any) -> bool:
     """Whether jax has arrays of the dtype: numpy has others, of texts, dates and objects."""
-    return any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.extended))
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return True
+    is_number = any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
+    is_longer = jnp.issubdtype(dtype, np.floating) and dtype.itemsize > 8  # numpy's longdouble
+    return is_number and not is_longer and np.dtype(dtype).isnative
+
+
+def check_numpy(**trees: Any) -> None:
+    """Raises TypeError for numpy arrays that compiled functions of jax mistake for others.
+
+    Of a compiled function they go by the type's name alone, and would read bytes in another order
+    as if it were the processor's.
+
+    Args:
+      **trees: by the name of the argument.
+    """
+    for name, tree in trees.items():
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+                path = next(
+                    path for path, x in jax.tree_util.tree_leaves_with_path(tree) if x is leaf
+                )
+                raise TypeError(
+                    f"{name}: expected numbers in the byte order of this processor, found "
+                    f"{leaf.dtype.str} in {name_of(path)}. Give "
+                    "x.astype(x.dtype.newbyteorder('='))."
+                )
 
 
 def _is_wide_float(dtype: Any) -> bool:

@@ -64,7 +64,14 @@ def test_gradients_of_few_bits_are_the_numbers_that_they_are(name, dtype):
 
 
 @pytest.mark.parametrize(
-    "leaf", [np.array("text"), np.array([None]), np.array(["2026-01-01"], "datetime64[D]")]
+    "leaf",
+    [
+        np.ones(2, ">f4"),
+        np.ones(2, np.longdouble),
+        np.array("text"),
+        np.array([None]),
+        np.array(["2026-01-01"], "datetime64[D]"),
+    ],
 )
 def test_arrays_of_no_numbers_are_named(leaf):
     tx = optimizers.plain("small_fc_lopt")
@@ -72,6 +79,21 @@ def test_arrays_of_no_numbers_are_named(leaf):
         tx.init({"x": leaf})
     with pytest.raises(TypeError, match=r"params: expected an array of numbers.*\['x'\]"):
         lopt_jax.describe(lopt_jax.small_fc_lopt(), {"x": leaf})
+
+
+@every_kind
+@pytest.mark.parametrize("place", ["updates", "params", "value"])
+def test_bytes_in_another_order_are_no_other_numbers(name, place):
+    """What jax has compiled for float32 reads them as they are: an update of zeros, and no word."""
+    tx = optimizers.plain(name)
+    given = {"updates": dict(GRADIENTS), "params": dict(PARAMS), "value": np.float32(LOSS)}
+    state = tx.init(PARAMS)
+    step = lambda: tx.update(given["updates"], state, given["params"], value=given["value"])  # noqa: E731
+    step()
+    swapped = lambda x: np.asarray(x).astype(">f4")  # noqa: E731
+    given[place] = swapped(LOSS) if place == "value" else {k: swapped(x) for k, x in PARAMS.items()}
+    with pytest.raises(TypeError, match=rf"^{place}: .*byte order.* >f4"):
+        step()
 
 
 def test_what_is_no_tree_of_arrays_is_named():

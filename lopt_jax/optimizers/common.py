@@ -29,6 +29,7 @@ from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     StackedAxes,
+    check_numpy,
     check_params,
     gradients_like,
     has_values,
@@ -462,8 +463,9 @@ def require_value(name: str, value: Any) -> jax.Array:
     if value is None:
         raise ValueError(
             f"{name} reads the loss at every step: call update(grads, state, params, value=loss), "
-            "of flax.nnx.Optimizer update(model, grads, value=loss). Some wrappers keep value= from "
-            "the optimizer inside them: flax.training.train_state.TrainState (lopt_jax.flax.TrainState hands it on), "
+            "of flax.nnx.Optimizer update(model, grads, value=loss). Some wrappers keep value= "
+            "from the optimizer inside them: flax.training.train_state.TrainState "
+            "(lopt_jax.flax.TrainState hands it on), "
             "optax.MultiSteps(...).gradient_transformation() (MultiSteps itself hands it on), "
             "optax.lookahead and optax.contrib.split_real_and_imaginary."
         )
@@ -699,6 +701,7 @@ def _step(
     require_params(params)
     own = state.state if isinstance(state, Steered) else state
     check_state_type(own, state_type)
+    check_numpy(updates=updates, state=own, params=params, value=value)
     tracing = state.tracing if isinstance(state, Steered) else Tracing()
     tracing = replace(
         tracing,

@@ -199,6 +199,7 @@ def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> ja
       () float32 in (0, 1].
     """
     steps = jnp.asarray(num_steps, jnp.float32)
+    count = jnp.asarray(count, jnp.float32)  # of integers the last has no next
     warm = jnp.maximum(recipe.warm_up * steps, 1.0)
     up = (count + 1) / warm
     down = (steps - count) / jnp.maximum(steps - warm, 1.0)
