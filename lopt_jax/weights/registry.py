@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lopt_jax.partition import say_once
-from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, weights_error
+from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, brief, weights_error
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.convert import convert_bundle, convert_weights, reconfigured
-from lopt_jax.weights.schema import check_structure, schema_of
+from lopt_jax.weights.schema import SCHEMAS, check_structure, schema_of
 from lopt_jax.weights.sources import GIN, JSON, local_folder, local_path, read_local
 from lopt_jax.weights.store import (
     DESCRIPTION,
@@ -382,11 +382,15 @@ def resolve(weights: WeightsLike, architectures: Sequence[str], *, has_own: bool
             + hint
         )
     if found.architecture not in architectures:
+        name, advice = brief(found.architecture), ""
+        if isinstance(found.architecture, str) and found.architecture in SCHEMAS:
+            name = found.architecture
+            advice = f"Take lopt_jax.{optimizer_of(name)}, or other weights."
         raise weights_error(
             source,
             expected=f"weights of {' or '.join(architectures)}",
-            found=f"weights of {found.architecture}",
-            advice=f"Take lopt_jax.{optimizer_of(found.architecture)}, or other weights.",
+            found=f"weights of {name}",
+            advice=advice,
         )
     own = architectures[0]
     if has_own and found.architecture != own:
