@@ -11,6 +11,7 @@ import optax
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import leaf_backend
 from lopt_jax.context import Tracing
+from lopt_jax.optimizers.common import tree_of_mask
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix
 from lopt_jax.optimizers.roles import matrix_sizes
 from lopt_jax.tensors import StackedAxes, Tensors, check_params, prefix_of_params, tensors_of
@@ -125,6 +126,13 @@ def describe(tx: Any, params: Any) -> Description:
         ]
     else:
         plans = tx.plans(params)
+    mask = arguments.get("weight_decay_mask")
+    if mask is not None:
+        of_leaves = prefix_of_params("weight_decay_mask", tree_of_mask(mask, params), params)
+        plans = [
+            plan if decays else plan._replace(decay=0.0)
+            for plan, decays in zip(plans, of_leaves, strict=True)
+        ]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     backend = "xla" if tx.without_kernels else arguments.get("backend", "auto")
     descriptions = [

@@ -244,6 +244,29 @@ def test_numbers_may_be_arrays():
     )
 
 
+@pytest.mark.parametrize(
+    ("constants", "error", "says"),
+    [
+        ({"matrix": "0.1"}, TypeError, "matrix: expected a number"),
+        ({"decay": np.nan}, ValueError, "decay: expected a finite number"),
+        ({"vector": -1}, ValueError, "vector: expected a finite number"),
+        ({"horizon": 0}, ValueError, "horizon: expected a number above 0"),
+        ({"adam_windows": (0.0, 1000.0)}, ValueError, "adam_windows: expected a number above 0"),
+        ({"adam_windows": None}, TypeError, "adam_windows: expected two numbers"),
+    ],
+)
+def test_constants_of_a_recipe_are_named(constants, error, says):
+    with pytest.raises(error, match=f"^recipe: {says}"):
+        lopt_jax.lopt(10, recipe=lopt_jax.Recipe(**constants))
+    for norm in (None, np.inf):
+        lopt_jax.lopt(10, recipe=lopt_jax.Recipe(max_gradient_norm=norm))
+
+
+def test_calls_that_nobody_can_count_are_refused():
+    with pytest.raises(ValueError, match=r"^gradient_accumulation: expected at most 2,147,483,647"):
+        optimizers.make("velo", gradient_accumulation=10**12)
+
+
 # -- masks ----------------------------------------------------------------------------------------
 
 
@@ -364,3 +387,14 @@ def test_describe_takes_python_numbers_and_packed_optimizers():
 def test_diagnostics_of_another_tree_say_where():
     with pytest.raises(ValueError, match=r"updates: expected a tree like the params; it lacks"):
         lopt_jax.diagnostics.diagnose({"w": PARAMS["w"]}, (), PARAMS)
+
+
+def test_describe_knows_the_mask_of_decay():
+    matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+    for mask in (matrices, {"w": True, "b": False}):
+        tx = optimizers.make("small_fc_lopt", weight_decay=0.1, weight_decay_mask=mask)
+        decays = {leaf.path: leaf.decay for leaf in lopt_jax.describe(tx, PARAMS).leaves}
+        assert decays == {"['w']": 1.0, "['b']": 0.0}
+    tx = lopt_jax.lopt(10, weight_decay_mask={"w": True})
+    with pytest.raises(ValueError, match=r"weight_decay_mask: .* it lacks \['b'\]"):
+        lopt_jax.describe(tx, PARAMS)

@@ -165,15 +165,10 @@ def check_num_steps(num_steps: Any) -> None:
         num_steps = num_steps.item()
         num_steps = int(num_steps) if num_steps == num_steps // 1 else num_steps
     check_count("num_steps", num_steps, expected)
-    if num_steps > LARGEST_INDEX:
-        raise ValueError(
-            f"num_steps: expected at most {LARGEST_INDEX:,}, as updates are counted in 32 bits; "
-            f"found {brief(num_steps)}."
-        )
 
 
 def check_count(name: str, value: Any, expected: str) -> None:
-    """Raises TypeError or ValueError, naming the argument, unless it is a positive integer."""
+    """Raises TypeError or ValueError, naming the argument, unless it is a positive int32."""
     is_array = isinstance(value, jax.Array)
     if is_array or isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
@@ -182,6 +177,11 @@ def check_count(name: str, value: Any, expected: str) -> None:
         )
     if value < 1:
         raise ValueError(f"{name}: expected at least 1, found {brief(value)}.")
+    if value > LARGEST_INDEX:
+        raise ValueError(
+            f"{name}: expected at most {LARGEST_INDEX:,}, as updates are counted in 32 bits; "
+            f"found {brief(value)}."
+        )
 
 
 def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -221,6 +221,16 @@ def weight_decay_of_tensors(
     weight_decay = scalar("weight_decay", weight_decay)
     if mask is None:
         return weight_decay
+    tree = tree_of_mask(mask, params)
+    return weight_decay * values_of_tensors("weight_decay_mask", tree, params, stacked_axes)
+
+
+def tree_of_mask(mask: Any, params: Any) -> Any:
+    """The bools, or traced ones, that a `weight_decay_mask` gives for the params: a prefix of them.
+
+    Raises:
+      TypeError: it is no such tree, or has other leaves than bools.
+    """
     is_single = not callable(mask) and jax.tree_util.all_leaves([mask])
     if is_single and not jax.tree_util.all_leaves([params]):
         # what inject_hyperparams makes of a function of the params: it calls it with the step
@@ -228,8 +238,7 @@ def weight_decay_of_tensors(
             "weight_decay_mask: expected a tree of bools like the params, or a function of them; "
             f"found {brief(mask)}. weight_decay=0 turns decay off." + IN_STATIC_ARGS
         )
-    tree = jax.tree.map(_truth, mask(params) if callable(mask) else mask)
-    return weight_decay * values_of_tensors("weight_decay_mask", tree, params, stacked_axes)
+    return jax.tree.map(_truth, mask(params) if callable(mask) else mask)
 
 
 def _truth(x: Any) -> Any:

@@ -1,7 +1,7 @@
 """lopt: a direction for matrices inside a recipe that leaves nothing to tune but the steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -161,6 +161,7 @@ def lopt(
         raise TypeError(f"recipe: expected a lopt_jax.Recipe, found {type(recipe).__name__}.")
     check_precision(precision)
     constants = Recipe() if recipe is None else recipe
+    _check_recipe(constants)
     options = common.Options(
         learning_rate=_scheduled(learning_rate, num_steps, constants),
         weight_decay=weight_decay,
@@ -185,6 +186,26 @@ def lopt(
         cautious_decay=True,
         fading=constants.fading * (1 - 1 / _larger(num_steps / constants.horizon, 1.0)),
     )
+
+
+_DIVISORS = ("horizon", "adam_windows")  # of the recipe
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Raises TypeError or ValueError, naming the constant, unless all are numbers of their kind."""
+    for field in fields(recipe):
+        value, name = getattr(recipe, field.name), f"recipe: {field.name}"
+        numbers = [value]
+        if field.name == "adam_windows":
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise TypeError(f"{name}: expected two numbers, found {brief(value)}.")
+            numbers = list(value)
+        elif field.name == "max_gradient_norm" and value is None:
+            continue
+        for number in numbers:
+            common.check_number(name, number, is_finite=field.name != "max_gradient_norm")
+            if field.name in _DIVISORS and common.has_value(number) and number <= 0:
+                raise ValueError(f"{name}: expected a number above 0, found {brief(number)}.")
 
 
 def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> jax.Array:
