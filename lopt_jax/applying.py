@@ -85,7 +85,14 @@ def with_extra_args(tx: optax.GradientTransformation) -> optax.GradientTransform
 
     Returns:
       A transformation whose update takes any keyword argument.
+
+    Raises:
+      TypeError: tx is no transformation.
     """
+    if not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        name = getattr(tx, "__name__", "")
+        call = f"; call it: {name}(...)" if name and callable(tx) else ""
+        raise TypeError(f"tx: expected an optax transformation, found {type(tx).__name__}{call}.")
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         parameters = inspect.signature(tx.update).parameters.values()
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

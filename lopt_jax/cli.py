@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -35,10 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
       interruption; 141 where nobody reads the output any more.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be of any characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = _parser(given).parse_args(given)
         status = int(options.run(options) or 0)
-        sys.stdout.flush()  # here, not when Python ends: it may be a pipe that was closed
+        if sys.stdout is not None:  # None: it was closed before Python started
+            sys.stdout.flush()  # here, not when Python ends: it may be a pipe that was closed
         return status
     except BrokenPipeError:
         # As `lopt list | head -1` does. What is left to write goes nowhere when Python ends.
@@ -49,6 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"lopt: {message(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "initialize backend" not in str(error):  # what jax says of JAX_PLATFORMS
+            raise
+        print(f"lopt: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
 

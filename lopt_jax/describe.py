@@ -11,9 +11,10 @@ import optax
 from lopt_jax.applying import LearnedTransformation
 from lopt_jax.backends import leaf_backend
 from lopt_jax.context import Tracing
+from lopt_jax.optimizers.common import tree_of_mask
 from lopt_jax.optimizers.plans import LEARNED, LeafPlan, Matrix
 from lopt_jax.optimizers.roles import matrix_sizes
-from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
+from lopt_jax.tensors import StackedAxes, Tensors, check_params, prefix_of_params, tensors_of
 from pallas_kernels import supports
 
 
@@ -90,7 +91,8 @@ def describe(tx: Any, params: Any) -> Description:
     """What an optimizer of this library does with each leaf, and why; it computes nothing.
 
     Args:
-      tx: what one of the library's constructors returned: not a chain around it.
+      tx: what one of the library's constructors returned, or `lopt_jax.packed` of it: not a chain
+        around it.
       params: the parameters, or a tree of shapes, such as `jax.eval_shape` gives.
 
     Returns:
@@ -98,8 +100,11 @@ def describe(tx: Any, params: Any) -> Description:
       updates it, with which scale and decay, on which backend, and why.
 
     Raises:
-      TypeError: tx is no optimizer of this library's.
+      TypeError: tx is no optimizer of this library's, or params are no arrays.
     """
+    while isinstance(tx, LearnedTransformation) and tx.origin and tx.origin[0] == "packed":
+        tx = tx.origin[1]["tx"]  # it does with each leaf what the optimizer inside does
+    params = check_params(params)
     if not isinstance(tx, LearnedTransformation) or tx.origin is None:
         raise TypeError(
             "describe: expected what a constructor of lopt_jax returns, as tx = "
@@ -121,6 +126,13 @@ def describe(tx: Any, params: Any) -> Description:
         ]
     else:
         plans = tx.plans(params)
+    mask = arguments.get("weight_decay_mask")
+    if mask is not None:
+        of_leaves = prefix_of_params("weight_decay_mask", tree_of_mask(mask, params), params)
+        plans = [
+            plan if decays else plan._replace(decay=0.0)
+            for plan, decays in zip(plans, of_leaves, strict=True)
+        ]
     leaves = jax.tree_util.tree_leaves_with_path(params)
     backend = "xla" if tx.without_kernels else arguments.get("backend", "auto")
     descriptions = [
@@ -136,8 +148,7 @@ def describe(tx: Any, params: Any) -> Description:
 
 def _width_multipliers(multipliers: Any, params: Any) -> list[float]:
     """A number a leaf, from a tree that is a prefix of the params; only mulo has others than 1."""
-    spread = jax.tree.map(lambda x, part: jax.tree.map(lambda _: x, part), multipliers, params)
-    return [float(x) for x in jax.tree.leaves(spread)]
+    return [float(x) for x in prefix_of_params("width_multipliers", multipliers, params)]
 
 
 def _kind(tx: Any) -> str:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lopt_jax.optimizers.celo_adam import CeloAdamState
 from lopt_jax.optimizers.common import surrounded, to_float32
 from lopt_jax.optimizers.controlled import ControlledState
-from lopt_jax.tensors import StackedAxes, Tensors, tensors_of
+from lopt_jax.tensors import StackedAxes, Tensors, arrays_like, check_params, tensors_of
 
 
 class Diagnostics(NamedTuple):
@@ -43,13 +43,16 @@ def diagnose(
       update (under `optax.masked` or `optax.partition`) has multiplier one.
 
     Raises:
-      ValueError: stacked_axes are not those of the optimizer.
+      TypeError: params are no arrays.
+      ValueError: stacked_axes are not those of the optimizer, or updates are no tree like the
+        params.
     """
+    params = check_params(params)
     leaves, treedef = jax.tree.flatten(params)
     tensors = tensors_of(params, stacked_axes)
     steps = [
         None if u is None else _norm(u, entry)
-        for u, entry in zip(treedef.flatten_up_to(updates), tensors, strict=True)
+        for u, entry in zip(arrays_like("updates", updates, params), tensors, strict=True)
     ]
     norms = [_norm(p, entry) for p, entry in zip(leaves, tensors, strict=True)]
     ratios = [

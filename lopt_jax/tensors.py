@@ -18,6 +18,7 @@ from lopt_jax.boxes import content, is_box, reboxed
 from lopt_jax.context import Shards
 from lopt_jax.partition import Layout, Partition, partitions_of, zeros
 from lopt_jax.rules.rule import AccumulatorStatistics
+from lopt_jax.weights.base import brief
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 
@@ -80,8 +81,8 @@ def prefix_of_params(name: str, tree: Any, params: Any) -> list[Any]:
         )
     except ValueError as error:
         raise ValueError(
-            f"{name}: expected a tree like the params, or a prefix of it; found "
-            f"{jax.tree.structure(tree)} for {jax.tree.structure(params)}."
+            f"{name}: expected a tree like the params, or a prefix of it; "
+            f"{difference(tree, params, is_prefix=True)}."
         ) from error
 
 
@@ -210,10 +211,15 @@ def check_params(params: Any) -> Any:
 
     def checked(path: Any, leaf: Any) -> Any:
         leaf = leaf if hasattr(leaf, "shape") else _as_array(path, leaf)
+        if not _is_known(leaf.dtype):
+            raise TypeError(
+                f"params: expected an array of numbers as jax has them, found {leaf.dtype} in the "
+                f"leaf {name_of(path)}."
+            )
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise TypeError(
                 f"params: expected real numbers, found {leaf.dtype} in the leaf "
-                f"{jax.tree_util.keystr(path)}. Wrap the optimizer in "
+                f"{name_of(path)}. Wrap the optimizer in "
                 "optax.contrib.split_real_and_imaginary."
             )
         return leaf
@@ -226,9 +232,87 @@ def _as_array(path: Any, leaf: Any) -> jax.Array:
         return jnp.asarray(leaf)
     except TypeError as error:
         raise TypeError(
-            f"params: expected an array, found {type(leaf).__name__} in the leaf "
-            f"{jax.tree_util.keystr(path)}."
+            f"params: expected an array, found {type(leaf).__name__} in the leaf {name_of(path)}. "
+            "Of a model that is no tree of arrays give its parameters, such as "
+            "nnx.state(model, nnx.Param) or equinox.filter(model, equinox.is_array)."
         ) from error
+
+
+def name_of(path: Any) -> str:
+    """A leaf's place in the params, for messages."""
+    return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def _is_known(dtype: Any) -> bool:
+    """Whether jax has arrays of the dtype: numpy has others, of texts, dates and objects."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return True
+    is_number = any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
+    is_longer = jnp.issubdtype(dtype, np.floating) and dtype.itemsize > 8  # numpy's longdouble
+    return is_number and not is_longer and np.dtype(dtype).isnative
+
+
+def check_numpy(**trees: Any) -> None:
+    """Raises TypeError for numpy arrays that compiled functions of jax mistake for others.
+
+    Of a compiled function they go by the type's name alone, and would read bytes in another order
+    as if it were the processor's.
+
+    Args:
+      **trees: by the name of the argument.
+    """
+    for name, tree in trees.items():
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+                path = next(
+                    path for path, x in jax.tree_util.tree_leaves_with_path(tree) if x is leaf
+                )
+                raise TypeError(
+                    f"{name}: expected numbers in the byte order of this processor, found "
+                    f"{leaf.dtype.str} in {name_of(path)}. Give "
+                    "x.astype(x.dtype.newbyteorder('='))."
+                )
+
+
+def _is_wide_float(dtype: Any) -> bool:
+    """Whether it is a float of 16 bits or more: those of fewer promote to no other."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+
+
+def difference(tree: Any, params: Any, is_prefix: bool = False) -> str:
+    """How a tree that should be like the params differs from them: the end of a message.
+
+    Args:
+      tree: the tree; None may be in place of a leaf.
+      params: the parameters.
+      is_prefix: whether the tree may end where the params go on.
+
+    Returns:
+      A few leaves that one of the two lacks; where both have the same, the kinds of containers.
+    """
+    found, expected = (
+        [
+            path
+            for path, _ in jax.tree_util.tree_leaves_with_path(
+                x, is_leaf=lambda y: y is None or is_box(y)
+            )
+        ]
+        for x in (tree, params)
+    )
+    of = lambda path: [path[:n] for n in range(len(path) + 1)] if is_prefix else [path]  # noqa: E731
+    there, wanted = set(found), {part for path in expected for part in of(path)}
+    missing = [name_of(path) for path in expected if there.isdisjoint(of(path))]
+    surplus = [name_of(path) for path in found if path not in wanted]
+    if missing or surplus:
+        parts = (("it lacks", missing), ("it has, and the params have not,", surplus))
+        return "; ".join(f"{what} {_some(names)}" for what, names in parts if names)
+    kinds = (brief(jax.tree.structure(x, is_leaf=is_box)) for x in (params, tree))
+    return "its containers are others: expected {}, found {}".format(*kinds)
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
@@ -251,10 +335,10 @@ def leaves_like(name: str, tree: Any, params: Any) -> list[Any]:
     treedef = jax.tree.structure(params, is_leaf=is_box)
     try:
         leaves = [content(x) if is_box(x) else x for x in treedef.flatten_up_to(tree)]
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: expected a tree like the params, {treedef}; found {jax.tree.structure(tree)}."
-        ) from error
+    except ValueError:
+        leaves = [()]
+    if not jax.tree_util.all_leaves([x for x in leaves if x is not None]):
+        raise ValueError(f"{name}: expected a tree like the params; {difference(tree, params)}.")
     return [x if has_values(x) else None for x in leaves]
 
 
@@ -263,35 +347,18 @@ def has_values(x: Any) -> bool:
     return x is not None and getattr(x, "dtype", None) != jax.dtypes.float0
 
 
-def numbers_of(params: Any, gradients: Sequence[Any]) -> list[jax.Array]:
+def numbers_of(params: Any) -> list[jax.Array]:
     """The leaves of the params, zeros in place of PRNG keys, which may be there without gradients.
 
     Args:
       params: the parameters.
-      gradients: of `leaves_like`.
 
     Returns:
       The leaves.
-
-    Raises:
-      TypeError: a key has a gradient; the message names the leaf.
     """
-
-    def number(path: Any, leaf: Any, gradient: Any) -> Any:
-        if not jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
-            return leaf
-        if gradient is not None:
-            raise TypeError(
-                f"updates: expected None for {jax.tree_util.keystr(path)}, as the param is no "
-                f"number but {leaf.dtype}; found a gradient."
-            )
-        return jnp.zeros(leaf.shape, jnp.float32)
-
-    with_paths = jax.tree_util.tree_leaves_with_path(params)
-    return [
-        number(path, leaf, gradient)
-        for (path, leaf), gradient in zip(with_paths, gradients, strict=True)
-    ]
+    is_number = lambda x: not jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended)  # noqa: E731
+    leaves = jax.tree.leaves(params)
+    return [x if is_number(x) else jnp.zeros(x.shape, jnp.float32) for x in leaves]
 
 
 def check_shapes(name: str, leaves: Sequence[Any], params: Any) -> None:
@@ -310,6 +377,48 @@ def arrays_like(name: str, tree: Any, params: Any) -> list[jax.Array]:
     leaves = leaves_like(name, tree, params)
     check_shapes(name, leaves, params)
     return leaves
+
+
+def gradients_like(updates: Any, params: Any) -> list[Any]:
+    """The gradients of the leaves of the params, None where there is none.
+
+    Args:
+      updates: a tree like the params.
+      params: the parameters.
+
+    Returns:
+      The gradients, floats of 16 bits or more, in the order of `jax.tree.leaves(params)`.
+
+    Raises:
+      TypeError: a gradient is not of real numbers, or a param that has one is none that small steps
+        change: a key, an integer, a float of 8 bits; the message names the leaf.
+      ValueError: the trees or the shapes differ.
+    """
+
+    def checked(path: Any, param: Any, gradient: Any) -> Any:
+        if gradient is None:
+            return None
+        own, dtype = jnp.result_type(param), jnp.result_type(gradient)
+        if not _is_wide_float(own):
+            raise TypeError(
+                f"updates: expected None for {name_of(path)}, as the param is {own.name}, which "
+                "small steps do not change; found a gradient. Optimize a param of float32, "
+                "bfloat16 or float16, or freeze this one: optax.partition with "
+                "optax.set_to_zero."
+            )
+        if any(jnp.issubdtype(dtype, kind) for kind in (np.complexfloating, jax.dtypes.extended)):
+            raise TypeError(
+                f"updates: expected real numbers, found {dtype.name} for {name_of(path)}. Give "
+                "real gradients, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
+            )
+        return gradient if _is_wide_float(dtype) else jnp.asarray(gradient).astype(jnp.float32)
+
+    gradients = arrays_like("updates", updates, params)
+    with_paths = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        checked(path, param, gradient)
+        for (path, param), gradient in zip(with_paths, gradients, strict=True)
+    ]
 
 
 def zeros_like(params: Any, dtype: jax.typing.DTypeLike) -> Any:

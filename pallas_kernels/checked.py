@@ -63,12 +63,10 @@ def versions() -> tuple[tuple[str, str], ...]:
 
 def kernels_checked(device: jax.Device, file: Path | None = None) -> frozenset[str]:
     """The kernels that passed on such a device with the present versions."""
-    file = file or default_file()
     try:
-        size, time = (status := os.stat(file)).st_size, status.st_mtime_ns
-    except OSError:
+        checks = _checks_in(file or default_file())
+    except ValueError:  # the user has no folder for it
         return frozenset()
-    checks = _read(file, size, time)
     return frozenset(name for check in checks if check.is_of(device) for name in check.kernels)
 
 
@@ -82,15 +80,22 @@ def default_file() -> Path:
 def keep(check: Check, file: Path | None = None) -> Path:
     """Writes a check beside those of other devices and versions; returns the file."""
     file = file or default_file()
-    status = os.stat(file) if file.is_file() else None
-    others = _read(file, status.st_size, status.st_mtime_ns) if status else ()
     key = lambda x: (x.device_kind, x.compute_capability, x.versions)  # noqa: E731
-    checks = [*(x for x in others if key(x) != key(check)), check]
+    checks = [*(x for x in _checks_in(file) if key(x) != key(check)), check]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     temporary.write_text(json.dumps([dataclasses.asdict(x) for x in checks], indent=1) + "\n")
     os.replace(temporary, file)
     return file
+
+
+def _checks_in(file: Path) -> tuple[Check, ...]:
+    """The checks in a file as it is now; none where there is no file."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return ()
+    return _read(file, status.st_size, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import types
+from pathlib import Path
 
 import pytest
 from kernels import one_device, running  # noqa: F401 (a fixture)
@@ -118,6 +120,27 @@ def test_damaged_files_count_for_nothing(tmp_path, text):
     file.write_text(text)
     assert checked.kernels_checked(BLACKWELL, file) == frozenset()
     assert checked.kernels_checked(keep_over(file), file) == {CUDA_CORES}
+
+
+def test_a_file_that_another_process_removes_counts_for_nothing(tmp_path, monkeypatch):
+    file = keep(BLACKWELL, KERNELS, tmp_path / "kernels.json")
+    stat = os.stat
+
+    def once(path, *arguments, **options):
+        result = stat(path, *arguments, **options)
+        if Path(path) == file:
+            file.unlink()
+        return result
+
+    monkeypatch.setattr(os, "stat", once)
+    keep(BLACKWELL, [CUDA_CORES], file)
+    monkeypatch.undo()
+    assert checked.kernels_checked(BLACKWELL, file) == {CUDA_CORES}
+
+
+def test_a_user_without_a_cache_folder_has_checked_nothing(monkeypatch):
+    monkeypatch.setenv("LOPT_JAX_CACHE", "gs://bucket/cache")
+    assert checked.kernels_checked(BLACKWELL) == frozenset()
 
 
 def keep_over(file):

@@ -1,6 +1,7 @@
 """How `lopt` ends: closed pipes, interruptions, errors."""
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -35,6 +36,27 @@ def test_an_interruption_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_list", interrupted)
     assert cli.main(["list"]) == 128 + signal.SIGINT
     assert capsys.readouterr().err == "lopt: interrupted after step 3\n"
+
+
+def test_an_output_that_was_closed_before_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["list"]) == 0
+
+
+def test_an_output_of_ascii_takes_every_path(tmp_path, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.main(["convert", "lopt", str(tmp_path / "größe")]) == 0
+    assert written.getvalue().endswith(b"/gr\\xf6\\xdfe: linear, 2 numbers\n")
+
+
+def test_a_platform_that_jax_does_not_find_is_one_line(monkeypatch, capsys):
+    def unknown(options):
+        raise RuntimeError("Unable to initialize backend 'nope': no such\nmore")
+
+    monkeypatch.setattr(cli, "_list", unknown)
+    assert cli.main(["list"]) == 2
+    assert capsys.readouterr().err == "lopt: Unable to initialize backend 'nope': no such\n"
 
 
 def test_names_of_configs_are_in_the_help(capsys):

@@ -152,6 +152,12 @@ def matrix_by_numpy(p, gradients, num_steps):
     return p
 
 
+def test_the_schedule_of_the_last_count():
+    """Counts stay at the largest integer: the one after it would be negative."""
+    last = jnp.int32(2**31 - 1)
+    assert float(schedule(last, NUM_STEPS, RECIPE)) == pytest.approx(RECIPE.floor)
+
+
 @pytest.mark.parametrize("num_steps", [NUM_STEPS, 5000])
 @pytest.mark.parametrize("scale", [0.1, 10.0])  # the second is clipped
 def test_matrices_by_numpy(num_steps, scale):

@@ -708,7 +708,9 @@ def test_wrong_settings_of_adamw_name_themselves(argument, value, error):
 
 @every_optimizer
 def test_rates_are_numbers(name, params):
-    tx = optimizers.make(name, learning_rate=jnp.ones((2,)))
+    with pytest.raises(ValueError, match=r"learning_rate: .* shape \(2,\)"):
+        optimizers.make(name, learning_rate=jnp.ones((2,)))
+    tx = optimizers.make(name, learning_rate=lambda count: jnp.ones((2,)))
     with pytest.raises(ValueError, match=r"learning_rate: .* shape \(2,\)"):
         tx.update(gradients_of(params), tx.init(params), params, value=LOSS)
 

@@ -27,7 +27,7 @@ OTHERS = {
         "celo2",
         learning_rate=jnp.float32(0.1),
         stacked_axes=lambda path, leaf: 0,
-        weight_decay_mask=np.bool_(True),
+        weight_decay_mask=lambda params: jax.tree.map(lambda _: np.bool_(True), params),
     ),
 }
 

@@ -165,6 +165,7 @@ def test_recommended_settings_are_mentioned_where_defaults_are_left(said):
     assert "weight_decay=3.0, " in celo2
     assert "lopt_jax.lopt(num_steps)" in celo2
     assert "velo: left at weight_decay=0.0; " in velo
+    assert "weight_decay=0.001 (chosen on five meta-training tasks" in velo
 
 
 def broken(change):
@@ -256,3 +257,22 @@ def test_weights_show_themselves():
 def test_messages_are_one_line_that_steers_no_terminal():
     error = weights_error("a\nb", expected="\x1b[2J", found="\ud800\u202e é", advice="x\r")
     assert str(error) == "a\\nb: expected \\x1b[2J, found \\ud800\\u202e é. x\\r"
+
+
+def test_weights_of_whole_numbers_are_refused():
+    """Nearly all of them would be zero."""
+    weights = lopt_jax.load_weights("velo_small")
+    whole = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), weights.params)
+    with pytest.raises(WeightsError, match="floating-point numbers, found int32"):
+        lopt_jax.velo(10, Weights("velo", weights.config, whole))
+
+
+@pytest.mark.parametrize("architecture", [None, ["velo"], "VELO"])
+def test_an_architecture_that_is_none_gets_no_advice(architecture):
+    with pytest.raises(WeightsError, match=r"weights of velo, found weights of [^.]*\.$"):
+        lopt_jax.velo(10, Weights(architecture, {}, {}))
+
+
+def test_what_is_no_mapping_is_named():
+    with pytest.raises(TypeError, match=r"config and metadata are mappings .* found \[1\]"):
+        Weights("velo", [1], {})

@@ -58,6 +58,24 @@ def test_convert_takes_what_show_takes(by, tmp_path, monkeypatch, capsys):
     assert "expected weights of velo, found weights of celo2" in capsys.readouterr().err
 
 
+def test_a_name_is_no_folder_of_the_working_directory(tmp_path, monkeypatch, capsys):
+    """A clone of this repository, or what one made of an optimizer, has its name."""
+    monkeypatch.chdir(tmp_path)
+    Path("lopt").mkdir()
+    save_weights("velo_small", load_weights("celo2_small"))
+    for name, architecture in (("lopt", "linear"), ("velo_small", "velo")):
+        assert main(["show", name]) == 0
+        assert capsys.readouterr().out.startswith(f"architecture: {architecture}\n")
+        assert load_weights(name).architecture == architecture
+    assert main(["show", "./velo_small"]) == 0
+    assert capsys.readouterr().out.startswith("architecture: celo2\n")
+
+
+def test_names_in_capitals_are_close(capsys):
+    assert main(["show", "Velo_Small"]) == 2
+    assert "Did you mean 'velo_small'?" in capsys.readouterr().err
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--version"])

@@ -377,7 +377,9 @@ def test_home_is_expanded_everywhere(weights, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-@pytest.mark.parametrize("path", ["~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")])
+@pytest.mark.parametrize(
+    "path", ["", "~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")]
+)
 def test_paths_that_name_nothing(weights, path):
     for function in (
         load_weights,
@@ -387,6 +389,42 @@ def test_paths_that_name_nothing(weights, path):
     ):
         with pytest.raises(WeightsError, match="expected a path or an address, found"):
             function(path)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"velo_small", ["velo_small"]])
+def test_what_is_no_path_is_named(weights, path):
+    for function in (
+        load_weights,
+        convert_weights,
+        lambda path: save_weights(path, weights),
+        lambda path: export_weights(weights, path),
+    ):
+        with pytest.raises(TypeError, match="expected a name, a path or an address of weights"):
+            function(path)
+
+
+def test_other_arguments_of_another_type_are_named(weights, tmp_path):
+    for function in (
+        lambda: save_weights(tmp_path / "x", weights.params),
+        lambda: export_weights(None, tmp_path / "x"),
+    ):
+        with pytest.raises(TypeError, match=r"^weights: expected lopt_jax.Weights, found "):
+            function()
+    with pytest.raises(TypeError, match=r"^config: expected a mapping of names"):
+        convert_weights(tmp_path, config=[1])
+    with pytest.raises(
+        ValueError, match=r"^format: expected 'pylo' or 'original', found \['pylo'\]"
+    ):
+        export_weights(weights, tmp_path / "x", ["pylo"])
+    with pytest.raises(ValueError, match="repo_id must be 'owner/name', found None"):
+        lopt_jax.push_to_hub(weights, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_that_tensorstore_cannot_name_are_refused(weights, tmp_path):
+    with pytest.raises(WeightsError, match=r"expected a path in UTF-8"):
+        save_weights(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"), weights)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("address", ["gs://bucket/x", "hf://owner/repo", "https://host/x"])

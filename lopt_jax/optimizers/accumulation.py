@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from lopt_jax.optimizers import common
-from lopt_jax.tensors import arrays_like, zeros_like
+from lopt_jax.tensors import arrays_like, gradients_like, zeros_like
 
 
 class AccumulationState(NamedTuple):
@@ -54,10 +54,10 @@ def accumulate_gradients(
         common.check_state_type(state, AccumulationState)
         loss_sum = state.loss_sum + common.require_value("velo", value)
         leaves, treedef = jax.tree.flatten(params)
-        given = arrays_like("updates", updates, params)
+        given = gradients_like(updates, params)
         old_sums = arrays_like("state: gradient_sum", state.gradient_sum, params)
         sums = [
-            total if g is None else total + jnp.asarray(g).astype(total.dtype)
+            total if g is None else total + g.astype(total.dtype)
             for total, g in zip(old_sums, given, strict=True)
         ]
 

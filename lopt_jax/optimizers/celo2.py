@@ -9,6 +9,7 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer, rule_precision
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, Plans, celo2_plans
+from lopt_jax.rules.newton_schulz import check_precision
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
 from lopt_jax.weights.advice import mention_recommended
@@ -45,8 +46,9 @@ def celo2(
         over the root of the width; `lopt` does that by itself.
       weights: a registered name, a path to a checkpoint, or `Weights`. What they
         recommend is in their metadata, and is logged where rate and decay are left at the defaults.
-      label_fn: from the path and the leaf to "learned" or "adamw": leaves of rank two and more
-        that AdamW should update, such as embeddings. Tensors of rank below two always are AdamW's.
+      label_fn: from the path and the leaf to "learned", "adamw", or None, which is "learned":
+        leaves of rank two and more that AdamW should update, such as embeddings. Tensors of rank
+        below two always are AdamW's.
       matrix_axes: where the matrices of leaves of rank three and more are. None: kernels of Flax's
         attention, of its convolutions and of layers like them are recognised by their names and
         shapes (`lopt_jax.optimizers.plans.flax_matrix`); of all others they are the last two axes.
@@ -81,7 +83,7 @@ def celo2(
       Moudgil et al., arXiv 2602.19142; amoudgl/celo, `celo/optimizers/celo2_optax.py`;
       Belilovsky-Lab/pylo, `pylo/optim/CELO2_naive.py`, for AdamW and the clipping.
     """
-    options = common.Options.of(locals(), precision=rule_precision(precision))
+    options = common.Options.of(locals(), precision=rule_precision(check_precision(precision)))
     return _celo2(
         weights,
         options,
@@ -118,7 +120,7 @@ def celo2_base(
 
     Arguments, result and references are those of `celo2`.
     """
-    options = common.Options.of(locals(), precision=rule_precision(precision))
+    options = common.Options.of(locals(), precision=rule_precision(check_precision(precision)))
     return _celo2(
         weights,
         options,

@@ -54,7 +54,7 @@ def celo_adam(
       accumulator_dtype: dtype of momentum and second moment in the state; averages that
         it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `celo`'s.
-      backend: "auto", "xla" or "pallas"; Adam is fused by XLA, all three run that.
+      backend: "auto" or "xla"; its rule is Adam, which XLA fuses, and "pallas" is refused.
       precision: as `celo`'s; Adam has no products, so it changes nothing.
 
     Returns:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
@@ -15,6 +16,7 @@ from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
 from lopt_jax.context import (
+    LARGEST_INDEX,
     Steered,
     Tracing,
     is_traced,
@@ -27,8 +29,9 @@ from lopt_jax.stacks import say_stacks
 from lopt_jax.tensors import (
     IN_STATIC_ARGS,
     StackedAxes,
-    arrays_like,
+    check_numpy,
     check_params,
+    gradients_like,
     has_values,
     leaves_like,
     numbers_of,
@@ -36,53 +39,79 @@ from lopt_jax.tensors import (
     prefix_of_params,
     tensors_of,
 )
+from lopt_jax.weights.base import brief
 
 GRADIENT_CLIP = 1000.0  # of every element, where the original clips
 
 ScalarOrSchedule = float | jax.Array | Callable[[jax.Array], Any]
 
 
-def check_number(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError, naming the argument, unless it is a number >= 0 or traced."""
-    if isinstance(value, jax.core.Tracer | jax.Array):
-        return
-    if isinstance(value, bool) or (
-        not isinstance(value, int | float) and not hasattr(value, "__float__")
-    ):
+def check_number(name: str, value: Any, is_finite: bool = False) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it is a number >= 0.
+
+    Args:
+      name: the argument.
+      value: a Python or numpy number, or an array of one; one without a value yet may be any.
+      is_finite: whether infinity is refused.
+    """
+    if isinstance(value, jax.Array | np.ndarray):
+        check_array(name, value)
+        if not has_value(value):
+            return
+        value = value.item()
+    if isinstance(value, bool | np.bool_ | np.complexfloating) or not hasattr(value, "__float__"):
         raise TypeError(
-            f"{name}: expected a number, found {value!r} of type {type(value).__name__}."
+            f"{name}: expected a number, found {brief(value)} of type {type(value).__name__}."
         )
-    if not float(value) >= 0:
-        raise ValueError(f"{name}: expected a number >= 0, found {value!r}.")
+    if not value >= 0 or (is_finite and value > float(np.finfo(np.float32).max)):
+        kind = "a finite number" if is_finite else "a number"
+        raise ValueError(f"{name}: expected {kind} >= 0, found {brief(value)}.")
+
+
+def check_array(name: str, value: jax.Array | np.ndarray) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless it has one real number."""
+    kinds = (np.integer, np.floating)
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        raise TypeError(f"{name}: expected a real number, found {value.dtype.name}.")
+    if value.size != 1:
+        raise ValueError(f"{name}: expected a number; found shape {value.shape}.")
+
+
+def has_value(value: Any) -> bool:
+    """Whether a number can be read: it is no array that is traced, or that other hosts hold."""
+    if isinstance(value, jax.core.Tracer):
+        return False
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
 
 
 def check_decays(name: str, values: Any, count: int) -> None:
     """Raises TypeError or ValueError unless there are so many numbers in [0, 1), or traced ones."""
-    if not isinstance(values, Sequence) or len(values) != count:
-        raise TypeError(f"{name}: expected {count} numbers in [0, 1), found {values!r}.")
+    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
+        raise TypeError(f"{name}: expected {count} numbers in [0, 1), found {brief(values)}.")
     for value in values:
         check_number(name, value)
-        if not isinstance(value, jax.Array) and float(value) >= 1:
-            raise ValueError(f"{name}: expected numbers in [0, 1), found {value!r}.")
+        if has_value(value) and value >= 1:
+            raise ValueError(f"{name}: expected numbers in [0, 1), found {brief(value)}.")
 
 
 def check_learning_rate(learning_rate: Any) -> None:
     """Raises TypeError or ValueError unless it is a number >= 0 or a schedule."""
     if not callable(learning_rate):
-        check_number("learning_rate", learning_rate)
+        check_number("learning_rate", learning_rate, is_finite=True)
 
 
 def check_dtype(dtype: Any) -> jnp.dtype:
-    """The accumulator dtype, or a TypeError naming the argument."""
+    """The accumulator dtype as jax has it, or a TypeError naming the argument."""
     try:
-        out = jnp.dtype(dtype)
+        out = None if dtype is None else jnp.dtype(dtype)  # None is numpy's for float64
     except TypeError:
         out = None
-    if out is None or not jnp.issubdtype(out, jnp.floating):
+    if out is None or not jnp.issubdtype(out, jnp.floating) or jnp.finfo(out).bits < 16:
         raise TypeError(
-            f"accumulator_dtype: expected a floating dtype such as jnp.float32, found {dtype!r}."
+            "accumulator_dtype: expected float32, or another float of 16 bits or more; found "
+            f"{brief(dtype)}."
         )
-    return out
+    return jax.dtypes.canonicalize_dtype(out)
 
 
 def stored_dtype(dtype: jnp.dtype, decays: Sequence[Any], are_squares: bool) -> jnp.dtype:
@@ -118,25 +147,41 @@ def stored_dtype(dtype: jnp.dtype, decays: Sequence[Any], are_squares: bool) -> 
 def check_backend(backend: Any) -> None:
     """Raises ValueError unless it is one of the backends."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {backend!r}.")
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; found {brief(backend)}.")
 
 
 def check_num_steps(num_steps: Any) -> None:
-    """Raises TypeError or ValueError unless it is a positive integer or traced."""
-    if not isinstance(num_steps, jax.Array):
-        check_count("num_steps", num_steps, "an integer, the updates of the whole training")
+    """Raises TypeError or ValueError unless it is a positive integer or an array of one.
+
+    An array may be of floats: `optax.inject_hyperparams` makes these of all numbers.
+    """
+    expected = "an integer, the updates of the whole training"
+    if isinstance(num_steps, jax.Array | np.ndarray):
+        check_array("num_steps", num_steps)
+        if num_steps.ndim:
+            raise ValueError(f"num_steps: expected {expected}; found shape {num_steps.shape}.")
+        if not has_value(num_steps):
+            return
+        num_steps = num_steps.item()
+        num_steps = int(num_steps) if num_steps == num_steps // 1 else num_steps
+    check_count("num_steps", num_steps, expected)
 
 
 def check_count(name: str, value: Any, expected: str) -> None:
-    """Raises TypeError or ValueError, naming the argument, unless it is a positive integer."""
+    """Raises TypeError or ValueError, naming the argument, unless it is a positive int32."""
     is_array = isinstance(value, jax.Array)
     if is_array or isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
-            f"{name}: expected {expected}; found {value!r} of type {type(value).__name__}."
+            f"{name}: expected {expected}; found {brief(value)} of type {type(value).__name__}."
             + (IN_STATIC_ARGS if is_array else "")
         )
     if value < 1:
-        raise ValueError(f"{name}: expected at least 1, found {value}.")
+        raise ValueError(f"{name}: expected at least 1, found {brief(value)}.")
+    if value > LARGEST_INDEX:
+        raise ValueError(
+            f"{name}: expected at most {LARGEST_INDEX:,}, as updates are counted in 32 bits; "
+            f"found {brief(value)}."
+        )
 
 
 def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -146,11 +191,16 @@ def learning_rate_at(learning_rate: ScalarOrSchedule, count: jax.Array) -> jax.A
 
 
 def scalar(name: str, value: Any, expected: str = "a number") -> jax.Array:
-    """A number as () float32, or a ValueError naming the argument."""
-    value = jnp.asarray(value, jnp.float32)
-    if value.size != 1:
-        raise ValueError(f"{name}: expected {expected}; found shape {value.shape}.")
-    return value if value.ndim == 0 else value.reshape(())
+    """A number as () float32, or a TypeError or ValueError naming the argument."""
+    try:
+        given = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected {expected}; found {brief(value)}.") from error
+    if jnp.issubdtype(given.dtype, jnp.complexfloating):
+        raise TypeError(f"{name}: expected {expected}; found {given.dtype.name}.")
+    if given.size != 1:
+        raise ValueError(f"{name}: expected {expected}; found shape {given.shape}.")
+    return given.astype(jnp.float32).reshape(())
 
 
 def weight_decay_of_tensors(
@@ -171,12 +221,38 @@ def weight_decay_of_tensors(
     weight_decay = scalar("weight_decay", weight_decay)
     if mask is None:
         return weight_decay
-    tree = jax.tree.map(_truth, mask(params) if callable(mask) else mask)
+    tree = tree_of_mask(mask, params)
     return weight_decay * values_of_tensors("weight_decay_mask", tree, params, stacked_axes)
 
 
+def tree_of_mask(mask: Any, params: Any) -> Any:
+    """The bools, or traced ones, that a `weight_decay_mask` gives for the params: a prefix of them.
+
+    Raises:
+      TypeError: it is no such tree, or has other leaves than bools.
+    """
+    is_single = not callable(mask) and jax.tree_util.all_leaves([mask])
+    if is_single and not jax.tree_util.all_leaves([params]):
+        # what inject_hyperparams makes of a function of the params: it calls it with the step
+        raise TypeError(
+            "weight_decay_mask: expected a tree of bools like the params, or a function of them; "
+            f"found {brief(mask)}. weight_decay=0 turns decay off." + IN_STATIC_ARGS
+        )
+    return jax.tree.map(_truth, mask(params) if callable(mask) else mask)
+
+
 def _truth(x: Any) -> Any:
-    return x != 0 if isinstance(x, jax.Array) else bool(x)
+    """Whether a leaf decays, as a bool or a traced one."""
+    dtype = getattr(x, "dtype", np.dtype(type(x)) if isinstance(x, bool | int) else None)
+    is_known = dtype is not None and any(
+        jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer)
+    )
+    if not is_known or np.size(x) != 1:
+        raise TypeError(
+            "weight_decay_mask: expected True or False for each leaf of the params, or for each of "
+            f"their subtrees; found {brief(x)}."
+        )
+    return x.reshape(()) != 0 if isinstance(x, jax.Array) else bool(x)
 
 
 def values_of_tensors(name: str, tree: Any, params: Any, stacked_axes: Any) -> jax.Array:
@@ -220,7 +296,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_learning_rate(self.learning_rate)
-        check_number("weight_decay", self.weight_decay)
+        check_number("weight_decay", self.weight_decay, is_finite=True)
         check_backend(self.backend)
         object.__setattr__(self, "accumulator_dtype", check_dtype(self.accumulator_dtype))
         object.__setattr__(self, "precision", check_precision(self.precision))
@@ -392,13 +468,20 @@ def require_params(params: Any) -> None:
 
 
 def require_value(name: str, value: Any) -> jax.Array:
-    """The loss as () float32, or a ValueError that names `value=`."""
+    """The loss as () float32, or an error that names `value=`."""
     if value is None:
         raise ValueError(
-            f"{name} reads the loss at every step: call update(grads, state, params, value=loss). "
-            "flax.training.train_state.TrainState keeps value= from its optimizer; "
-            "lopt_jax.flax.TrainState hands it on. Wrappers that call update several times, such "
-            "as optax.lookahead, do not."
+            f"{name} reads the loss at every step: call update(grads, state, params, value=loss), "
+            "of flax.nnx.Optimizer update(model, grads, value=loss). Some wrappers keep value= "
+            "from the optimizer inside them: flax.training.train_state.TrainState "
+            "(lopt_jax.flax.TrainState hands it on), "
+            "optax.MultiSteps(...).gradient_transformation() (MultiSteps itself hands it on), "
+            "optax.lookahead and optax.contrib.split_real_and_imaginary."
+        )
+    if isinstance(value, tuple | list | dict):
+        raise TypeError(
+            f"value: expected the loss, a scalar; found a {type(value).__name__}. Of "
+            "jax.value_and_grad(..., has_aux=True) it is the first of what comes with the gradient."
         )
     return scalar("value", value, "the loss, a scalar")
 
@@ -424,13 +507,30 @@ def check_state_type(state: Any, state_type: type) -> None:
     """Raises TypeError, saying what the state is, unless it is of the type that init returns."""
     if isinstance(state, state_type):
         return
-    found = type(state)
-    is_ours = found.__module__.startswith("lopt_jax")
-    described = f": {found.__doc__}" if is_ours and found.__doc__ else "."
     raise TypeError(
         f"state: expected a {state_type.__name__}, which init of this optimizer returns; found "
-        f"{found.__name__}{described}"
+        f"{_kind_of_state(state)}"
     )
+
+
+def _kind_of_state(state: Any) -> str:
+    """What was given as a state, in words: the end of a sentence."""
+    found = type(state)
+    if found.__module__.startswith("lopt_jax"):
+        about = (found.__doc__ or "").partition("\n")[0]
+        return f"{found.__name__}: {about}" if about else f"{found.__name__}."
+    if found is tuple:
+        return (
+            "a tuple, as the states of optax.chain and of its optimizers, such as optax.adamw, are."
+        )
+    if isinstance(state, dict | list):
+        return (
+            f"a {found.__name__}, as checkpoints are restored without a target: give Orbax "
+            "jax.eval_shape(tx.init, params)."
+        )
+    if found.__module__.startswith("optax"):
+        return f"{found.__name__}, the state of a transformation of optax."
+    return f"{found.__name__}."
 
 
 def check_state_shapes(state: Any, expected: Any, ranks_alone: bool = False) -> None:
@@ -573,7 +673,7 @@ def _compiled(
         value: Any,
     ) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(params)
-        gradients = arrays_like("updates", updates, params)
+        gradients = gradients_like(updates, params)
         expected = jax.eval_shape(init, params)
         check_state_shapes(state, expected, ranks_alone=tracing.shards is not None)
         leaves_like("state: accumulators", state.accumulators, expected.accumulators)
@@ -582,7 +682,7 @@ def _compiled(
             meta_parameters,
             treedef.unflatten(gradients),
             state,
-            treedef.unflatten(numbers_of(params, gradients)),
+            treedef.unflatten(numbers_of(params)),
             value,
         )
         results = [
@@ -610,6 +710,7 @@ def _step(
     require_params(params)
     own = state.state if isinstance(state, Steered) else state
     check_state_type(own, state_type)
+    check_numpy(updates=updates, state=own, params=params, value=value)
     tracing = state.tracing if isinstance(state, Steered) else Tracing()
     tracing = replace(
         tracing,
@@ -633,7 +734,8 @@ def described[**P](
       constructor: takes `weights`.
 
     Returns:
-      The constructor.
+      The constructor. It raises NotImplementedError for `backend="pallas"` where the fused kernels
+      do not know the rule.
     """
     signature = inspect.signature(constructor)
 
@@ -643,6 +745,12 @@ def described[**P](
         given = signature.bind(*args, **kwargs)
         names = {*given.arguments, "weights"}
         given.apply_defaults()
+        without_kernels = getattr(tx, "without_kernels", "")
+        if without_kernels and given.arguments.get("backend") == "pallas":
+            raise NotImplementedError(
+                f"backend='pallas': {constructor.__name__} with these weights has no fused "
+                f"kernels: {without_kernels}. backend='auto' uses XLA."
+            )
         arguments = {name: x for name, x in given.arguments.items() if name in names}
         return LearnedTransformation.of(
             tx.init,
@@ -650,7 +758,7 @@ def described[**P](
             apply_of(tx),
             (constructor.__name__, arguments),
             getattr(tx, "plans", None),
-            getattr(tx, "without_kernels", ""),
+            without_kernels,
         )
 
     return construct
@@ -662,5 +770,5 @@ def check_precision(precision: str) -> jax.lax.Precision:
         return jax.lax.Precision(precision)
     except (TypeError, ValueError):
         raise ValueError(
-            f"precision: expected 'highest', 'high' or 'default', found {precision!r}."
+            f"precision: expected 'highest', 'high' or 'default', found {brief(precision)}."
         ) from None

@@ -9,6 +9,7 @@ from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import ARCHITECTURES, AdamW, matrix_optimizer, rule_precision
 from lopt_jax.optimizers.plans import LabelFn, MatrixAxes, celo2_plans
+from lopt_jax.rules.newton_schulz import check_precision
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
 
@@ -61,7 +62,7 @@ def elo_celo2(
     Reference:
       Belilovsky-Lab/pylo, `pylo/optim/ELO_CELO2_naive.py`.
     """
-    options = common.Options.of(locals(), precision=rule_precision(precision))
+    options = common.Options.of(locals(), precision=rule_precision(check_precision(precision)))
     weights = resolve(weights, ARCHITECTURES[::-1])
     config = weights.config
     adamw = AdamW(

@@ -47,7 +47,7 @@ def learnable_sgd(
       weight_decay_mask: which parameters decay, as `optax.adamw`'s `mask`.
       accumulator_dtype: of momentum and second moment in the state, where the rule has them.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
-      backend: "auto", "xla" or "pallas"; XLA fuses the rule, all three run that.
+      backend: "auto" or "xla"; XLA fuses the rule, and "pallas" is refused.
       precision: as `small_fc_lopt`'s; there are no products, so it changes nothing.
 
     Returns:

@@ -1,7 +1,7 @@
 """lopt: a direction for matrices inside a recipe that leaves nothing to tune but the steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from lopt_jax.optimizers.plans import (
     LEARNED,
     LabelFn,
     LeafPlan,
+    Matrix,
     MatrixAxes,
     Plans,
     check_functions,
@@ -37,8 +38,10 @@ from lopt_jax.optimizers.roles import (
     matrix_sizes,
     roles_of,
 )
+from lopt_jax.rules.newton_schulz import check_precision
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
+from lopt_jax.weights.base import brief
 
 Number = float | jax.Array
 
@@ -140,8 +143,8 @@ def lopt(
       accumulator_dtype: dtype of momentum and second moments in the state.
       stacked_axes: how many leading axes of a leaf hold separate tensors (layers of a scanned
         model): an int, a tree of ints, or a function of path and leaf.
-      backend: "auto", "xla" or "pallas", for weights of the Celo2 family; the linear rule needs no
-        kernels.
+      backend: "auto" or "xla"; "pallas" for weights of the Celo2 family alone: the linear rule has
+        no kernels, and XLA fuses it.
       precision: of the products of Newton-Schulz, as `celo2`'s.
 
     Returns:
@@ -158,7 +161,9 @@ def lopt(
     common.check_num_steps(num_steps)
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe: expected a lopt_jax.Recipe, found {type(recipe).__name__}.")
+    check_precision(precision)
     constants = Recipe() if recipe is None else recipe
+    _check_recipe(constants)
     options = common.Options(
         learning_rate=_scheduled(learning_rate, num_steps, constants),
         weight_decay=weight_decay,
@@ -186,6 +191,26 @@ def lopt(
     )
 
 
+_DIVISORS = ("horizon", "adam_windows")  # of the recipe
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Raises TypeError or ValueError, naming the constant, unless all are numbers of their kind."""
+    for field in fields(recipe):
+        value, name = getattr(recipe, field.name), f"recipe: {field.name}"
+        numbers = [value]
+        if field.name == "adam_windows":
+            if not isinstance(value, tuple | list) or len(value) != 2:
+                raise TypeError(f"{name}: expected two numbers, found {brief(value)}.")
+            numbers = list(value)
+        elif field.name == "max_gradient_norm" and value is None:
+            continue
+        for number in numbers:
+            common.check_number(name, number, is_finite=field.name != "max_gradient_norm")
+            if field.name in _DIVISORS and common.has_value(number) and number <= 0:
+                raise ValueError(f"{name}: expected a number above 0, found {brief(number)}.")
+
+
 def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> jax.Array:
     """The size of a step: a linear warm-up, then linearly down to the floor.
 
@@ -198,6 +223,7 @@ def schedule(count: jax.Array, num_steps: int | jax.Array, recipe: Recipe) -> ja
       () float32 in (0, 1].
     """
     steps = jnp.asarray(num_steps, jnp.float32)
+    count = jnp.asarray(count, jnp.float32)  # of integers the last has no next
     warm = jnp.maximum(recipe.warm_up * steps, 1.0)
     up = (count + 1) / warm
     down = (steps - count) / jnp.maximum(steps - warm, 1.0)
@@ -226,7 +252,7 @@ def _scheduled(
     learning_rate: common.ScalarOrSchedule, num_steps: int | jax.Array, recipe: Recipe
 ) -> Any:
     def rate(count: jax.Array) -> jax.Array:
-        multiplier = learning_rate(count) if callable(learning_rate) else learning_rate
+        multiplier = common.learning_rate_at(learning_rate, count)
         return multiplier * schedule(count, num_steps, recipe)
 
     return rate
@@ -289,9 +315,9 @@ def _labelled(label: Any, path: Any, leaf: Any, stacked: int) -> Role:
         raise ValueError(
             f"label_fn: expected one of {', '.join(names)}, or None, for the leaf "
             f"{jax.tree_util.keystr(path)} of rank {rank} (learned, matrix and head are for "
-            f"rank two and more); found {label!r}."
+            f"rank two and more); found {brief(label)}."
         )
-    matrix, _ = likely_matrix(path, leaf.shape[stacked:])
+    matrix = likely_matrix(path, leaf.shape[stacked:])[0] if rank >= 2 else Matrix()
     return Role(name, "label_fn says so", matrix)
 
 

@@ -64,7 +64,7 @@ def nn_adam(
       accumulator_dtype: dtype of momentum and second moment in the state, by the betas that
         meta-training starts from; averages that it cannot hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
-      backend: "auto", "xla" or "pallas"; XLA fuses the rule, all three run that.
+      backend: "auto" or "xla"; XLA fuses the rule, and "pallas" is refused.
       precision: as `small_fc_lopt`'s; the LSTM's products are float32, so it changes nothing.
 
     Returns:

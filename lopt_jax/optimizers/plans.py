@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from lopt_jax.weights.base import brief
+
 LEARNED, ADAMW = "learned", "adamw"
 LAST_TWO = "last_two"
 
@@ -51,7 +53,7 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
     """The plans of the Celo2 family: a leaf of rank two and more is learned, unless labelled.
 
     Args:
-      label_fn: from path and leaf to "learned" or "adamw"; None: "learned".
+      label_fn: from path and leaf to "learned", "adamw" or None; None: "learned".
       matrix_axes: where the matrices are; None: as `flax_matrix` says.
 
     Returns:
@@ -64,10 +66,11 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
 
     def plan(path: Any, leaf: Any, stacked: int) -> LeafPlan:
         name = jax.tree_util.keystr(path)
-        label = LEARNED if label_fn is None else label_fn(path, leaf)
-        if label not in (LEARNED, ADAMW):
+        label = None if label_fn is None else label_fn(path, leaf)
+        if label is not None and not (isinstance(label, str) and label in (LEARNED, ADAMW)):
             raise ValueError(
-                f"label_fn: expected {LEARNED!r} or {ADAMW!r}, found {label!r} for the leaf {name}."
+                f"label_fn: expected {LEARNED!r}, {ADAMW!r} or None, found {brief(label)} for the "
+                f"leaf {name}."
             )
         rank = leaf.ndim - stacked
         if rank < 2:
@@ -87,11 +90,12 @@ def celo2_plans(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> Plans:
 def check_functions(label_fn: LabelFn | None, matrix_axes: MatrixAxes) -> None:
     """Raises TypeError, naming the argument, unless both are what optimizers of matrices take."""
     if label_fn is not None and not callable(label_fn):
-        raise TypeError(f"label_fn: expected a function of path and leaf, found {label_fn!r}.")
-    if matrix_axes not in (None, LAST_TWO) and not callable(matrix_axes):
+        raise TypeError(f"label_fn: expected a function of path and leaf, found {brief(label_fn)}.")
+    is_named = isinstance(matrix_axes, str) and matrix_axes == LAST_TWO
+    if matrix_axes is not None and not is_named and not callable(matrix_axes):
         raise TypeError(
             f"matrix_axes: expected a function of path and leaf, {LAST_TWO!r} or None; found "
-            f"{matrix_axes!r}."
+            f"{brief(matrix_axes)}."
         )
 
 
@@ -128,19 +132,19 @@ def _checked(chosen: Any, name: str, rank: int, stacked: int) -> Matrix:
     except (TypeError, ValueError, AttributeError):
         raise TypeError(
             "matrix_axes: expected the axes of rows and those of columns, such as ((0,), (1, 2)); "
-            f"found {chosen!r} for the leaf {name}."
+            f"found {brief(chosen)} for the leaf {name}."
         ) from None
     in_range = all(-rank <= axis < rank for axis in axes)
     from_first = {axis % rank for axis in axes}
     if not rows or not columns or not in_range or len(from_first) < len(axes):
         raise ValueError(
             f"matrix_axes: expected different axes of the leaf {name}, which has {rank}, for rows "
-            f"and columns; found {chosen!r}."
+            f"and columns; found {brief(chosen)}."
         )
     if min(from_first) < stacked:
         raise ValueError(
             f"matrix_axes: the leaf {name} has {stacked} stacked axes, which are in no matrix; "
-            f"found {chosen!r}."
+            f"found {brief(chosen)}."
         )
     return Matrix(rows, columns)
 

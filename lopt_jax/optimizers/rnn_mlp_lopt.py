@@ -82,7 +82,7 @@ def rnn_mlp_lopt(
       accumulator_dtype: dtype of momenta and second moments in the state; those that it cannot
         hold stay float32.
       stacked_axes: how many leading axes of a leaf hold separate tensors, as `small_fc_lopt`'s.
-      backend: "auto", "xla" or "pallas"; the kernels do not know the rule, all three run XLA.
+      backend: "auto" or "xla"; the kernels do not know the rule, and "pallas" is refused.
       precision: of the products of the MLP, as `small_fc_lopt`'s.
 
     Returns:

@@ -32,5 +32,12 @@ def mention_recommended(
         defaults = {name: default for name, (_, default) in shared.items()}
         say_once(
             f"{optimizer}: left at {one_line(defaults)}; its weights recommend "
-            f"{one_line(recommended)}."
+            f"{_recommendation(recommended)}."
         )
+
+
+def _recommendation(recommended: Mapping[str, Any]) -> str:
+    """The settings, and in brackets how they were chosen where that is said."""
+    settings = {name: value for name, value in recommended.items() if name != "chosen"}
+    chosen = f" (chosen {one_line(recommended['chosen'])})" if "chosen" in recommended else ""
+    return one_line(settings) + chosen

@@ -100,6 +100,10 @@ class StaticMapping(Mapping[str, Any]):
     __slots__ = ("_hash", "_items")
 
     def __init__(self, items: Mapping[str, Any] | None = None, depth: int = 0):
+        if not isinstance(items, Mapping | None):
+            raise TypeError(
+                f"config and metadata are mappings of names to values, found {brief(items)}"
+            )
         frozen = {}
         for key, value in (items or {}).items():
             if not isinstance(key, str):

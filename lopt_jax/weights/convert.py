@@ -59,11 +59,14 @@ def convert_weights(
       Validated weights, whose metadata hold source, sha256, and format.
 
     Raises:
+      TypeError: an argument is of another type; the message names it.
       WeightsError: the file cannot be fetched, is damaged or malicious, is of another
         architecture, or does not tell which it is.
     """
     if architecture is not None:
         schema_of(architecture, "architecture")
+    if not isinstance(config, Mapping | None):
+        raise TypeError(f"config: expected a mapping of names to values, found {brief(config)}.")
     path = local_path(path_or_url)
     if path is not None:
         return _convert_path(path, None, architecture, config, {})

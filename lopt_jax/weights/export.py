@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lopt_jax.weights.base import Weights
+from lopt_jax.weights.base import Weights, brief
 from lopt_jax.weights.original_export import THETA, export_original
 from lopt_jax.weights.pylo import MODEL, export_pylo
 from lopt_jax.weights.schema import validate
@@ -34,9 +34,9 @@ def export_weights(weights: Weights, path: str | os.PathLike[str], format: str =
       FileExistsError: the folder holds weights in another layout, which would be read in place of
         these.
     """
-    if format not in FORMATS:
+    if format not in tuple(FORMATS):
         choices = " or ".join(map(repr, FORMATS))
-        raise ValueError(f"format: expected {choices}, found {format!r}.")
+        raise ValueError(f"format: expected {choices}, found {brief(format)}.")
     folder = local_folder(path)
     weights = validate(weights, f"weights to export to {folder}")
     _refuse_other_layouts(folder, _names(weights.architecture, format))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt_jax.weights.base import Weights, printable, thaw
+from lopt_jax.weights.base import Weights, brief, printable, thaw
 from lopt_jax.weights.store import save_weights
 
 # Names that the Hub knows for the licences that occur; another is left to the text of the card.
@@ -129,9 +129,9 @@ def push_to_hub(
       ImportError: the extra "hub" is not installed.
       ValueError: `repo_id` is not owner/name.
     """
-    parts = repo_id.split("/")
+    parts = repo_id.split("/") if isinstance(repo_id, str) else []
     if len(parts) != 2 or not all(parts):
-        raise ValueError(f"repo_id must be 'owner/name', found {repo_id!r}")
+        raise ValueError(f"repo_id must be 'owner/name', found {brief(repo_id)}")
     from lopt_jax.weights.fetch import hub_endpoint, refuse_offline
 
     refuse_offline(f"hf://{repo_id}")

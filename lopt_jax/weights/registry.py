@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lopt_jax.partition import say_once
-from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, weights_error
+from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, brief, weights_error
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.convert import convert_bundle, convert_weights, reconfigured
-from lopt_jax.weights.schema import check_structure, schema_of
+from lopt_jax.weights.schema import SCHEMAS, check_structure, schema_of
 from lopt_jax.weights.sources import GIN, JSON, local_folder, local_path, read_local
 from lopt_jax.weights.store import (
     DESCRIPTION,
@@ -125,7 +125,7 @@ def _unknown_name(name: str, architectures: Sequence[str]) -> WeightsError:
     infos = sorted(list_weights(), key=lambda info: info.name)
     fitting = [info.name for info in infos if info.architecture in architectures]
     others = [info.name for info in infos if info.name not in fitting]
-    close = difflib.get_close_matches(name, fitting or others, n=1)
+    close = difflib.get_close_matches(name.strip().lower(), fitting or others, n=1)
     known = ", ".join(fitting or others)
     return weights_error(
         repr(name),
@@ -187,8 +187,8 @@ def find_weights(
     """Reads weights of any kind: what `load_weights` and what `convert_weights` take.
 
     Args:
-      name_path_or_url: a path where there is something at it, else a registered name, else an
-        address.
+      name_path_or_url: a registered name, or a path or an address. As for the constructors, what
+        lies in the working directory does not change what a name stands for: ./velo is that folder.
       architecture: as in `convert_weights`.
       config: as in `convert_weights`.
 
@@ -196,7 +196,9 @@ def find_weights(
       WeightsError: as `load_weights` and `convert_weights`.
     """
     path = local_path(name_path_or_url)
-    if path is not None and not os.path.lexists(path) and _is_name(name_path_or_url):
+    is_registered = name_path_or_url in {info.name for info in list_weights()}
+    is_path = path is not None and os.path.lexists(path) and not is_registered
+    if path is not None and not is_path and _is_name(name_path_or_url):
         if architecture is not None:
             schema_of(architecture, "architecture")
         weights = load_weights(name_path_or_url)
@@ -373,15 +375,22 @@ def resolve(weights: WeightsLike, architectures: Sequence[str], *, has_own: bool
     elif isinstance(weights, str | os.PathLike):
         found, source = _load(weights, architectures), os.fspath(weights)
     else:
+        is_number = hasattr(weights, "__float__")
+        hint = ". A learning rate is given by name: learning_rate=..." if is_number else ""
         raise TypeError(
             f"weights must be a name, a path, or lopt_jax.Weights, found {type(weights).__name__}"
+            + hint
         )
     if found.architecture not in architectures:
+        name, advice = brief(found.architecture), ""
+        if isinstance(found.architecture, str) and found.architecture in SCHEMAS:
+            name = found.architecture
+            advice = f"Take lopt_jax.{optimizer_of(name)}, or other weights."
         raise weights_error(
             source,
             expected=f"weights of {' or '.join(architectures)}",
-            found=f"weights of {found.architecture}",
-            advice=f"Take lopt_jax.{optimizer_of(found.architecture)}, or other weights.",
+            found=f"weights of {name}",
+            advice=advice,
         )
     own = architectures[0]
     if has_own and found.architecture != own:

@@ -535,11 +535,15 @@ def checked_params(
     return tree
 
 
-def _float32(leaf: Any, name: str, source: object) -> np.ndarray:
+def _check_floating(leaf: Any, name: str, source: object) -> None:
     if not jax.dtypes.issubdtype(leaf.dtype, np.floating):
         raise weights_error(
             source, expected=f"{name} to hold floating-point numbers", found=str(leaf.dtype)
         )
+
+
+def _float32(leaf: Any, name: str, source: object) -> np.ndarray:
+    _check_floating(leaf, name, source)
     with np.errstate(over="ignore", invalid="ignore"):  # checked below, for every type at once
         # A copy, in C order: the result does not keep a whole file's bytes alive.
         array = np.array(leaf, dtype=np.float32, order="C", copy=True)
@@ -565,25 +569,32 @@ def validate(weights: Weights, source: object = "weights") -> Weights:
       The same weights with a complete config, and float32 numpy arrays as leaves.
 
     Raises:
+      TypeError: it is no `Weights`.
       WeightsError: anything about it is wrong.
     """
+    if not isinstance(weights, Weights):
+        raise TypeError(f"weights: expected lopt_jax.Weights, found {type(weights).__name__}.")
     config = complete_config(weights.architecture, weights.config, source)
     params = checked_params(weights.architecture, config, weights.params, source)
     return Weights(weights.architecture, config, params, weights.metadata)
 
 
 def check_structure(weights: Weights, source: object = "weights") -> Weights:
-    """Checks architecture, config and shapes alone: allowed on traced weights as well.
+    """Checks architecture, config, shapes and types alone: allowed on traced weights as well.
 
     Returns:
       The same weights with a complete config.
 
     Raises:
-      WeightsError: an array is missing, unknown or of another shape, or config is not valid.
+      WeightsError: an array is missing, unknown, of another shape or not of floats, or config is
+        not valid.
     """
     config = complete_config(weights.architecture, weights.config, source)
-    shapes = {p: _shape_of(p, leaf, source) for p, leaf in walk(weights.params, source)}
+    leaves = dict(walk(weights.params, source))
+    shapes = {path: _shape_of(path, leaf, source) for path, leaf in leaves.items()}
     check_shapes(weights.architecture, config, shapes, source)
+    for path, leaf in leaves.items():
+        _check_floating(leaf, "/".join(path), source)
     if config == weights.config:
         return weights
     return Weights(weights.architecture, config, weights.params, weights.metadata)

@@ -49,14 +49,20 @@ def local_path(path_or_url: str | os.PathLike[str]) -> Path | None:
     """Returns the path that is meant, with ~ expanded; None where it is a remote address.
 
     Raises:
+      TypeError: it is neither a text nor a path.
       WeightsError: text that names nothing: a user that is not there, a NUL character; or a
         file:// address of another host.
     """
-    text = os.fspath(path_or_url)
+    text = os.fspath(path_or_url) if isinstance(path_or_url, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise TypeError(
+            "expected a name, a path or an address of weights, a text or a pathlib.Path; found "
+            f"{type(path_or_url).__name__}."
+        )
     scheme = scheme_of(text) if isinstance(path_or_url, str) else ""
     try:
-        if b"\0" in os.fsencode(text):
-            raise ValueError("a NUL character")
+        if not text or b"\0" in os.fsencode(text):
+            raise ValueError("a NUL character" if text else "an empty text")
         if not scheme:
             return Path(text).expanduser()
         if scheme != "file":

@@ -72,6 +72,10 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
     """
     target = Path(os.path.realpath(local_folder(path)))  # of a link, where it points to
     weights = validate(weights, f"weights to save in {target}")
+    if not _is_unicode(target):
+        raise weights_error(
+            target, expected="a path in UTF-8, as TensorStore needs it", found="other bytes"
+        )
     if os.path.lexists(target) and not is_checkpoint(target) and not _is_empty_folder(target):
         raise FileExistsError(f"{target} exists and holds no weights: remove it, or take another")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -417,6 +421,14 @@ def _checkpointer() -> Any:
     # What `_restore` reads, whatever the defaults of another version of Orbax.
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, **options)
     return ocp.Checkpointer(handler, **options)
+
+
+def _is_unicode(path: Path) -> bool:
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # a byte that is none, as Python keeps it in a text
+        return False
+    return True
 
 
 def _is_empty_folder(path: Path) -> bool:
