@@ -199,8 +199,7 @@ class Dims:
     """What each dimension of an operand or result is.
 
     Attributes:
-      labels: a position among the tensor's dimensions, BATCH for an axis of tensors, or None for a
-        dimension that is never split.
+      labels: a position among the part's dimensions, or None for a dimension that is never split.
       part: which of several parts the array belongs to: each is split in a way of its own.
     """
 
@@ -208,7 +207,9 @@ class Dims:
     part: int = 0
 
 
-BATCH = -1
+def whole_dims(tree: Any) -> Any:
+    """Dims of arrays that are whole on every device."""
+    return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
 
 
 def partitions_of(paths: Sequence[str], shards: Shards | None) -> list[Partition | None]:
@@ -266,7 +267,7 @@ def spread(
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
-      shapes: for each part that of the whole tensors, without the axis of tensors.
+      shapes: for each part that of the whole tensors.
       partitions: where the operands are shards already: how the tensors of each part are spread.
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
@@ -280,9 +281,10 @@ def spread(
     """
     if None not in partitions:
         return function(tracing, partitions, *operands)
-    leaves, treedef = jax.tree.flatten(operands)
-    leaves = [jnp.asarray(x) for x in leaves]
+    known, leaves, treedef = _known_apart(operands)
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
+    dims = [x for i, x in enumerate(dims) if i not in known]
+    guides = [[i - sum(k < i for k in known) for i in part] for part in guides]
     explicit = [[_explicit_axes(leaves[i], dims[i]) for i in part] for part in guides]
     typed = [[axes for axes in part if axes is not None] for part in explicit]
     if any(any(axes.values()) for part in typed for axes in part):
@@ -301,7 +303,7 @@ def spread(
     def run_local(partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()) -> Any:
         with as_now():
             steered = dataclasses.replace(of_shard, axes=axes)
-            return function(steered, partitions, *treedef.unflatten(xs))
+            return function(steered, partitions, *treedef.unflatten(_merged(known, xs)))
 
     def local(
         partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()
@@ -320,6 +322,22 @@ def spread(
 def is_explicit(x: jax.Array) -> bool:
     """Whether the type of an array says how it is sharded."""
     return _explicit_sharding(x) is not None
+
+
+def _known_apart(tree: Any) -> tuple[dict[int, Any], list[jax.Array], Any]:
+    """The leaves of a tree: numbers that Python knows, by their positions; arrays; the structure.
+
+    What is known stays a constant of the program.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    known = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array)}
+    return known, [x for x in leaves if isinstance(x, jax.Array)], treedef
+
+
+def _merged(known: Mapping[int, Any], arrays: Sequence[jax.Array]) -> list[Any]:
+    """The leaves that `_known_apart` took apart."""
+    rest = iter(arrays)
+    return [known[i] if i in known else next(rest) for i in range(len(known) + len(arrays))]
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
@@ -546,8 +564,8 @@ def _split_by(guides: Sequence[Any], dims: Dims, sizes: Mapping[str, int], name:
     if any(other != axes for other in split_by):
         say_once(
             f"{name}: parameter and optimizer state are sharded differently "
-            f"({', '.join(map(str, specs))}, after an axis of tensors); one of them "
-            "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+            f"({', '.join(map(str, specs))}); one of them is moved at every step. "
+            "lopt_jax.sharding.state_shardings gives the state the "
             "parameters' sharding."
         )
     return axes
@@ -559,12 +577,7 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
 
     def names(d: Dims) -> str:
         return " ".join(
-            f"u{next(unique)}"
-            if label is None
-            else f"p{d.part}_b"
-            if label == BATCH
-            else f"p{d.part}_{label}"
-            for label in d.labels
+            f"u{next(unique)}" if label is None else f"p{d.part}_{label}" for label in d.labels
         )
 
     return ", ".join(map(names, dims)) + " -> " + ", ".join(map(names, out_dims))
