@@ -253,7 +253,7 @@ def spread(
     operand_dims: Any,
     result_dims: Callable[[Any], Any],
     shapes: Sequence[Sequence[int]],
-    partitions: "Partitions",
+    partitions: Partitions,
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
     tracing: Tracing,
@@ -281,18 +281,15 @@ def spread(
     """
     if None not in partitions:
         return function(tracing, partitions, *operands)
-    known, leaves, treedef = _known_apart(operands)
+    given, treedef = jax.tree.flatten(operands)
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
+    known, leaves = _known_apart(given, dims)
     dims = [x for i, x in enumerate(dims) if i not in known]
     guides = [[i - sum(k < i for k in known) for i in part] for part in guides]
     explicit = [[_explicit_axes(leaves[i], dims[i]) for i in part] for part in guides]
     typed = [[axes for axes in part if axes is not None] for part in explicit]
-    if any(any(axes.values()) for part in typed for axes in part):
-        run: Callable = _in_shard_map
-        given: Any = typed
-    elif not any(typed) and not tracing.is_local:
-        run, given = _partitioned, guides
-    else:
+    is_typed = any(any(axes.values()) for part in typed for axes in part)
+    if not is_typed and (any(typed) or tracing.is_local):
         return function(tracing, [None] * len(guides), *operands)
 
     as_now = settings_now()
@@ -315,8 +312,23 @@ def spread(
     program, result = jax.make_jaxpr(whole, return_shape=True)(*map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    results = run(local, program, leaves, dims, out_dims, shapes, given, names, static)
-    return out_treedef.unflatten(results)
+    call = _Call(local, program, leaves, dims, out_dims, shapes, names, static)
+    return out_treedef.unflatten(
+        _in_shard_map(call, typed) if is_typed else _partitioned(call, guides)
+    )
+
+
+class _Call(NamedTuple):
+    """A function of tensors with its operands, both flat."""
+
+    local: Callable[..., tuple[jax.Array, ...]]  # of the partition of each part and of shards
+    program: jax.extend.core.ClosedJaxpr  # what it computes of whole tensors
+    operands: Sequence[jax.Array]
+    dims: Sequence[Dims]  # of the operands
+    out_dims: Sequence[Dims]  # of the results
+    shapes: Sequence[Sequence[int]]  # of whole tensors, for each part
+    names: Sequence[str]  # of the parts
+    settings: Any  # see `_fingerprint`
 
 
 def is_explicit(x: jax.Array) -> bool:
@@ -324,14 +336,24 @@ def is_explicit(x: jax.Array) -> bool:
     return _explicit_sharding(x) is not None
 
 
-def _known_apart(tree: Any) -> tuple[dict[int, Any], list[jax.Array], Any]:
-    """The leaves of a tree: numbers that Python knows, by their positions; arrays; the structure.
+def may_be_split(tracing: Tracing, arrays: Sequence[jax.Array]) -> bool:
+    """Whether a partitioner may split arrays, or types say how they are split."""
+    return not tracing.is_local or any(map(is_explicit, arrays))
+
+
+def _known_apart(
+    leaves: Sequence[Any], dims: Sequence[Dims]
+) -> tuple[dict[int, Any], list[jax.Array]]:
+    """Numbers that Python knows and no device has a part of, by their positions, and the others.
 
     What is known stays a constant of the program.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    known = {i: x for i, x in enumerate(leaves) if not isinstance(x, jax.Array)}
-    return known, [x for x in leaves if isinstance(x, jax.Array)], treedef
+    known = {
+        i: x
+        for i, (x, d) in enumerate(zip(leaves, dims, strict=True))
+        if not isinstance(x, jax.Array) and set(d.labels) <= {None}
+    }
+    return known, [jnp.asarray(x) for i, x in enumerate(leaves) if i not in known]
 
 
 def _merged(known: Mapping[int, Any], arrays: Sequence[jax.Array]) -> list[Any]:
@@ -388,8 +410,14 @@ def _axes(spec: PartitionSpec, dims: Dims) -> Axes:
     }
 
 
-def _partition(shape: Sequence[int], axes: Axes) -> Partition:
-    return Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
+def _partitions(shapes: Sequence[Sequence[int]], by_part: Sequence[Axes]) -> Partitions:
+    """How the tensors of each part are spread; None where they are not."""
+    return [
+        Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
+        if any(axes.values())
+        else None
+        for shape, axes in zip(shapes, by_part, strict=True)
+    ]
 
 
 def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
@@ -406,56 +434,40 @@ def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
     return None if sharding is None else _axes(sharding.spec, dims)
 
 
-def _in_shard_map(
-    local: Callable,
-    program: jax.extend.core.ClosedJaxpr,
-    leaves: list[jax.Array],
-    dims: Sequence[Dims],
-    out_dims: Sequence[Dims],
-    shapes: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[Axes]],
-    names: Sequence[str],
-    settings: Any,
-) -> Sequence[jax.Array]:
-    del program, names, settings
+def _in_shard_map(call: _Call, candidates: Sequence[Sequence[Axes]]) -> Sequence[jax.Array]:
+    """Runs a function where types say how arrays are split.
+
+    Of the candidates of each part the most split one decides.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
-    partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
+    partitions = _partitions(call.shapes, axes)
     explicit = {
         n
         for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit
     }
-    specs = tuple(_spec(d, axes) for d in dims)
+    specs = tuple(_spec(d, axes) for d in call.dims)
     return jax.shard_map(
-        lambda *xs: local(partitions, *xs),
+        lambda *xs: call.local(partitions, *xs),
         in_specs=specs,
-        out_specs=tuple(_spec(d, axes) for d in out_dims),
+        out_specs=tuple(_spec(d, axes) for d in call.out_dims),
         axis_names=explicit,
         check_vma=False,
-    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(leaves, specs, strict=True)))
+    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(call.operands, specs, strict=True)))
 
 
 # Automatic sharding
 
 
-def _partitioned(
-    local: Callable,
-    program: jax.extend.core.ClosedJaxpr,
-    leaves: list[jax.Array],
-    dims: Sequence[Dims],
-    out_dims: Sequence[Dims],
-    shapes: Sequence[Sequence[int]],
-    guides: Sequence[Sequence[int]],
-    names: Sequence[str],
-    settings: Any,
-) -> Sequence[jax.Array]:
-    whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
+def _partitioned(call: _Call, guides: Sequence[Sequence[int]]) -> Sequence[jax.Array]:
+    """Runs a function as an operation of the partitioner; `guides` as `spread` has them."""
+    program, whole = call.program, functools.partial(call.local, [None] * len(guides))
     # custom_partitioning takes no constants: they become operands that every device has.
     # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
     # operands: so programs that differ in the code of a shard alone are different ones.
-    added = [*_fingerprint(program, settings), *program.consts]
-    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in added), *dims]
+    added = [*_fingerprint(program, call.settings), *program.consts]
+    in_dims = [*whole_dims(added), *call.dims]
 
     def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
         constants = list(xs[len(added) - len(program.consts) : len(added)])
@@ -465,18 +477,15 @@ def _partitioned(
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
         shardings = [x.sharding for x in arguments[len(added) :]]
         axes = [
-            _split_by([shardings[i] for i in part], dims[part[0]], dict(mesh.shape), name)
-            for part, name in zip(guides, names, strict=True)
+            _split_by([shardings[i] for i in part], call.dims[part[0]], dict(mesh.shape), name)
+            for part, name in zip(guides, call.names, strict=True)
         ]
+        partitions = _partitions(call.shapes, axes)
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
-        how = [
-            _partition(shape, part) if any(part.values()) else None
-            for shape, part in zip(shapes, axes, strict=True)
-        ]
         return (
             mesh,
-            lambda *xs: local(how, *xs[len(added) :], axes=tuple(mesh.axis_names)),
-            tuple(named(d) for d in out_dims),
+            lambda *xs: call.local(partitions, *xs[len(added) :], axes=tuple(mesh.axis_names)),
+            tuple(named(d) for d in call.out_dims),
             tuple(named(d) for d in in_dims),
         )
 
@@ -488,7 +497,7 @@ def _partitioned(
                 "it inside jax.sharding.explicit_axes, or lay the arrays on a mesh of explicit "
                 "axes, jax.make_mesh's default (docs/sharding.md)."
             )
-        return _sharding_rule(in_dims, out_dims)
+        return _sharding_rule(in_dims, call.out_dims)
 
     operation = custom_partitioning(with_constants)
     operation.def_partition(partition=partition, sharding_rule=sharding_rule)
@@ -510,7 +519,7 @@ def _partitioned(
         return batchable(*xs)
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
-    return differentiable(*leaves)
+    return differentiable(*call.operands)
 
 
 def _is_exported() -> bool:
@@ -640,12 +649,6 @@ def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSp
     """The spec of an array whose dimensions are some of those of an array with this spec."""
     entries = (*spec, *[None] * len(dims), *[None] * len(spec))
     return PartitionSpec(*(None if d is None else entries[d] for d in dims))
-
-
-def is_split(x: jax.Array) -> bool:
-    """Whether the type of an array says that it is split over devices."""
-    sharding = _explicit_sharding(x)
-    return sharding is not None and any(map(split_names, sharding.spec))
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:

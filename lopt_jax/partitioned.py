@@ -13,7 +13,7 @@ import jax
 
 from lopt_jax.accumulators import Accumulators, each_second_moment
 from lopt_jax.context import Tracing
-from lopt_jax.partition import Dims, Partition, Partitions, spread, whole_dims
+from lopt_jax.partition import Dims, Partition, Partitions, may_be_split, spread, whole_dims
 from lopt_jax.tensors import StackedAxes, accumulator_dims, paths, tensors_of
 
 # From what steers the trace, trees of gradients, params and accumulators, and a tree of arrays that
@@ -47,9 +47,10 @@ def on_shards(
     Returns:
       The function's results.
     """
-    names, leaves = paths(params), jax.tree.leaves(params)
-    if tracing.shards is not None or not leaves:
+    leaves, arrays = jax.tree.leaves(params), jax.tree.leaves((gradients, params, accumulators))
+    if tracing.shards is not None or not leaves or not may_be_split(tracing, arrays):
         return function(tracing, gradients, params, accumulators, whole)
+    names = paths(params)
     shapes = [leaf.shape for leaf in leaves]
     like_params = [Dims(tuple(range(len(shape))), i) for i, shape in enumerate(shapes)]
     treedef = jax.tree.structure(params)
