@@ -312,18 +312,17 @@ def spread(
     program, result = jax.make_jaxpr(whole, return_shape=True)(*map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    call = _Call(local, program, leaves, dims, out_dims, shapes, names, static)
+    call = _Call(local, program, dims, out_dims, shapes, names, static)
     return out_treedef.unflatten(
-        _in_shard_map(call, typed) if is_typed else _partitioned(call, guides)
+        _in_shard_map(call, leaves, typed) if is_typed else _partitioned(call, leaves, guides)
     )
 
 
 class _Call(NamedTuple):
-    """A function of tensors with its operands, both flat."""
+    """A flat function of tensors; no operand, as XLA keeps it to ask for the code of a shard."""
 
     local: Callable[..., tuple[jax.Array, ...]]  # of the partition of each part and of shards
     program: jax.extend.core.ClosedJaxpr  # what it computes of whole tensors
-    operands: Sequence[jax.Array]
     dims: Sequence[Dims]  # of the operands
     out_dims: Sequence[Dims]  # of the results
     shapes: Sequence[Sequence[int]]  # of whole tensors, for each part
@@ -434,7 +433,9 @@ def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
     return None if sharding is None else _axes(sharding.spec, dims)
 
 
-def _in_shard_map(call: _Call, candidates: Sequence[Sequence[Axes]]) -> Sequence[jax.Array]:
+def _in_shard_map(
+    call: _Call, operands: Sequence[jax.Array], candidates: Sequence[Sequence[Axes]]
+) -> Sequence[jax.Array]:
     """Runs a function where types say how arrays are split.
 
     Of the candidates of each part the most split one decides.
@@ -454,28 +455,30 @@ def _in_shard_map(call: _Call, candidates: Sequence[Sequence[Axes]]) -> Sequence
         out_specs=tuple(_spec(d, axes) for d in call.out_dims),
         axis_names=explicit,
         check_vma=False,
-    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(call.operands, specs, strict=True)))
+    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
 # Automatic sharding
 
 
-def _partitioned(call: _Call, guides: Sequence[Sequence[int]]) -> Sequence[jax.Array]:
+def _partitioned(
+    call: _Call, operands: Sequence[jax.Array], guides: Sequence[Sequence[int]]
+) -> Sequence[jax.Array]:
     """Runs a function as an operation of the partitioner; `guides` as `spread` has them."""
     program, whole = call.program, functools.partial(call.local, [None] * len(guides))
     # custom_partitioning takes no constants: they become operands that every device has.
     # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
     # operands: so programs that differ in the code of a shard alone are different ones.
     added = [*_fingerprint(program, call.settings), *program.consts]
-    in_dims = [*whole_dims(added), *call.dims]
+    in_dims, first = [*whole_dims(added), *call.dims], len(added)
 
     def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        constants = list(xs[len(added) - len(program.consts) : len(added)])
+        constants = list(xs[first - len(program.consts) : first])
         closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
-        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[len(added) :]))
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[first:]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments[len(added) :]]
+        shardings = [x.sharding for x in arguments[first:]]
         axes = [
             _split_by([shardings[i] for i in part], call.dims[part[0]], dict(mesh.shape), name)
             for part, name in zip(guides, call.names, strict=True)
@@ -484,7 +487,7 @@ def _partitioned(call: _Call, guides: Sequence[Sequence[int]]) -> Sequence[jax.A
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
         return (
             mesh,
-            lambda *xs: call.local(partitions, *xs[len(added) :], axes=tuple(mesh.axis_names)),
+            lambda *xs: call.local(partitions, *xs[first:], axes=tuple(mesh.axis_names)),
             tuple(named(d) for d in call.out_dims),
             tuple(named(d) for d in in_dims),
         )
@@ -519,7 +522,7 @@ def _partitioned(call: _Call, guides: Sequence[Sequence[int]]) -> Sequence[jax.A
         return batchable(*xs)
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
-    return differentiable(*call.operands)
+    return differentiable(*operands)
 
 
 def _is_exported() -> bool:
