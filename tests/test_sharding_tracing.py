@@ -113,12 +113,17 @@ def is_program(x):
 OPERATION = ("custom_jvp_call", "custom_vmap_call", "custom_partitioning")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize(
-    ("name", "stacked_axes"),
-    [("small_fc_lopt", 0), ("velo", 0), ("velo", 1), ("rnn_mlp_lopt", 0), ("nn_adam", 1)],
+    ("name", "platform", "stacked_axes"),
+    [
+        ("small_fc_lopt", "cpu", 0),
+        ("velo", "gpu", 0),
+        ("velo", "gpu", 1),
+        ("rnn_mlp_lopt", "gpu", 0),
+        ("nn_adam", "cpu", 1),
+    ],
 )
-def test_devices_that_are_not_used_make_no_other_program(name, stacked_axes, platform, monkeypatch):
+def test_devices_that_are_not_used_make_no_other_program(name, platform, stacked_axes, monkeypatch):
     """The program of one device is the content of one operation, also of many stacks."""
     monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
     monkeypatch.setattr(jax, "default_backend", lambda: platform)  # on GPUs leaves take turns
@@ -164,8 +169,9 @@ def test_equal_leaves_that_are_split_in_different_ways(name, monkeypatch):
     assert_close(step_of(tx)(*arguments_of(tx, make_mesh(), shapes, specs)), expected)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("name", ["small_fc_lopt", "velo", "nn_adam"])
+@pytest.mark.parametrize(
+    ("name", "axis"), [("small_fc_lopt", 0), ("small_fc_lopt", 1), ("velo", 0), ("nn_adam", 0)]
+)
 def test_stacks_that_are_split(name, axis, monkeypatch):
     """Along their axis of tensors, where each device has some of these, or along another."""
     monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 16)
