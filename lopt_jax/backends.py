@@ -45,7 +45,6 @@ def assign_backends(
     tracing: Tracing,
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    is_local: bool,
 ) -> tuple[list[Group], list[TensorArrays]]:
     """Decides which groups the fused kernels update.
 
@@ -55,7 +54,6 @@ def assign_backends(
       tracing: what steers the trace.
       groups: the groups.
       inputs: their arrays.
-      is_local: as `Tracing.is_local`.
 
     Returns:
       Groups and arrays as each backend takes them: for the kernels, vectors of different lengths
@@ -66,8 +64,8 @@ def assign_backends(
     """
     groups, inputs = list(groups), list(inputs)
     if backend != "xla" and inputs:
-        vectors = alike_vectors(groups, inputs, is_local)
-        on_kernels = _choices(rule, backend == "pallas", tracing, inputs, vectors, is_local)
+        vectors = alike_vectors(groups, inputs)
+        on_kernels = _choices(rule, backend == "pallas", tracing, inputs, vectors)
         groups = [replace(g, on_kernels=on) for g, on in zip(groups, on_kernels, strict=True)]
         groups, inputs = pad_vectors(groups, inputs, vectors)
     return groups, [
@@ -82,7 +80,6 @@ def _choices(
     tracing: Tracing,
     inputs: Sequence[TensorArrays],
     vectors: Sequence[Sequence[int]],
-    is_local: bool,
 ) -> list[bool]:
     """For each group, whether the kernels update it, which they must where they are asked for.
 
@@ -104,8 +101,7 @@ def _choices(
             )
             for x in inputs
         ]
-        if is_local:
-            choices = choice.with_company(choices, inputs)
+        choices = choice.with_company(choices, inputs)
     for members in vectors:
         if any(choices[i] is None for i in members):
             for i in members:
@@ -205,7 +201,6 @@ def update(
     statistics: Sequence[GradientStatistics],
     decays: Decays,
     settings: TensorSettings,
-    tensors: Sequence[Sequence[int]],
     networks: Sequence[XlaNetwork],
     zero: jax.Array | None,
 ) -> tuple[list[TensorUpdate], list[tuple[Sequence[int], Any]]]:
@@ -219,8 +214,7 @@ def update(
       inputs: the arrays of each group.
       statistics: of `gradient_statistics`.
       decays: decay rates.
-      settings: of the tensors.
-      tensors: for each group the positions of its tensors among those of the settings.
+      settings: of all tensors.
       networks: for each group how XLA runs the network.
       zero: that parts are taken by, see `lopt_jax.compiler.slices`; None: as the kernels like.
 
@@ -228,6 +222,7 @@ def update(
       The updates of each group; and by the positions of tensors the statistics of their new
       accumulators, None where the rule keeps none.
     """
+    tensors = [group.tensors for group in groups]
     updates: dict[int, TensorUpdate] = {}
     kept: list[tuple[Sequence[int], Any]] = []
 

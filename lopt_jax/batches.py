@@ -121,20 +121,20 @@ def make_groups(
     ]
 
 
-def _joined_shape(shape: Sequence[int], tensors: int, is_local: bool) -> tuple[int, ...]:
+def _joined_shape(shape: Sequence[int], tensors: int) -> tuple[int, ...]:
     """The shape of so many tensors of a shape that are joined: along their first axis.
 
     Leaves have it as they are; a reshape of each would be one more operation that XLA looks at
-    again and again. Where a partitioner may have split that axis, or where places along it would be
-    more than an int32 holds, the tensors' own axis is kept.
+    again and again. Where places along it would be more than an int32 holds, the tensors' own axis
+    is kept.
     """
-    if shape and is_local and tensors * shape[0] <= LARGEST_INDEX:
+    if shape and tensors * shape[0] <= LARGEST_INDEX:
         return (-1, *shape[1:])
     return (-1, *shape)
 
 
 def gather(
-    group: Group, tensors: Sequence[Tensors], leaves: Sequence[TensorArrays], is_local: bool
+    group: Group, tensors: Sequence[Tensors], leaves: Sequence[TensorArrays]
 ) -> TensorArrays:
     """Arrays of a group with one leading axis of tensors.
 
@@ -142,7 +142,6 @@ def gather(
       group: the group.
       tensors: of `tensors_of`.
       leaves: the arrays of every leaf of the tree.
-      is_local: as `Tracing.is_local`.
 
     Returns:
       The arrays: gradient (B, *shape) and so on; row (B, n, ...).
@@ -152,7 +151,7 @@ def gather(
     row = first.accumulators.row
     factored = () if row is None else factored_shapes(group.shape, row.shape[0], group.dims)
     shapes = [group.shape] * (treedef.num_leaves - len(factored)) + [*factored]
-    joined_shapes = [_joined_shape(shape, 1, is_local) for shape in shapes]
+    joined_shapes = [_joined_shape(shape, 1) for shape in shapes]
 
     def of_leaf(i: int) -> list[jax.Array]:
         arrays, count = jax.tree.leaves(leaves[i]), tensors[i].count
@@ -176,7 +175,6 @@ def scatter(
     old: Sequence[TensorArrays],
     take: PartTaker,
     take_state: PartTaker,
-    is_local: bool,
     without: tuple[str, ...] = (),
 ) -> list[TensorUpdate]:
     """A group's results leaf by leaf, the inverse of `gather`.
@@ -189,7 +187,6 @@ def scatter(
         take.
       take: takes parts of the update.
       take_state: takes parts of the accumulators.
-      is_local: as `Tracing.is_local`.
       without: as in `Tracing`.
 
     Returns:
@@ -201,7 +198,7 @@ def scatter(
     unread = [x.pop() for x in like] if has_factors and group.dims is None else []  # the columns
     arrays = arrays[: len(like[0])]
     first_factored = treedef.num_leaves - 2 * has_factors
-    joined = [x.reshape(_joined_shape(x.shape[1:], len(x), is_local)) for x in arrays]
+    joined = [x.reshape(_joined_shape(x.shape[1:], len(x))) for x in arrays]
     if len(old) > 1:
         joined = barrier("scattered_results", joined, without)
     results, first = [], 0
@@ -242,10 +239,7 @@ def _place_in(
 
 
 def make_batches(
-    tracing: Tracing,
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-    partitions: Sequence[Partition | None],
+    tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
 ) -> list[Batch]:
     """Which groups share their code.
 
@@ -253,7 +247,6 @@ def make_batches(
       tracing: what steers the trace.
       groups: the groups.
       inputs: their arrays.
-      partitions: for each how its tensors are split; None: they are whole.
 
     Returns:
       The batches; those of the kernels come first. What the kernels cannot take because of how it
@@ -261,32 +254,25 @@ def make_batches(
     """
     kernels: dict[Any, list[int]] = {}
     xla = []
-    for i, (group, x, partition) in enumerate(zip(groups, inputs, partitions, strict=True)):
-        if group.on_kernels and _divides_evenly(group, x, partition):
+    for i, (group, x) in enumerate(zip(groups, inputs, strict=True)):
+        if group.on_kernels and _divides_evenly(group, x):
             dtypes = tuple(leaf.dtype for leaf in jax.tree.leaves(x))
-            key = (x.gradient.shape[1:], dtypes, partition, group.lengths)
+            key = (x.gradient.shape[1:], dtypes, group.partition, group.lengths)
             kernels.setdefault(key, []).append(i)
         else:
             xla.append(i)
     # what has vectors first: then what is by tensor lies as the kernels take it
     alike = sorted(kernels.values(), key=lambda members: groups[members[0]].dims is None)
-    batches = [Batch(tuple(members), partitions[members[0]], True) for members in alike]
-    turns = _turns(tracing, xla, groups, inputs, partitions)
+    turns = _turns(tracing, xla, groups, inputs)
     taken = {i for members in turns for i in members}
     alone = [[i] for i in xla if i not in taken]
-    return batches + [Batch(tuple(m), partitions[m[0]], False) for m in [*turns, *alone]]
+    batches = [Batch(tuple(members), groups[members[0]].partition, True) for members in alike]
+    return batches + [Batch(tuple(m), groups[m[0]].partition, False) for m in [*turns, *alone]]
 
 
-def one_by_one(groups: Sequence[Group], partitions: Sequence[Partition | None]) -> list[Batch]:
-    """A batch for each group."""
-    return [
-        Batch((i,), partition, group.on_kernels)
-        for i, (group, partition) in enumerate(zip(groups, partitions, strict=True))
-    ]
-
-
-def _divides_evenly(group: Group, x: TensorArrays, partition: Partition | None) -> bool:
+def _divides_evenly(group: Group, x: TensorArrays) -> bool:
     """Whether the kernels can update the shards of a group: they know of no padding."""
+    partition = group.partition
     if partition is None or not partition.is_padded(x.gradient.shape[1:]):
         return True
     say_once(
@@ -301,7 +287,6 @@ def _turns(
     candidates: Sequence[int],
     groups: Sequence[Group],
     inputs: Sequence[TensorArrays],
-    partitions: Sequence[Partition | None],
 ) -> list[list[int]]:
     """Large groups that XLA updates in turn: of arrays that are alike in all that a loop needs."""
     large = [i for i in candidates if math.prod(groups[i].shape) > STACKED_LEAF_ELEMENTS]
@@ -313,5 +298,5 @@ def _turns(
         if len(set(map(varying_axes, leaves))) > 1:
             continue  # what a loop carries keeps its type, which results may widen
         kinds = tuple(map(jax.typeof, leaves))  # shardings are part of types
-        alike.setdefault((kinds, partitions[i]), []).append(i)
+        alike.setdefault((kinds, groups[i].partition), []).append(i)
     return [members for members in alike.values() if len(members) >= TURNS]

@@ -1,10 +1,11 @@
-"""One step of a rule over a pytree of parameters, in two calls.
+"""One step of a rule over a pytree of parameters, whole or in shards, in two calls.
 
 What sets the networks may look at all tensors between the two. Leaves become tensors, tensors of
 equal shape groups, groups with equal code batches; a backend updates the batches, and the results
 become leaves again.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lopt_jax import backends, partitioned
+from lopt_jax import backends
 from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
-from lopt_jax.batches import Batch, Group, gather, make_batches, make_groups, one_by_one, scatter
+from lopt_jax.batches import Batch, Group, gather, make_batches, make_groups, scatter
 from lopt_jax.compiler.slices import opaque_zero, part_taker
 from lopt_jax.context import Tracing
-from lopt_jax.partition import is_explicit
 from lopt_jax.rows import join_trees, take_rows
 from lopt_jax.rules.rule import (
     MLP,
@@ -28,6 +28,7 @@ from lopt_jax.rules.rule import (
     TensorUpdate,
 )
 from lopt_jax.settings import TensorSettings
+from lopt_jax.split_stacks import own_rows, own_tensors, whole_rows
 from lopt_jax.tensors import StackedAxes, Tensors, check_shapes, number_of, paths, tensors_of
 from lopt_jax.xla import passes as xla
 
@@ -36,8 +37,8 @@ class Grouped(NamedTuple):
     """The tensors of a tree, in groups that are updated together."""
 
     tracing: Tracing
-    is_local: bool  # as `Tracing.is_local`
     tensors: list[Tensors]  # of each leaf
+    own: list[Tensors]  # those of this device, which the groups have, see `lopt_jax.split_stacks`
     leaves: list[TensorArrays]  # the arrays of each leaf; the gradient may be None
     groups: list[Group]
     inputs: list[TensorArrays]  # of each group
@@ -49,7 +50,6 @@ class Prepared(NamedTuple):
     """A step after its first pass: what the second needs."""
 
     grouped: Grouped
-    may_be_split: bool  # whether a partitioner may split the tensors
     batches: list[Batch]
     statistics: list[GradientStatistics]  # of the gradients of each batch
 
@@ -81,16 +81,16 @@ def group_tensors(
       NotImplementedError: the backend is "pallas" and the kernels cannot run here.
       ValueError: the state is one of other params; the message names the leaf.
     """
-    is_local = tracing.is_local
-    tensors = tensors_of(params, stacked_axes, tracing.shards)
+    tensors = tensors_of(params, stacked_axes, tracing.shards, may_split_stacks=tracing.is_shard)
+    own = own_tensors(tensors, jax.tree.leaves(params))
     leaves = _leaves(gradients, params, accumulators)
     groups = make_groups(
-        tensors, [x.parameter for x in leaves], [x.gradient for x in leaves], paths(params)
+        own, [x.parameter for x in leaves], [x.gradient for x in leaves], paths(params)
     )
-    inputs = [gather(group, tensors, leaves, is_local) for group in groups]
-    groups, inputs = backends.assign_backends(rule, backend, tracing, groups, inputs, is_local)
+    inputs = [gather(group, own, leaves) for group in groups]
+    groups, inputs = backends.assign_backends(rule, backend, tracing, groups, inputs)
     structures = jax.tree.structure(params), jax.tree.structure(accumulators)
-    return Grouped(tracing, is_local, tensors, leaves, groups, inputs, *structures)
+    return Grouped(tracing, tensors, own, leaves, groups, inputs, *structures)
 
 
 def first_pass(rule: Rule, grouped: Grouped) -> Prepared:
@@ -104,28 +104,18 @@ def first_pass(rule: Rule, grouped: Grouped) -> Prepared:
       The prepared step.
     """
     tracing, groups, inputs = grouped.tracing, grouped.groups, grouped.inputs
-    partitions = [group.partition for group in groups]
-    may_be_split = not any(partitions) and _may_be_split(grouped)
-    if may_be_split:
-        batches = one_by_one(groups, partitions)
-        statistics = partitioned.gradient_statistics(rule, tracing, groups, inputs)
-    else:
-        batches = make_batches(tracing, groups, inputs, partitions)
-        statistics = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
-    return Prepared(grouped, may_be_split, batches, statistics)
-
-
-def _may_be_split(grouped: Grouped) -> bool:
-    """Whether a partitioner may split the tensors, or types say that it does."""
-    return not grouped.is_local or any(map(is_explicit, jax.tree.leaves(grouped.inputs)))
+    batches = make_batches(tracing, groups, inputs)
+    statistics = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
+    return Prepared(grouped, batches, statistics)
 
 
 def parameter_mean_squares(prepared: Prepared) -> jax.Array:
     """Mean square of the parameters of every tensor: (tensors,) float32, zero for empty ones."""
-    groups, count = prepared.grouped.groups, number_of(prepared.grouped.tensors)
+    grouped, groups = prepared.grouped, prepared.grouped.groups
     order = [i for batch in prepared.batches for k in batch.members for i in groups[k].tensors]
     arrays = [x.parameter_mean_square for x in prepared.statistics]
-    return _by_tensor(arrays, order, jnp.zeros((count,), jnp.float32))
+    of_empty = jnp.zeros((number_of(grouped.own),), jnp.float32)
+    return whole_rows(grouped.tensors, grouped.own, _by_tensor(arrays, order, of_empty))
 
 
 def second_pass(
@@ -161,30 +151,31 @@ def second_pass(
     scale, weight_decay = (
         jnp.broadcast_to(jnp.asarray(x, jnp.float32), (count,)) for x in (scale, weight_decay)
     )
-    settings = TensorSettings(mlp, scale, weight_decay, statistics, mlp_per_tensor)
-    networks = xla.networks_of(tracing, groups)
+    own = functools.partial(own_rows, grouped.tensors)
+    settings = TensorSettings(
+        own(mlp) if mlp_per_tensor else mlp,
+        own(scale),
+        own(weight_decay),
+        own(statistics),
+        mlp_per_tensor,
+    )
     zero = zero_of(grouped)
-    if prepared.may_be_split:
-        results, kept = partitioned.update(
-            rule, tracing, groups, inputs, prepared.statistics, decays, settings, networks
-        )
-    else:
-        results, kept = backends.update(
-            rule,
-            tracing,
-            prepared.batches,
-            groups,
-            inputs,
-            prepared.statistics,
-            decays,
-            settings,
-            [group.tensors for group in groups],
-            networks,
-            zero if grouped.is_local else None,
-        )
+    results, kept = backends.update(
+        rule,
+        tracing,
+        prepared.batches,
+        groups,
+        inputs,
+        prepared.statistics,
+        decays,
+        settings,
+        xla.networks_of(tracing, groups),
+        zero,
+    )
     if statistics is not None:
         order = [i for tensors, _ in kept for i in tensors]
-        statistics = _by_tensor([x for _, x in kept], order, statistics)
+        new = _by_tensor([x for _, x in kept], order, settings.statistics)
+        statistics = whole_rows(grouped.tensors, grouped.own, new)
     updates, accumulators = as_trees(grouped, results, zero, rule.applies)
     return updates, accumulators, statistics
 
@@ -261,12 +252,11 @@ def as_trees(
     for group, result in zip(grouped.groups, results, strict=True):
         parts = scatter(
             group,
-            grouped.tensors,
+            grouped.own,
             result,
             [grouped.leaves[i] for i in group.leaves],
             take,
             take_state,
-            grouped.is_local,
             grouped.tracing.without,
         )
         of_leaves |= dict(zip(group.leaves, parts, strict=True))

@@ -9,26 +9,18 @@ import jax.numpy as jnp
 
 from lopt_jax import batches
 from lopt_jax.batches import Group
-from lopt_jax.partition import REPLICATED_ELEMENTS, is_split
 from lopt_jax.rules.rule import TensorArrays
 
 PADDED_TIMES = 4  # vectors are padded to at most so many times their length
 
 
-def alike_vectors(
-    groups: Sequence[Group], inputs: Sequence[TensorArrays], is_local: bool
-) -> list[list[int]]:
-    """Groups of vectors that differ in length alone, and not much; the longest come first.
-
-    Where a partitioner may split tensors, only vectors that are best left whole: joined they are.
-    """
-    longest = batches.STACKED_LEAF_ELEMENTS if is_local else REPLICATED_ELEMENTS
+def alike_vectors(groups: Sequence[Group], inputs: Sequence[TensorArrays]) -> list[list[int]]:
+    """Groups of vectors that differ in length alone, and not much; the longest come first."""
     kinds: dict[Any, list[list[int]]] = {}
     for i in sorted(range(len(groups)), key=lambda i: -groups[i].shape[0]):
         shape = groups[i].shape
-        if len(shape) > 1 or shape[0] > longest or groups[i].partition is not None:
-            continue
-        if any(map(is_split, jax.tree.leaves(inputs[i]))):
+        is_short = shape[0] <= batches.STACKED_LEAF_ELEMENTS
+        if len(shape) > 1 or not is_short or groups[i].partition is not None:
             continue
         alike = kinds.setdefault(tuple(x.dtype for x in jax.tree.leaves(inputs[i])), [])
         if not alike or groups[alike[-1][0]].shape[0] > PADDED_TIMES * shape[0]:

@@ -199,8 +199,7 @@ class Dims:
     """What each dimension of an operand or result is.
 
     Attributes:
-      labels: a position among the tensor's dimensions, BATCH for an axis of tensors, or None for a
-        dimension that is never split.
+      labels: a position among the part's dimensions, or None for a dimension that is never split.
       part: which of several parts the array belongs to: each is split in a way of its own.
     """
 
@@ -208,7 +207,9 @@ class Dims:
     part: int = 0
 
 
-BATCH = -1
+def whole_dims(tree: Any) -> Any:
+    """Dims of arrays that are whole on every device."""
+    return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
 
 
 def partitions_of(paths: Sequence[str], shards: Shards | None) -> list[Partition | None]:
@@ -252,7 +253,7 @@ def spread(
     operand_dims: Any,
     result_dims: Callable[[Any], Any],
     shapes: Sequence[Sequence[int]],
-    partitions: "Partitions",
+    partitions: Partitions,
     guides: Sequence[Sequence[int]],
     names: Sequence[str],
     tracing: Tracing,
@@ -266,7 +267,7 @@ def spread(
       operands: pytrees of arrays.
       operand_dims: the same pytrees with `Dims` for arrays.
       result_dims: from the result (of shapes) to a pytree like it of `Dims`.
-      shapes: for each part that of the whole tensors, without the axis of tensors.
+      shapes: for each part that of the whole tensors.
       partitions: where the operands are shards already: how the tensors of each part are spread.
       guides: for each part the positions among the flattened operands of the arrays whose sharding
         decides; of these the most split one does.
@@ -280,17 +281,15 @@ def spread(
     """
     if None not in partitions:
         return function(tracing, partitions, *operands)
-    leaves, treedef = jax.tree.flatten(operands)
-    leaves = [jnp.asarray(x) for x in leaves]
+    given, treedef = jax.tree.flatten(operands)
     dims = jax.tree.leaves(operand_dims, is_leaf=_is_dims)
+    known, leaves = _known_apart(given, dims)
+    dims = [x for i, x in enumerate(dims) if i not in known]
+    guides = [[i - sum(k < i for k in known) for i in part] for part in guides]
     explicit = [[_explicit_axes(leaves[i], dims[i]) for i in part] for part in guides]
     typed = [[axes for axes in part if axes is not None] for part in explicit]
-    if any(any(axes.values()) for part in typed for axes in part):
-        run: Callable = _in_shard_map
-        given: Any = typed
-    elif not any(typed) and not tracing.is_local:
-        run, given = _partitioned, guides
-    else:
+    is_typed = any(any(axes.values()) for part in typed for axes in part)
+    if not is_typed and (any(typed) or tracing.is_local):
         return function(tracing, [None] * len(guides), *operands)
 
     as_now = settings_now()
@@ -301,7 +300,7 @@ def spread(
     def run_local(partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()) -> Any:
         with as_now():
             steered = dataclasses.replace(of_shard, axes=axes)
-            return function(steered, partitions, *treedef.unflatten(xs))
+            return function(steered, partitions, *treedef.unflatten(_merged(known, xs)))
 
     def local(
         partitions: Partitions, *xs: jax.Array, axes: tuple[str, ...] = ()
@@ -313,13 +312,53 @@ def spread(
     program, result = jax.make_jaxpr(whole, return_shape=True)(*map(_bare, leaves))
     out_treedef = jax.tree.structure(result)
     out_dims = jax.tree.leaves(result_dims(result), is_leaf=_is_dims)
-    results = run(local, program, leaves, dims, out_dims, shapes, given, names, static)
-    return out_treedef.unflatten(results)
+    call = _Call(local, program, dims, out_dims, shapes, names, static)
+    return out_treedef.unflatten(
+        _in_shard_map(call, leaves, typed) if is_typed else _partitioned(call, leaves, guides)
+    )
+
+
+class _Call(NamedTuple):
+    """A flat function of tensors; no operand, as XLA keeps it to ask for the code of a shard."""
+
+    local: Callable[..., tuple[jax.Array, ...]]  # of the partition of each part and of shards
+    program: jax.extend.core.ClosedJaxpr  # what it computes of whole tensors
+    dims: Sequence[Dims]  # of the operands
+    out_dims: Sequence[Dims]  # of the results
+    shapes: Sequence[Sequence[int]]  # of whole tensors, for each part
+    names: Sequence[str]  # of the parts
+    settings: Any  # see `_fingerprint`
 
 
 def is_explicit(x: jax.Array) -> bool:
     """Whether the type of an array says how it is sharded."""
     return _explicit_sharding(x) is not None
+
+
+def may_be_split(tracing: Tracing, arrays: Sequence[jax.Array]) -> bool:
+    """Whether a partitioner may split arrays, or types say how they are split."""
+    return not tracing.is_local or any(map(is_explicit, arrays))
+
+
+def _known_apart(
+    leaves: Sequence[Any], dims: Sequence[Dims]
+) -> tuple[dict[int, Any], list[jax.Array]]:
+    """Numbers that Python knows and no device has a part of, by their positions, and the others.
+
+    What is known stays a constant of the program.
+    """
+    known = {
+        i: x
+        for i, (x, d) in enumerate(zip(leaves, dims, strict=True))
+        if not isinstance(x, jax.Array) and set(d.labels) <= {None}
+    }
+    return known, [jnp.asarray(x) for i, x in enumerate(leaves) if i not in known]
+
+
+def _merged(known: Mapping[int, Any], arrays: Sequence[jax.Array]) -> list[Any]:
+    """The leaves that `_known_apart` took apart."""
+    rest = iter(arrays)
+    return [known[i] if i in known else next(rest) for i in range(len(known) + len(arrays))]
 
 
 def mesh_of(tree: Any) -> contextlib.AbstractContextManager[Any]:
@@ -370,8 +409,14 @@ def _axes(spec: PartitionSpec, dims: Dims) -> Axes:
     }
 
 
-def _partition(shape: Sequence[int], axes: Axes) -> Partition:
-    return Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
+def _partitions(shapes: Sequence[Sequence[int]], by_part: Sequence[Axes]) -> Partitions:
+    """How the tensors of each part are spread; None where they are not."""
+    return [
+        Partition(tuple(shape), tuple(axes.get(dim, ()) for dim in range(len(shape))))
+        if any(axes.values())
+        else None
+        for shape, axes in zip(shapes, by_part, strict=True)
+    ]
 
 
 def _most_split(candidates: Sequence[Axes], sizes: Mapping[str, int]) -> Axes:
@@ -389,76 +434,61 @@ def _explicit_axes(x: jax.Array, dims: Dims) -> Axes | None:
 
 
 def _in_shard_map(
-    local: Callable,
-    program: jax.extend.core.ClosedJaxpr,
-    leaves: list[jax.Array],
-    dims: Sequence[Dims],
-    out_dims: Sequence[Dims],
-    shapes: Sequence[Sequence[int]],
-    candidates: Sequence[Sequence[Axes]],
-    names: Sequence[str],
-    settings: Any,
+    call: _Call, operands: Sequence[jax.Array], candidates: Sequence[Sequence[Axes]]
 ) -> Sequence[jax.Array]:
-    del program, names, settings
+    """Runs a function where types say how arrays are split.
+
+    Of the candidates of each part the most split one decides.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = [_most_split(part or [{}], dict(mesh.shape)) for part in candidates]
-    partitions = [_partition(shape, part) for shape, part in zip(shapes, axes, strict=True)]
+    partitions = _partitions(call.shapes, axes)
     explicit = {
         n
         for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Explicit
     }
-    specs = tuple(_spec(d, axes) for d in dims)
+    specs = tuple(_spec(d, axes) for d in call.dims)
     return jax.shard_map(
-        lambda *xs: local(partitions, *xs),
+        lambda *xs: call.local(partitions, *xs),
         in_specs=specs,
-        out_specs=tuple(_spec(d, axes) for d in out_dims),
+        out_specs=tuple(_spec(d, axes) for d in call.out_dims),
         axis_names=explicit,
         check_vma=False,
-    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(leaves, specs, strict=True)))
+    )(*(jax.sharding.reshard(x, spec) for x, spec in zip(operands, specs, strict=True)))
 
 
 # Automatic sharding
 
 
 def _partitioned(
-    local: Callable,
-    program: jax.extend.core.ClosedJaxpr,
-    leaves: list[jax.Array],
-    dims: Sequence[Dims],
-    out_dims: Sequence[Dims],
-    shapes: Sequence[Sequence[int]],
-    guides: Sequence[Sequence[int]],
-    names: Sequence[str],
-    settings: Any,
+    call: _Call, operands: Sequence[jax.Array], guides: Sequence[Sequence[int]]
 ) -> Sequence[jax.Array]:
-    whole = lambda *xs: local([None] * len(guides), *xs)  # noqa: E731
+    """Runs a function as an operation of the partitioner; `guides` as `spread` has them."""
+    program, whole = call.program, functools.partial(call.local, [None] * len(guides))
     # custom_partitioning takes no constants: they become operands that every device has.
     # In XLA's cache of compiled programs the operation has no content. Its fingerprint is among its
     # operands: so programs that differ in the code of a shard alone are different ones.
-    added = [*_fingerprint(program, settings), *program.consts]
-    in_dims = [*(Dims((None,) * jnp.ndim(c)) for c in added), *dims]
+    added = [*_fingerprint(program, call.settings), *program.consts]
+    in_dims, first = [*whole_dims(added), *call.dims], len(added)
 
     def with_constants(*xs: jax.Array) -> tuple[jax.Array, ...]:
-        constants = list(xs[len(added) - len(program.consts) : len(added)])
+        constants = list(xs[first - len(program.consts) : first])
         closed = jax.extend.core.ClosedJaxpr(program.jaxpr, constants)
-        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[len(added) :]))
+        return tuple(jax.extend.core.jaxpr_as_fun(closed)(*xs[first:]))
 
     def partition(mesh: Any, arguments: Any, results: Any) -> Any:
-        shardings = [x.sharding for x in arguments[len(added) :]]
+        shardings = [x.sharding for x in arguments[first:]]
         axes = [
-            _split_by([shardings[i] for i in part], dims[part[0]], dict(mesh.shape), name)
-            for part, name in zip(guides, names, strict=True)
+            _split_by([shardings[i] for i in part], call.dims[part[0]], dict(mesh.shape), name)
+            for part, name in zip(guides, call.names, strict=True)
         ]
+        partitions = _partitions(call.shapes, axes)
         named = lambda d: NamedSharding(mesh, _spec(d, axes))  # noqa: E731
-        how = [
-            _partition(shape, part) if any(part.values()) else None
-            for shape, part in zip(shapes, axes, strict=True)
-        ]
         return (
             mesh,
-            lambda *xs: local(how, *xs[len(added) :], axes=tuple(mesh.axis_names)),
-            tuple(named(d) for d in out_dims),
+            lambda *xs: call.local(partitions, *xs[first:], axes=tuple(mesh.axis_names)),
+            tuple(named(d) for d in call.out_dims),
             tuple(named(d) for d in in_dims),
         )
 
@@ -470,7 +500,7 @@ def _partitioned(
                 "it inside jax.sharding.explicit_axes, or lay the arrays on a mesh of explicit "
                 "axes, jax.make_mesh's default (docs/sharding.md)."
             )
-        return _sharding_rule(in_dims, out_dims)
+        return _sharding_rule(in_dims, call.out_dims)
 
     operation = custom_partitioning(with_constants)
     operation.def_partition(partition=partition, sharding_rule=sharding_rule)
@@ -492,7 +522,7 @@ def _partitioned(
         return batchable(*xs)
 
     differentiable.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
-    return differentiable(*leaves)
+    return differentiable(*operands)
 
 
 def _is_exported() -> bool:
@@ -546,8 +576,8 @@ def _split_by(guides: Sequence[Any], dims: Dims, sizes: Mapping[str, int], name:
     if any(other != axes for other in split_by):
         say_once(
             f"{name}: parameter and optimizer state are sharded differently "
-            f"({', '.join(map(str, specs))}, after an axis of tensors); one of them "
-            "is moved at every step. lopt_jax.sharding.state_shardings gives the state the "
+            f"({', '.join(map(str, specs))}); one of them is moved at every step. "
+            "lopt_jax.sharding.state_shardings gives the state the "
             "parameters' sharding."
         )
     return axes
@@ -559,12 +589,7 @@ def _sharding_rule(dims: Sequence[Dims], out_dims: Sequence[Dims]) -> str:
 
     def names(d: Dims) -> str:
         return " ".join(
-            f"u{next(unique)}"
-            if label is None
-            else f"p{d.part}_b"
-            if label == BATCH
-            else f"p{d.part}_{label}"
-            for label in d.labels
+            f"u{next(unique)}" if label is None else f"p{d.part}_{label}" for label in d.labels
         )
 
     return ", ".join(map(names, dims)) + " -> " + ", ".join(map(names, out_dims))
@@ -627,12 +652,6 @@ def spec_of_dims(spec: PartitionSpec, dims: Sequence[int | None]) -> PartitionSp
     """The spec of an array whose dimensions are some of those of an array with this spec."""
     entries = (*spec, *[None] * len(dims), *[None] * len(spec))
     return PartitionSpec(*(None if d is None else entries[d] for d in dims))
-
-
-def is_split(x: jax.Array) -> bool:
-    """Whether the type of an array says that it is split over devices."""
-    sharding = _explicit_sharding(x)
-    return sharding is not None and any(map(split_names, sharding.spec))
 
 
 def match_sharding(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,304 +1,137 @@
-"""The passes over groups of tensors that a partitioner may split over devices.
+"""A function of parameters and what belongs to them, where a partitioner may split them.
 
-XLA is told what every dimension of every array is, and asks for the code of a shard: there the
-backends run as they do where nothing is split. Each call is one operation of the partitioner.
+The function is one operation of the partitioner: XLA is told what every dimension of every array
+is, and asks for the code of a shard. That code is the function as it runs inside
+`lopt_jax.sharding.distributed`, told of what the leaves are shards.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import jax
-import numpy as np
 
-from lopt_jax import backends
-from lopt_jax.accumulators import Accumulators, Decays, each_second_moment
-from lopt_jax.batches import Group, make_batches, one_by_one
+from lopt_jax.accumulators import Accumulators, each_second_moment
 from lopt_jax.context import Tracing
-from lopt_jax.device_statistics import joined, of_shards, shapes_of, split
-from lopt_jax.partition import BATCH, Dims, Partitions, spread
-from lopt_jax.rows import in_order, join_trees
-from lopt_jax.rules.rule import GradientStatistics, Rule, TensorArrays, TensorUpdate
-from lopt_jax.settings import TensorSettings
-from lopt_jax.xla.network import XlaNetwork
+from lopt_jax.partition import Dims, Partition, Partitions, may_be_split, spread, whole_dims
+from lopt_jax.tensors import StackedAxes, accumulator_dims, paths, tensors_of
 
-# The arrays whose shardings decide how a group is split: its first accumulator and its parameter.
-# If both are split into equally many parts, the accumulator does: it stands for more arrays. How a
-# gradient arrives says nothing of how it is to be kept.
-_DECIDING = (2, 1)
-
-
-def _operations(
-    tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
-) -> list[list[int]]:
-    """Which groups one operation of the partitioner takes, by their positions.
-
-    XLA asks for the code of each operation, and traces and lowers it apart, so one takes all groups
-    of a backend that it may split in any way. Stacks may be split along their axis of tensors, so
-    they are not among them.
-    """
-    batches = make_batches(tracing, groups, inputs, [None] * len(groups))
-    in_order = [i for batch in batches if batch.on_kernels for i in batch.members]
-    in_order += [i for i, group in enumerate(groups) if not group.on_kernels]
-    together: dict[Any, list[int]] = {}
-    for i in in_order:
-        group = groups[i]
-        is_one = len(group.tensors) == 1 or group.lengths is not None
-        together.setdefault(group.on_kernels if is_one else group, []).append(i)
-    return list(together.values())
-
-
-def _leaves_the_shards(groups: Sequence[Group]) -> bool:
-    """Whether the statistics of an operation's gradients leave it as those of whole tensors.
-
-    What the kernels make at once of tensors that are split in different ways is no array of shards.
-    """
-    return groups[0].on_kernels and len(groups) > 1
-
-
-def gradient_statistics(
-    rule: Rule, tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
-) -> list[GradientStatistics]:
-    """Pass A, as `backends.gradient_statistics` of each group by itself."""
-    results: dict[int, GradientStatistics] = {}
-    for members in _operations(tracing, groups, inputs):
-        own = [groups[k] for k in members]
-        made = _gradient_statistics(rule, tracing, own, [inputs[k] for k in members])
-        results |= dict(zip(members, made, strict=True))
-    return [results[k] for k in range(len(groups))]
-
-
-def _gradient_statistics(
-    rule: Rule, tracing: Tracing, groups: Sequence[Group], inputs: Sequence[TensorArrays]
-) -> list[GradientStatistics]:
-    """Pass A over the groups of one operation."""
-    leaves_shards = _leaves_the_shards(groups)
-    counts = [x.gradient.shape[0] for x in inputs]
-    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-
-    def pass_a(
-        tracing: Tracing, partitions: Partitions, inputs: Sequence[TensorArrays]
-    ) -> list[GradientStatistics] | jax.Array:
-        # results of XLA are those of groups, so that they are the same however these are split
-        batches = (
-            make_batches(tracing, groups, inputs, partitions)
-            if groups[0].on_kernels
-            else one_by_one(groups, partitions)
-        )
-        made = backends.gradient_statistics(rule, tracing, batches, groups, inputs)
-        if not leaves_shards:
-            return made
-        members = [batch.members for batch in batches]
-        return joined(list(zip(members, made, strict=True)), groups, partitions, counts)
-
-    def result_dims(result: Any) -> Any:
-        if leaves_shards:
-            return shared_dims(result)
-        return [d.statistics(x) for d, x in zip(dims, result, strict=True)]
-
-    arrays = [d.arrays(x) for d, x in zip(dims, inputs, strict=True)]
-    settings = (rule, tuple(groups))
-    made = on_shards(pass_a, groups, (list(inputs),), (arrays,), result_dims, tracing, settings)
-    if not leaves_shards:
-        return made
-    return split(made, [shapes_of(rule, *pair) for pair in zip(groups, counts, strict=True)])
-
-
-def update(
-    rule: Rule,
-    tracing: Tracing,
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-    statistics: Sequence[GradientStatistics],
-    decays: Decays,
-    settings: TensorSettings,
-    networks: Sequence[XlaNetwork],
-) -> tuple[list[TensorUpdate], list[tuple[Sequence[int], Any]]]:
-    """Passes B and C, as `backends.update`; the settings are of all tensors of the tree."""
-    updates: dict[int, TensorUpdate] = {}
-    kept: list[tuple[Sequence[int], Any]] = []
-    for members in _operations(tracing, groups, inputs):
-        tensors = [i for k in members for i in groups[k].tensors]
-        made, of_tensors = _update(
-            rule,
-            tracing,
-            [groups[k] for k in members],
-            [inputs[k] for k in members],
-            [statistics[k] for k in members],
-            decays,
-            settings.rows(tensors),
-            [networks[k] for k in members],
-        )
-        updates |= dict(zip(members, made, strict=True))
-        kept.append((tensors, of_tensors))
-    return [updates[k] for k in range(len(groups))], kept
-
-
-def _update(
-    rule: Rule,
-    tracing: Tracing,
-    groups: Sequence[Group],
-    inputs: Sequence[TensorArrays],
-    statistics: Sequence[GradientStatistics],
-    decays: Decays,
-    settings: TensorSettings,
-    networks: Sequence[XlaNetwork],
-) -> tuple[list[TensorUpdate], Any]:
-    """Passes B and C over the groups of one operation, and the statistics of all their tensors."""
-    leaves_shards = _leaves_the_shards(groups)
-    dims = [GroupDims.of(group, i) for i, group in enumerate(groups)]
-    of_tensors: Callable[[Any], Any] = dims[0].by_tensor if len(dims) == 1 else shared_dims
-
-    def passes_b_and_c(
-        tracing: Tracing,
-        partitions: Partitions,
-        inputs: Sequence[TensorArrays],
-        statistics: Sequence[GradientStatistics],
-        decays: Decays,
-        settings: TensorSettings,
-    ) -> tuple[list[TensorUpdate], Any]:
-        batches = make_batches(tracing, groups, inputs, partitions)
-        of_batches = [join_trees([statistics[k] for k in batch.members]) for batch in batches]
-        if leaves_shards:
-            of_batches = [
-                of_shards(x, batch.partition, groups[batch.members[0]].dims)
-                for x, batch in zip(of_batches, batches, strict=True)
-            ]
-        ends = np.cumsum([0, *(x.gradient.shape[0] for x in inputs)])
-        tensors = [range(i, j) for i, j in itertools.pairwise(ends)]
-        # what a partitioner runs is another program: it has a zero of its own
-        made, kept = backends.update(
-            rule,
-            tracing,
-            batches,
-            groups,
-            inputs,
-            of_batches,
-            decays,
-            settings,
-            tensors,
-            networks,
-            zero=None,
-        )
-        return made, in_order(kept) if rule.accumulator_statistics else None
-
-    return on_shards(
-        passes_b_and_c,
-        groups,
-        (list(inputs), list(statistics), decays, settings),
-        (
-            [d.arrays(x) for d, x in zip(dims, inputs, strict=True)],
-            shared_dims(list(statistics))
-            if leaves_shards
-            else [d.statistics(x) for d, x in zip(dims, statistics, strict=True)],
-            shared_dims(decays),
-            TensorSettings(
-                of_tensors(settings.mlp) if settings.mlp_per_tensor else shared_dims(settings.mlp),
-                of_tensors(settings.scale),
-                of_tensors(settings.weight_decay),
-                of_tensors(settings.statistics),
-                settings.mlp_per_tensor,
-            ),
-        ),
-        lambda result: (
-            [d.update(x) for d, x in zip(dims, result[0], strict=True)],
-            of_tensors(result[1]),
-        ),
-        tracing,
-        (rule, tuple(groups), tuple(networks), settings.mlp_per_tensor),
-    )
+# From what steers the trace, trees of gradients, params and accumulators, and a tree of arrays that
+# every device has whole, to trees of updates and accumulators, and what every device has whole
+Function = Callable[[Tracing, Any, Any, Accumulators, Any], tuple[Any, Accumulators, Any]]
 
 
 def on_shards(
-    function: Callable[..., Any],
-    groups: Sequence[Group],
-    operands: tuple,
-    operand_dims: tuple,
-    result_dims: Callable[[Any], Any],
+    function: Function,
     tracing: Tracing,
-    settings: tuple,
-) -> Any:
-    """Runs a function of groups on shards; its first operand are their arrays."""
-    starts = np.cumsum([0, *(len(jax.tree.leaves(x)) for x in operands[0])])
+    gradients: Any,
+    params: Any,
+    accumulators: Accumulators,
+    whole: Any,
+    stacked_axes: StackedAxes,
+    settings: Any,
+) -> tuple[Any, Accumulators, Any]:
+    """Runs a function of params on the shards of them.
+
+    Args:
+      function: the function. It reads no other traced array than its arguments: XLA asks for its
+        code while it compiles. In its `Tracing` it finds of what the leaves are shards.
+      tracing: what steers the trace.
+      gradients: tree like params; None where a parameter has no gradient.
+      params: pytree of arrays.
+      accumulators: trees like the params, of `lopt_jax.tensors.init_accumulators`.
+      whole: tree of arrays.
+      stacked_axes: as in `lopt_jax.tensors.tensors_of`.
+      settings: as in `lopt_jax.partition.spread`.
+
+    Returns:
+      The function's results.
+    """
+    leaves, arrays = jax.tree.leaves(params), jax.tree.leaves((gradients, params, accumulators))
+    if tracing.shards is not None or not leaves or not may_be_split(tracing, arrays):
+        return function(tracing, gradients, params, accumulators, whole)
+    names = paths(params)
+    shapes = [leaf.shape for leaf in leaves]
+    like_params = [Dims(tuple(range(len(shape))), i) for i, shape in enumerate(shapes)]
+    treedef = jax.tree.structure(params)
+
+    def dims_of(gradients: Any, accumulators: Accumulators, whole: Any) -> tuple[Any, Any, Any]:
+        given = treedef.flatten_up_to(gradients)
+        of_gradients = [None if g is None else d for g, d in zip(given, like_params, strict=True)]
+        of_accumulators = _accumulator_dims(accumulators, params, stacked_axes)
+        return treedef.unflatten(of_gradients), of_accumulators, whole_dims(whole)
+
+    def of_shards(tracing: Tracing, partitions: Partitions, *trees: Any) -> Any:
+        if any(partitions):
+            pairs = zip(partitions, shapes, strict=True)
+            known = [p or Partition(shape, ((),) * len(shape)) for p, shape in pairs]
+            tracing = replace(tracing, shards=tuple(zip(names, known, strict=True)))
+        return function(tracing, *trees)
+
+    operands = gradients, params, accumulators, whole
+    of_gradients, of_accumulators, of_whole = dims_of(gradients, accumulators, whole)
     return spread(
-        function,
+        of_shards,
         operands,
-        operand_dims,
-        result_dims,
-        [group.shape for group in groups],
-        [group.partition for group in groups],
-        guides=[[int(start) + i for i in _DECIDING] for start in starts[:-1]],
-        names=[group.name for group in groups],
-        tracing=tracing,
-        settings=settings,
+        (of_gradients, treedef.unflatten(like_params), of_accumulators, of_whole),
+        lambda result: dims_of(*result),
+        shapes,
+        [None] * len(leaves),
+        _guides(operands),
+        names,
+        tracing,
+        settings,
     )
 
 
-# What the partitioner is told of the arrays
+def _guides(operands: tuple[Any, Any, Accumulators, Any]) -> list[list[int]]:
+    """The positions of the arrays whose shardings decide how a leaf is split.
+
+    They are its first momentum and the parameter. If both are split into equally many parts, the
+    momentum decides: it stands for more arrays. How a gradient arrives says nothing of how it is to
+    be kept.
+    """
+    flat, treedef = jax.tree.flatten(operands)
+    _, params, accumulators, _ = treedef.unflatten(range(len(flat)))
+    deciding = [*accumulators.momentum[:1], params]
+    return [list(guides) for guides in zip(*map(jax.tree.leaves, deciding), strict=True)]
 
 
-def shared_dims(tree: Any) -> Any:
-    """Dims of arrays that are whole on every device."""
-    return jax.tree.map(lambda x: Dims((None,) * np.ndim(x)), tree)
+def _accumulator_dims(
+    accumulators: Accumulators, params: Any, stacked_axes: StackedAxes
+) -> Accumulators:
+    """What each dimension of the accumulators is."""
+    leaves = jax.tree.leaves(params)
+    kinds = zip(
+        *(
+            accumulator_dims(len(leaf.shape), entry)
+            for leaf, entry in zip(leaves, tensors_of(params, stacked_axes), strict=True)
+        ),
+        strict=True,
+    )
+    elementwise, row, column = map(list, kinds)
+
+    def of_tree(labels: Sequence[tuple[int | None, ...]], tree: Any) -> Any:
+        arrays, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(_dims(labels, arrays, leaves) if arrays else [])
+
+    return Accumulators(
+        momentum=tuple(of_tree(elementwise, tree) for tree in accumulators.momentum),
+        second_moment=each_second_moment(
+            lambda tree: of_tree(elementwise, tree), accumulators.second_moment
+        ),
+        row=of_tree(row, accumulators.row),
+        column=of_tree(column, accumulators.column),
+    )
 
 
-class GroupDims(NamedTuple):
-    """What the dimensions of a group's arrays are."""
-
-    elementwise: Dims
-    row: Dims
-    column: Dims
-
-    part: int
-
-    @classmethod
-    def of(cls, group: Group, part: int) -> "GroupDims":
-        """The dims of a group's arrays; it is one of the parts that run together."""
-        rank = len(group.shape)
-        without = lambda d: Dims((BATCH, None, *(i for i in range(rank) if i != d)), part)  # noqa: E731
-        dims = group.dims
-        if group.lengths is not None:  # their positions are counted from the first on
-            whole = Dims((None,) * (rank + 1), part)
-            return cls(whole, Dims((None,) * (rank + 2), part), Dims((None, None), part), part)
-        return cls(
-            elementwise=Dims((BATCH, *range(rank)), part),
-            row=without(dims.d0 if dims else None),
-            column=without(dims.d1) if dims else Dims((BATCH, None), part),
-            part=part,
+def _dims(
+    labels: Sequence[tuple[int | None, ...]], arrays: Sequence[jax.Array], leaves: Sequence[Any]
+) -> Iterator[Dims]:
+    """Dims of one array a leaf; one that is not like its leaf is whole on every device."""
+    for i, (known, x, leaf) in enumerate(zip(labels, arrays, leaves, strict=True)):
+        sizes = zip(known, x.shape, strict=False)
+        is_like = len(known) == x.ndim and all(
+            d is None or leaf.shape[d] == size for d, size in sizes
         )
-
-    def by_tensor(self, tree: Any) -> Any:
-        """Arrays with a leading axis of tensors."""
-        axes = lambda x: (BATCH,) + (None,) * (x.ndim - 1)  # noqa: E731
-        return jax.tree.map(lambda x: Dims(axes(x), self.part), tree)
-
-    def accumulators(self, tree: Accumulators) -> Accumulators:
-        """The accumulators."""
-        return Accumulators(
-            momentum=tuple(self.elementwise for _ in tree.momentum),
-            second_moment=each_second_moment(lambda _: self.elementwise, tree.second_moment),
-            row=None if tree.row is None else self.row,
-            column=None if tree.column is None else self.column,
-        )
-
-    def arrays(self, tree: TensorArrays) -> TensorArrays:
-        """What a step reads."""
-        accumulators = self.accumulators(tree.accumulators)
-        return TensorArrays(self.elementwise, self.elementwise, accumulators)
-
-    def statistics(self, tree: GradientStatistics) -> GradientStatistics:
-        """The results of pass A."""
-        vector = lambda dims: Dims((BATCH, *dims.labels[2:]), self.part)  # noqa: E731
-        return GradientStatistics(
-            row=None if tree.row is None else vector(self.row),
-            column=None if tree.column is None else vector(self.column),
-            parameter_mean_square=self.by_tensor(tree.parameter_mean_square),
-        )
-
-    def update(self, tree: TensorUpdate) -> TensorUpdate:
-        """The results of passes B and C."""
-        return TensorUpdate(
-            update=self.elementwise,
-            accumulators=self.accumulators(tree.accumulators),
-            statistics=self.by_tensor(tree.statistics),
-        )
+        yield Dims(known if is_like else (None,) * x.ndim, i)

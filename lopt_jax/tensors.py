@@ -37,7 +37,8 @@ class Tensors:
       first: position of the leaf's first tensor among all tensors of the tree.
       count: number of tensors in the leaf.
       dims: factored dims of each tensor, of the whole one where the leaf is a shard.
-      partition: where the leaf is a shard, of what each tensor is one.
+      partition: where the leaf is a shard, of what each tensor is one; None: it has whole tensors.
+      stack_partition: where the leaf has some of the tensors alone, how its stacked axes are split.
     """
 
     stack: tuple[int, ...]
@@ -46,6 +47,7 @@ class Tensors:
     count: int
     dims: FactoredDims | None
     partition: Partition | None = None
+    stack_partition: Partition | None = None
 
     @property
     def leaf_partition(self) -> Partition | None:
@@ -107,7 +109,10 @@ def _stacked_axes_of_leaves(params: Any, stacked_axes: StackedAxes) -> list[int]
 
 
 def tensors_of(
-    params: Any, stacked_axes: StackedAxes = None, shards: Shards | None = None
+    params: Any,
+    stacked_axes: StackedAxes = None,
+    shards: Shards | None = None,
+    may_split_stacks: bool = False,
 ) -> list[Tensors]:
     """Sees every leaf of params as tensors.
 
@@ -116,29 +121,33 @@ def tensors_of(
       stacked_axes: how many leading axes of a leaf hold tensors: an int, a tree of ints, or a
         function of a leaf's path and the leaf; None means that every leaf is one tensor.
       shards: of what the leaves are shards, as in `lopt_jax.context.Tracing`.
+      may_split_stacks: whether stacked axes may be split over devices.
 
     Returns:
       One entry a leaf, in the order of `jax.tree.leaves`.
 
     Raises:
-      ValueError: where a number of stacked axes is not in [0, rank].
+      ValueError: a number of stacked axes is not in [0, rank], or these axes are split and may not.
     """
     out, first = [], 0
     leaves = jax.tree.leaves(params)
     partitions = [None] * len(leaves) if shards is None else partitions_of_leaves(params, shards)
     stacks = _stacked_axes_of_leaves(params, stacked_axes)
     for leaf, n, partition in zip(leaves, stacks, partitions, strict=True):
+        whole = tuple(leaf.shape) if partition is None else partition.shape
+        stack, shape = whole[:n], tuple(leaf.shape[n:]) or (1,)
+        of_stack = of_tensor = None
         if partition is not None:
-            if any(partition.axes[:n]):
-                raise ValueError(
-                    "distributed: stacked axes cannot be split over devices; give distributed the "
-                    "same stacked_axes as the optimizer."
-                )
-            partition = Partition(partition.shape[n:] or (1,), partition.axes[n:] or ((),))
-        stack, shape = tuple(leaf.shape[:n]), tuple(leaf.shape[n:]) or (1,)
-        count = math.prod(stack)
-        dims = factored_dims(shape if partition is None else partition.shape)
-        out.append(Tensors(stack, shape, first, count, dims, partition))
+            axes = partition.axes
+            of_stack = Partition(stack, axes[:n]) if any(axes[:n]) else None
+            of_tensor = Partition(whole[n:] or (1,), axes[n:] or ((),)) if any(axes[n:]) else None
+        if of_stack is not None and not may_split_stacks:
+            raise ValueError(
+                "distributed: stacked axes cannot be split over devices; give distributed the same "
+                "stacked_axes as the optimizer."
+            )
+        count, dims = math.prod(stack), factored_dims(whole[n:] or (1,))
+        out.append(Tensors(stack, shape, first, count, dims, of_tensor, of_stack))
         first += count
     return out
 
@@ -459,21 +468,39 @@ def init_accumulators(
     return jax.tree.map(tree_of, kinds, *of_leaves)
 
 
+def accumulator_dims(
+    rank: int, entry: Tensors
+) -> tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[int | None, ...]]:
+    """Which of a leaf's dimensions each dimension of its accumulators is; None: none of them.
+
+    Args:
+      rank: of the leaf.
+      entry: how it is seen as tensors.
+
+    Returns:
+      Those of a momentum or second moment, of the row, and of the column.
+    """
+    axes, n = tuple(range(rank)), len(entry.stack)
+    without = lambda d: (None, *(i for i in axes if i != d))  # noqa: E731
+    if entry.dims is None:
+        return axes, without(None), (None,)
+    return axes, without(n + entry.dims.d0), without(n + entry.dims.d1)
+
+
 def _zero_accumulators(
     leaf: Any, box: Any, entry: Tensors, dtypes: Accumulators, factored: int
 ) -> Accumulators:
     """Zero accumulators of one leaf; in boxes where it is in one, else the box is None."""
     averages, structure = jax.tree.flatten((dtypes.momentum, dtypes.second_moment))
-    n, dims, axes = len(entry.stack), entry.dims, tuple(range(len(leaf.shape)))
+    axes, of_row, of_column = accumulator_dims(len(leaf.shape), entry)
     layouts = [Layout(axes, 0, dtype) for dtype in averages]
     if factored:
-        without = lambda d: (None, *(i for i in axes if i != d))  # noqa: E731
-        layouts.append(Layout(without(n + dims.d0 if dims else None), factored, dtypes.row))
-        if dims:
-            layouts.append(Layout(without(n + dims.d1), factored, dtypes.column))
+        layouts.append(Layout(of_row, factored, dtypes.row))
+        if entry.dims:
+            layouts.append(Layout(of_column, factored, dtypes.column))
     arrays = zeros(leaf, layouts)
-    if factored and not dims:
-        layouts.append(Layout((None,), 1, dtypes.column))
+    if factored and not entry.dims:
+        layouts.append(Layout(of_column, 1, dtypes.column))
         arrays.append(jnp.zeros((1,), dtypes.column))  # nothing reads it: it lies anywhere
     if box is not None:
         pairs = zip(arrays, layouts, strict=True)

@@ -6,7 +6,9 @@ is said here of all tensors is said of those that do.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +16,13 @@ import numpy as np
 
 from lopt_jax import engine
 from lopt_jax.accumulators import Accumulators
-from lopt_jax.batches import Group
 from lopt_jax.context import Tracing
 from lopt_jax.features import FeatureSet
-from lopt_jax.partition import Partition, Partitions
-from lopt_jax.partitioned import GroupDims, on_shards, shared_dims
+from lopt_jax.partition import Partition
 from lopt_jax.rows import in_order, take_rows
 from lopt_jax.rules.rule import Rule, TensorArrays, TensorUpdate
-from lopt_jax.tensors import StackedAxes, number_of
+from lopt_jax.split_stacks import own_rows, whole_rows
+from lopt_jax.tensors import StackedAxes, Tensors, number_of
 from lopt_jax.xla import passes as xla
 
 
@@ -69,7 +70,24 @@ def group(
 
 def positions(grouped: engine.Grouped) -> np.ndarray:
     """Where the tensors are among those of the whole tree, in its order."""
-    return np.sort(np.asarray([k for group in grouped.groups for k in group.tensors], int))
+    return _positions(_taking_part(grouped, grouped.tensors))
+
+
+def _taking_part(grouped: engine.Grouped, tensors: Sequence[Tensors]) -> list[Tensors]:
+    """The entries of the leaves in groups, in the tree's order."""
+    leaves = sorted(i for group in grouped.groups for i in group.leaves)
+    return [tensors[i] for i in leaves]
+
+
+def _positions(tensors: Sequence[Tensors]) -> np.ndarray:
+    """Where the tensors of some leaves are."""
+    return np.asarray([k for x in tensors for k in range(x.first, x.first + x.count)], int)
+
+
+def _numbered(tensors: Sequence[Tensors]) -> list[Tensors]:
+    """The entries of some leaves, their tensors numbered by themselves."""
+    first = itertools.accumulate((x.count for x in tensors), initial=0)
+    return [replace(x, first=i) for x, i in zip(tensors, first, strict=False)]
 
 
 def taken(grouped: engine.Grouped, tree: Any) -> Any:
@@ -100,56 +118,16 @@ def over_tensors(
     Returns:
       The results of each group, with a leading axis of its tensors.
     """
-    of_all = positions(grouped)
-    return [
-        _over_group(
-            function,
-            grouped.tracing,
-            group,
-            inputs,
-            take_rows(own, np.searchsorted(of_all, group.tensors)),
-            shared,
+    tensors = _numbered(_taking_part(grouped, grouped.tensors))
+    of_all, own = _positions(_taking_part(grouped, grouped.own)), own_rows(tensors, own)
+    results = []
+    for group, inputs in zip(grouped.groups, grouped.inputs, strict=True):
+        of_tensor = functools.partial(function, grouped.tracing, group.partition)
+        own_of_group = take_rows(own, np.searchsorted(of_all, group.tensors))
+        results.append(
+            xla.over_tensors(of_tensor, inputs, own_of_group, shared, in_axes=(0, 0, None))
         )
-        for group, inputs in zip(grouped.groups, grouped.inputs, strict=True)
-    ]
-
-
-def _over_group(
-    function: OfTensor,
-    tracing: Tracing,
-    group: Group,
-    inputs: TensorArrays,
-    own: Any,
-    shared: Any,
-) -> Result:
-    dims = GroupDims.of(group, 0)
-
-    def of_group(
-        tracing: Tracing,
-        partitions: Partitions,
-        inputs: Sequence[TensorArrays],
-        own: Any,
-        shared: Any,
-    ) -> Result:
-        of_tensor = functools.partial(function, tracing, partitions[0])
-        return xla.over_tensors(of_tensor, inputs[0], own, shared, in_axes=(0, 0, None))
-
-    def result_dims(result: Result) -> Result:
-        return Result(
-            None if result.update is None else dims.elementwise,
-            None if result.update is None else dims.accumulators(result.accumulators),
-            dims.by_tensor(result.numbers),
-        )
-
-    return on_shards(
-        of_group,
-        [group],
-        ([inputs], own, shared),
-        ([dims.arrays(inputs)], dims.by_tensor(own), shared_dims(shared)),
-        result_dims,
-        tracing,
-        (group,),
-    )
+    return results
 
 
 def numbers(grouped: engine.Grouped, results: Sequence[Result]) -> Any:
@@ -159,12 +137,14 @@ def numbers(grouped: engine.Grouped, results: Sequence[Result]) -> Any:
       grouped: of `group`; there is a tensor.
       results: of `over_tensors`.
     """
-    return in_order(
+    own = in_order(
         [
             (group.tensors, result.numbers)
             for group, result in zip(grouped.groups, results, strict=True)
         ]
     )
+    of_all, here = (_numbered(_taking_part(grouped, x)) for x in (grouped.tensors, grouped.own))
+    return whole_rows(of_all, here, own)
 
 
 def as_trees(grouped: engine.Grouped, results: Sequence[Result]) -> tuple[Any, Accumulators]:

@@ -218,6 +218,17 @@ def test_only_vectors_cross_devices(make, sizes, specs):
     assert moved_bytes(found) <= 4 * (vectors + statistics)
 
 
+@pytest.mark.parametrize("make", [small_fc, velo])
+def test_layers_stay_on_their_devices(make):
+    """Stacked axes that are split: what crosses devices are numbers of each tensor."""
+    shapes, specs = {"layers": (8, 128, 64), "b": (8, 64)}, {"layers": P("data"), "b": P("data")}
+    tx = make(stacked_axes={"layers": 1, "b": 1})
+    found = collectives(compiled_update(tx, shapes, specs, mesh_of(8)))
+    assert {c.kind for c in found} <= {"all-reduce"}
+    assert sum(c.largest for c in found) <= 16 * 10  # of sixteen tensors
+    assert bool(found) == (make is velo)
+
+
 def test_distributed_moves_gradients_and_updates_once(monkeypatch):
     """A reduce-scatter, an all-gather, the mean of what stays whole, and FSDP's statistics."""
     monkeypatch.setattr(sharding, "REPLICATED_ELEMENTS", 64)
@@ -554,8 +565,8 @@ def test_functions_with_constants_split():
         total = jnp.sum(x * jnp.asarray(weights), axis=(1, 2))
         return total if how is None else how.total(total, (0, 1))
 
-    dims = partition.Dims((partition.BATCH, 0, 1))
-    result = lambda _: partition.Dims((partition.BATCH,))  # noqa: E731
+    dims = partition.Dims((None, 0, 1))
+    result = lambda _: partition.Dims((None,))  # noqa: E731
     run = jax.jit(
         lambda x: partition.spread(
             function, (x,), (dims,), result, [(16, 2)], [None], [(0,)], ["x"], Tracing()

@@ -1,5 +1,6 @@
 """Programs for several devices: settings of the caller, size, the compilation cache, export."""
 
+import collections
 import contextlib
 import functools
 import re
@@ -94,13 +95,13 @@ def test_settings_are_those_of_the_trace(expected):
     assert_close(lowered.compile()(*arguments), expected)
 
 
-def equations(jaxpr):
-    """How many equations a program has, those inside of others too."""
-    total = 0
+def primitives(jaxpr):
+    """How often a program has each primitive, those of programs inside of it too."""
+    total = collections.Counter()
     for equation in jaxpr.eqns:
-        total += 1
+        total[equation.primitive.name] += 1
         for part in jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_program):
-            total += equations(getattr(part, "jaxpr", part)) if is_program(part) else 0
+            total += primitives(getattr(part, "jaxpr", part)) if is_program(part) else {}
     return total
 
 
@@ -108,26 +109,40 @@ def is_program(x):
     return hasattr(getattr(x, "jaxpr", x), "eqns")
 
 
-@pytest.mark.parametrize("name", ["small_fc_lopt", "velo"])
-def test_devices_that_are_not_used_make_no_program_larger(name, monkeypatch):
-    """Leaves of one shape share their code where a partitioner might split them, too."""
+# What `lopt_jax.partition.spread` wraps a program in: two for derivatives and `vmap`, and itself.
+OPERATION = ("custom_jvp_call", "custom_vmap_call", "custom_partitioning")
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "stacked_axes"),
+    [
+        ("small_fc_lopt", "cpu", 0),
+        ("velo", "gpu", 0),
+        ("velo", "gpu", 1),
+        ("rnn_mlp_lopt", "gpu", 0),
+        ("nn_adam", "cpu", 1),
+    ],
+)
+def test_devices_that_are_not_used_make_no_other_program(name, platform, stacked_axes, monkeypatch):
+    """The program of one device is the content of one operation, also of many stacks."""
     monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where leaves take turns
-    shapes = {f"{i}": (8, 12) for i in range(18)} | {"bias": (12,)}
-    params = draw(shapes)
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)  # on GPUs leaves take turns
+    shapes = {f"{i}": (8, 12) for i in range(18)} | {f"bias_{i}": (12,) for i in range(4)}
+    params = draw({k: (*(3,) * stacked_axes, *shape) for k, shape in shapes.items()})
 
-    def count(devices):
+    def program(devices):
         monkeypatch.setattr(jax, "device_count", lambda: devices)
-        tx = optimizers.make(name, backend="xla")
+        tx = optimizers.make(name, backend="xla", stacked_axes=stacked_axes)
         update = lambda *trees: tx.update(*trees, value=jnp.float32(1))  # noqa: E731
-        return equations(jax.make_jaxpr(update)(params, tx.init(params), params).jaxpr)
+        return jax.make_jaxpr(update)(params, tx.init(params), params).jaxpr
 
-    assert count(8) < 1.25 * count(1)
+    more = primitives(program(8)) - primitives(program(1))
+    assert more == collections.Counter(OPERATION)
 
 
 def test_shards_take_turns(monkeypatch):
     """Equal leaves that are split in different ways, some of them in turn."""
-    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 64)
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 32)
     monkeypatch.setattr(batches, "LARGE_GROUPS", 2)
     shapes = {str(i): (8, 12) for i in range(5)}
     specs = {str(i): P("data") if i < 3 else P(None, "data") for i in range(5)}
@@ -152,6 +167,25 @@ def test_equal_leaves_that_are_split_in_different_ways(name, monkeypatch):
     tx = optimizers.make(name, backend="xla")
     expected = step_of(tx)(draw(shapes, 1), tx.init(params), params)
     assert_close(step_of(tx)(*arguments_of(tx, make_mesh(), shapes, specs)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("small_fc_lopt", 0), ("small_fc_lopt", 1), ("velo", 0), ("nn_adam", 0)]
+)
+def test_stacks_that_are_split(name, axis, monkeypatch):
+    """Along their axis of tensors, where each device has some of these, or along another."""
+    monkeypatch.setattr(batches, "STACKED_LEAF_ELEMENTS", 16)
+    split = P("data") if axis == 0 else P(None, "data")
+    shapes = {"matrix": (4, 6, 10), "other": (6, 8), "small": (2, 4), "vector": (4, 6)}
+    specs = {"matrix": split, "other": P("data"), "small": split, "vector": split}
+    stacked = {"matrix": 1, "other": 0, "small": 1, "vector": 1}
+    params = draw(shapes)
+    tx = optimizers.make(name, backend="xla", stacked_axes=stacked)
+    expected = step_of(tx)(draw(shapes, 1), tx.init(params), params)
+    arguments = arguments_of(tx, make_mesh(), shapes, specs)
+    assert_close(step_of(tx)(*arguments), expected)
+    placed = arguments_of(tx, make_mesh(AxisType.Explicit), shapes, specs)
+    assert_close(step_of(tx)(*placed), expected)
 
 
 def modules(*transformations, apply=False):

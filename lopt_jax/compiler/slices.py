@@ -23,8 +23,7 @@ def opaque_zero(tracing: Tracing, array: jax.Array) -> jax.Array | None:
 
     Args:
       tracing: what steers the trace.
-      array: any array, not empty, whose values are known at run time only. If it is split over
-        devices, they exchange one number.
+      array: any array, not empty, whose values are known at run time only.
 
     Returns:
       () int32. None where nothing is done about it, and where shardings are part of types: an

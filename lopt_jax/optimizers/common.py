@@ -374,9 +374,7 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
     @surrounded
     def lopt_clip(tracing: Tracing, gradients: Any) -> Any:
         wide = jax.tree.map(lambda g: to_float32(g) if has_values(g) else None, gradients)
-        squares = sums_of_leaves(jnp.square, tracing, wide)
-        norm = jnp.sqrt(sum(squares))
-        return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), wide)
+        return clipped(wide, squared_global_norm(tracing, wide), max_norm)
 
     compiled = compiled_by_shards(lopt_clip)
 
@@ -392,6 +390,26 @@ def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransforma
         return compiled(lopt_tracing or Tracing(), gradients), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def squared_global_norm(tracing: Tracing, tree: Any) -> jax.Array:
+    """The sum of the squares of all elements of a tree, whole or in shards: ()."""
+    return jnp.asarray(sum(sums_of_leaves(jnp.square, tracing, tree)))
+
+
+def clipped(gradients: Any, squared_norm: jax.Array, max_norm: float | jax.Array) -> Any:
+    """Gradients scaled down to a global norm.
+
+    Args:
+      gradients: tree of arrays, float32 at least.
+      squared_norm: of `squared_global_norm`.
+      max_norm: the largest global norm.
+
+    Returns:
+      The tree.
+    """
+    norm = jnp.sqrt(squared_norm)
+    return jax.tree.map(lambda g: g * jnp.where(norm <= max_norm, 1, max_norm / norm), gradients)
 
 
 def sums_of_leaves(

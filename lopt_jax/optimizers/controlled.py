@@ -16,6 +16,7 @@ from lopt_jax.context import Tracing
 from lopt_jax.lstm import LSTMState, init_lstm
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays
+from lopt_jax.partitioned import on_shards
 from lopt_jax.rules.rule import AccumulatorStatistics, Rule
 from lopt_jax.tensors import count_tensors, init_accumulators, init_statistics
 from lopt_jax.weights import Weights
@@ -128,18 +129,52 @@ def controlled(
         loss, shared = observe_loss(
             name, state.loss, value, state.count, num_steps, (gradients, params), loss_horizon
         )
-        grouped = engine.group_tensors(
-            rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
-        )
-        prepared = engine.first_pass(rule, grouped)
         largest = max((x.size * x.dtype.itemsize for x in jax.tree.leaves(params)), default=0)
         quickly = "complex_products" not in tracing.without and may_work(largest)
+        results, accumulators, (statistics, lstm, sizes) = on_shards(
+            functools.partial(of_shards, rule, quickly),
+            tracing,
+            gradients,
+            params,
+            state.accumulators,
+            (
+                meta_parameters,
+                state.statistics,
+                state.lstm,
+                shared,
+                options.rates(state.count, params),
+            ),
+            stacked_axes,
+            (rule, options.backend, quickly),
+        )
+        return results, ControlledState(
+            count=optax.safe_increment(state.count),
+            accumulators=accumulators,
+            statistics=statistics,
+            lstm=lstm if keeps_lstm_state else state.lstm,
+            loss=loss,
+            step_size=sizes,
+        )
+
+    def of_shards(
+        rule: Rule,
+        quickly: bool,
+        tracing: Tracing,
+        gradients: Any,
+        params: Any,
+        accumulators: Accumulators,
+        whole: Any,
+    ) -> tuple[Any, Accumulators, tuple[AccumulatorStatistics | None, LSTMState, jax.Array]]:
+        meta_parameters, statistics, lstm, shared, (rate, decay) = whole
+        grouped = engine.group_tensors(
+            rule, tracing, gradients, params, accumulators, stacked_axes, options.backend
+        )
+        prepared = engine.first_pass(rule, grouped)
         controls = controller.run_lstm(
-            meta_parameters, inputs(prepared, state.statistics, shared), state.lstm, quickly
+            meta_parameters, inputs(prepared, statistics, shared), lstm, quickly
         )
         sizes = step_size(controls.step_size)
-        rate, decay = options.rates(state.count, params)
-        results, accumulators, statistics = engine.second_pass(
+        updates, new, statistics = engine.second_pass(
             rule,
             prepared,
             controller.mix_banks(meta_parameters["mlp"], banks(controls.banks), quickly),
@@ -147,16 +182,9 @@ def controlled(
             decays=decays,
             scale=rate * step_mult * sizes,
             weight_decay=decay,
-            statistics=state.statistics,
-        )
-        return results, ControlledState(
-            count=optax.safe_increment(state.count),
-            accumulators=accumulators,
             statistics=statistics,
-            lstm=controls.state if keeps_lstm_state else state.lstm,
-            loss=loss,
-            step_size=sizes,
         )
+        return updates, new, (statistics, controls.state, sizes)
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
     return common.transformation(

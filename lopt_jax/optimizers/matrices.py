@@ -150,14 +150,9 @@ def matrix_optimizer(
             p if g is None else common.to_float32(p) for p, g in zip(leaves, given, strict=True)
         ]
         count = optax.safe_increment(state.count)
-        norms, factor = _faded(state, tracing, treedef, given, count, max_gradient_norm, fading)
-        if max_gradient_norm is not None:
-            clip = common.clip_by_global_norm(max_gradient_norm)
-            given = treedef.flatten_up_to(
-                clip.update(treedef.unflatten(given), None, lopt_tracing=tracing)[0]
-            )
-        rate, decay_of_learned, decay_of_adam = _rates(options, adamw, decay, state.count, params)
-        rate = rate * factor
+        given, norms, factor = _clipped(
+            state, tracing, treedef, given, count, max_gradient_norm, fading
+        )
         steps, accumulators = _learned_steps(
             learned_step, tracing, meta_parameters, treedef, given, state, wide, tensors, of_leaves
         )
@@ -165,41 +160,30 @@ def matrix_optimizer(
             paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
             how = NewtonSchulz(coefficients, precision)
             steps = _orthogonalized(steps, of_leaves, tensors, paths, how, tracing)
-        first, *others = accumulators.momentum
-        momentum = arrays_like("state: momentum", first, params)
-        second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
-        read = [
-            None if is_linear and plan.rule == LEARNED else x
-            for plan, x in zip(of_leaves, second_moment, strict=True)
-        ]
-        check_shapes("state: second_moment", read, params)
-
-        updates: list = []
-        for i, (plan, entry) in enumerate(zip(of_leaves, tensors, strict=True)):
-            if given[i] is None:
-                updates.append(None)
-                continue
-            if plan.rule == LEARNED:
-                step = normalize_matrices(steps[i], plan.matrix, entry.leaf_partition)
-                if still_where_zero:
-                    step = _still_where_zero(step, given[i], plan.matrix, entry.leaf_partition)
-                mult, decay_of_leaf = 1.0, decay_of_learned
-            else:
-                step, momentum[i], second_moment[i] = adam_step(
-                    adamw.adam, given[i], momentum[i], second_moment[i], count
-                )
-                mult, decay_of_leaf = adamw.learning_rate_mult, decay_of_adam
-            decayed = plan.decay * per_leaf(decay_of_leaf, entry, wide[i]) * wide[i]
-            if cautious_decay and plan.rule == LEARNED:
-                decayed = jnp.where(step * wide[i] >= 0, decayed, (1 - factor) * decayed)
-            updates.append((-mult * (plan.scale * rate * step + decayed)).astype(leaves[i].dtype))
-        accumulators = accumulators._replace(
-            momentum=(treedef.unflatten(momentum), *others),
-            # its boxes have other names where a matrix keeps one number
-            second_moment=jax.tree.unflatten(
-                jax.tree.structure(accumulators.second_moment), second_moment
-            ),
+        steps = _normalized(steps, given, of_leaves, tensors, still_where_zero)
+        steps, accumulators = _with_adam_steps(
+            adamw.adam, steps, given, accumulators, params, of_leaves, count
         )
+        rate, decay_of_learned, decay_of_adam = _rates(options, adamw, decay, state.count, params)
+        rate = rate * factor
+
+        def change(plan: LeafPlan, entry: Tensors, step: jax.Array, parameter: jax.Array) -> Any:
+            is_learned = plan.rule == LEARNED
+            decay_of_leaf = per_leaf(
+                decay_of_learned if is_learned else decay_of_adam, entry, parameter
+            )
+            decayed = plan.decay * decay_of_leaf * parameter
+            if cautious_decay and is_learned:
+                decayed = jnp.where(step * parameter >= 0, decayed, (1 - factor) * decayed)
+            mult = 1.0 if is_learned else adamw.learning_rate_mult
+            return -mult * (plan.scale * rate * step + decayed)
+
+        updates = [
+            None if step is None else change(plan, entry, step, parameter).astype(leaf.dtype)
+            for plan, entry, step, parameter, leaf in zip(
+                of_leaves, tensors, steps, wide, leaves, strict=True
+            )
+        ]
         new_state: PerParameterState | FadingState = PerParameterState(count, accumulators)
         if norms is not None:
             new_state = FadingState(count, accumulators, norms)
@@ -217,7 +201,7 @@ def matrix_optimizer(
     )
 
 
-def _faded(
+def _clipped(
     state: PerParameterState | FadingState,
     tracing: Tracing,
     treedef: Any,
@@ -225,8 +209,8 @@ def _faded(
     count: jax.Array,
     max_norm: Any,
     threshold: Any,
-) -> tuple[SquaredNorms | None, Any]:
-    """The norms of gradients with those of this update, and the factor of all steps.
+) -> tuple[Sequence[Any], SquaredNorms | None, Any]:
+    """Gradients scaled down to a global norm; its averages, and how steps fade with them.
 
     Args:
       state: before this update.
@@ -238,16 +222,22 @@ def _faded(
       threshold: of `fading_factor`.
 
     Returns:
-      None and one where steps do not fade.
+      The gradients; the averages with those of this update, and the factor of all steps, None and
+      one where steps do not fade.
     """
+    if max_norm is None and not isinstance(state, FadingState):
+        return gradients, None, 1.0
+    tree = treedef.unflatten(gradients)
+    squared = common.squared_global_norm(tracing, tree)
+    if max_norm is not None:
+        gradients = treedef.flatten_up_to(common.clipped(tree, squared, max_norm))
     if not isinstance(state, FadingState):
-        return None, 1.0
-    squares = common.sums_of_leaves(jnp.square, tracing, treedef.unflatten(gradients))
-    squared = jnp.float32(sum(squares))
-    if max_norm is not None:  # what clipping leaves
-        squared = jnp.minimum(squared, jnp.square(max_norm))
-    norms = with_norm(state.norms, squared, count)
-    return norms, fading_factor(norms, count, threshold)
+        return gradients, None, 1.0
+    left = jnp.float32(squared)
+    if max_norm is not None:
+        left = jnp.minimum(left, jnp.square(max_norm))
+    norms = with_norm(state.norms, left, count)
+    return gradients, norms, fading_factor(norms, count, threshold)
 
 
 def _rates(
@@ -446,6 +436,70 @@ def _orthogonalized(
     )
     by_position = dict(zip(learned, orthogonal, strict=True))
     return [by_position.get(i, step) for i, step in enumerate(steps)]
+
+
+def _normalized(
+    steps: Sequence[Any],
+    gradients: Sequence[Any],
+    plans: Sequence[LeafPlan],
+    tensors: Sequence[Tensors],
+    still_where_zero: bool,
+) -> list[Any]:
+    """The steps, those of learned leaves with their matrices of root mean square one.
+
+    Args:
+      steps: of the leaves; None: it has no gradient or is AdamW's.
+      gradients: of the leaves.
+      plans: of the leaves.
+      tensors: how the leaves are seen as tensors.
+      still_where_zero: whether a matrix whose gradient is zero everywhere makes no step.
+    """
+    out: list[Any] = []
+    for step, gradient, plan, entry in zip(steps, gradients, plans, tensors, strict=True):
+        if step is not None and plan.rule == LEARNED:
+            step = normalize_matrices(step, plan.matrix, entry.leaf_partition)
+            if still_where_zero:
+                step = _still_where_zero(step, gradient, plan.matrix, entry.leaf_partition)
+        out.append(step)
+    return out
+
+
+def _with_adam_steps(
+    settings: AdamSettings,
+    steps: Sequence[Any],
+    gradients: Sequence[Any],
+    accumulators: Accumulators,
+    params: Any,
+    plans: Sequence[LeafPlan],
+    count: jax.Array,
+) -> tuple[list[Any], Accumulators]:
+    """The steps with those of AdamW's leaves, and the accumulators with its moments.
+
+    Args:
+      settings: of Adam.
+      steps: of learned leaves; None of the others.
+      gradients: of the leaves; None: it has none, and makes no step.
+      accumulators: of all leaves.
+      params: the parameters.
+      plans: of the leaves.
+      count: () int32, updates made, this one included.
+    """
+    first, *others = accumulators.momentum
+    momentum = arrays_like("state: momentum", first, params)
+    second_moment = leaves_like("state: second_moment", accumulators.second_moment, params)
+    is_adams = [plan.rule != LEARNED for plan in plans]
+    read = [x if own else None for x, own in zip(second_moment, is_adams, strict=True)]
+    check_shapes("state: second_moment", read, params)
+    out = list(steps)
+    for i, gradient in enumerate(gradients):
+        if is_adams[i] and gradient is not None:
+            made = adam_step(settings, gradient, momentum[i], second_moment[i], count)
+            out[i], momentum[i], second_moment[i] = made
+    return out, accumulators._replace(
+        momentum=(jax.tree.structure(params).unflatten(momentum), *others),
+        # its boxes have other names where a matrix keeps one number
+        second_moment=jax.tree.structure(accumulators.second_moment).unflatten(second_moment),
+    )
 
 
 def _still_where_zero(

@@ -1,9 +1,11 @@
 """nn_adam: Adam whose hyperparameters an LSTM moves, tensor by tensor, from step to step."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lopt_jax import tensorwise
@@ -14,6 +16,7 @@ from lopt_jax.lstm import LSTMState, init_lstm, lstm_cell, rows
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings, adam_step
 from lopt_jax.partition import Partition
+from lopt_jax.partitioned import on_shards
 from lopt_jax.rules.adam_hyperparameters import (
     Hyperparameters,
     Statistics,
@@ -100,25 +103,46 @@ def nn_adam(
         value: Any,
     ) -> tuple[Any, NNAdamState]:
         del value
-        count = optax.safe_increment(state.count)
-        grouped = tensorwise.group(tracing, gradients, params, state.accumulators, stacked_axes)
+        ranks = ranks_of_tensors(params, stacked_axes)
+        updates, accumulators, new = on_shards(
+            functools.partial(of_shards, ranks),
+            tracing,
+            gradients,
+            params,
+            state.accumulators,
+            (
+                meta_parameters,
+                (state.lstm, state.logarithms),
+                options.rates(state.count, params),
+            ),
+            stacked_axes,
+            tuple(config.items()),
+        )
+        return updates, NNAdamState(optax.safe_increment(state.count), accumulators, *new)
+
+    def of_shards(
+        ranks: np.ndarray,
+        tracing: Tracing,
+        gradients: Any,
+        params: Any,
+        accumulators: Accumulators,
+        whole: Any,
+    ) -> tuple[Any, Accumulators, tuple[LSTMState, Hyperparameters]]:
+        meta_parameters, old, (rate, decay) = whole
+        grouped = tensorwise.group(tracing, gradients, params, accumulators, stacked_axes)
         if not grouped.groups:
-            return tensorwise.as_trees(grouped, [])[0], state._replace(count=count)
-        old = state.lstm, state.logarithms
+            return *tensorwise.as_trees(grouped, []), old
         old_lstm, logarithms = tensorwise.taken(grouped, old)
         now = values_of(logarithms)
-        rate, decay = options.rates(state.count, params)
         decay = jnp.broadcast_to(decay, (number_of(grouped.tensors),))
         scale = rate * now.learning_rate * (1 + now.epsilon)
         own = (now, scale, tensorwise.taken(grouped, decay))
         results = tensorwise.over_tensors(grouped, _step_of_tensor, own, shared=())
-        ranks = ranks_of_tensors(params, stacked_axes)[tensorwise.positions(grouped)]
-        inputs = lstm_inputs(tensorwise.numbers(grouped, results), logarithms, ranks)
-        lstm = lstm_cell(meta_parameters["lstm"], inputs, old_lstm)
+        x, own_ranks = tensorwise.numbers(grouped, results), ranks[tensorwise.positions(grouped)]
+        lstm = lstm_cell(meta_parameters["lstm"], lstm_inputs(x, logarithms, own_ranks), old_lstm)
         moved = _moved(meta_parameters, config, logarithms, lstm.hidden)
-        updates, accumulators = tensorwise.as_trees(grouped, results)
         new = tensorwise.put_back(grouped, old, (lstm, moved))
-        return updates, NNAdamState(count, accumulators, *new)
+        return *tensorwise.as_trees(grouped, results), new
 
     return common.transformation(
         options,

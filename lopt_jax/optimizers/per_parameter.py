@@ -16,6 +16,7 @@ from lopt_jax.backends import unknown_decays
 from lopt_jax.context import Tracing
 from lopt_jax.features import time_features
 from lopt_jax.optimizers import common
+from lopt_jax.partitioned import on_shards
 from lopt_jax.rules.rule import MLP, Rule
 from lopt_jax.tensors import init_accumulators
 from lopt_jax.weights import Weights
@@ -93,21 +94,44 @@ def per_parameter(
         value: Any,
     ) -> tuple[Any, PerParameterState]:
         del value
-        scale, weight_decay = scales(*options.rates(state.count, params), params)
-        grouped = engine.group_tensors(
-            rule, tracing, gradients, params, state.accumulators, stacked_axes, options.backend
+        results, accumulators, _ = on_shards(
+            functools.partial(of_shards, rule),
+            tracing,
+            gradients,
+            params,
+            state.accumulators,
+            (
+                network(meta_parameters, state.count),
+                decays(meta_parameters),
+                *scales(*options.rates(state.count, params), params),
+            ),
+            stacked_axes,
+            (rule, options.backend),
         )
-        prepared = engine.first_pass(rule, grouped)
-        results, accumulators, _ = engine.second_pass(
+        return results, PerParameterState(optax.safe_increment(state.count), accumulators)
+
+    def of_shards(
+        rule: Rule,
+        tracing: Tracing,
+        gradients: Any,
+        params: Any,
+        accumulators: Accumulators,
+        whole: tuple[MLP, Decays, Any, Any],
+    ) -> tuple[Any, Accumulators, None]:
+        mlp, decays, scale, weight_decay = whole
+        grouped = engine.group_tensors(
+            rule, tracing, gradients, params, accumulators, stacked_axes, options.backend
+        )
+        updates, new, _ = engine.second_pass(
             rule,
-            prepared,
-            network(meta_parameters, state.count),
+            engine.first_pass(rule, grouped),
+            mlp,
             mlp_per_tensor=False,
-            decays=decays(meta_parameters),
+            decays=decays,
             scale=scale,
             weight_decay=weight_decay,
         )
-        return results, PerParameterState(optax.safe_increment(state.count), accumulators)
+        return updates, new, None
 
     of = lambda applies: functools.partial(update, replace(rule, applies=applies))  # noqa: E731
     return Functions(init, of(False), of(True), unknown_decays(dtypes) or "")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lopt_jax import tensorwise
@@ -34,6 +35,7 @@ from lopt_jax.normalized_losses import (
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.per_parameter import fixed_decays, network
 from lopt_jax.partition import Partition
+from lopt_jax.partitioned import on_shards
 from lopt_jax.rules import messages
 from lopt_jax.rules.message_inputs import first_biases, linear, lstm_inputs, tensor_sizes
 from lopt_jax.rules.rule import TensorArrays
@@ -130,10 +132,37 @@ def rnn_mlp_lopt(
         common.check_alike_on_devices(loss, (gradients, params))
         training = update_loss_average(state.loss, loss, TRAINING_DECAY)
         state = state._replace(loss=training)
-        count = optax.safe_increment(state.count)
-        grouped = tensorwise.group(tracing, gradients, params, state.accumulators, stacked_axes)
+        updates, accumulators, new = on_shards(
+            functools.partial(of_shards, ranks_of_tensors(params, stacked_axes)),
+            tracing,
+            gradients,
+            params,
+            state.accumulators,
+            (
+                theta,
+                state._replace(accumulators=Accumulators((), (), (), ())),
+                _loss_features(state, loss),
+                options.rates(state.count, params),
+            ),
+            stacked_axes,
+            (tuple(config.items()), options.precision),
+        )
+        return updates, new._replace(
+            count=optax.safe_increment(state.count), accumulators=accumulators
+        )
+
+    def of_shards(
+        ranks: np.ndarray,
+        tracing: Tracing,
+        gradients: Any,
+        params: Any,
+        accumulators: Accumulators,
+        whole: Any,
+    ) -> tuple[Any, Accumulators, RNNMLPLoptState]:
+        theta, state, losses, (rate, decay) = whole
+        grouped = tensorwise.group(tracing, gradients, params, accumulators, stacked_axes)
         if not grouped.groups:
-            return tensorwise.as_trees(grouped, [])[0], state._replace(count=count)
+            return *tensorwise.as_trees(grouped, []), state
         chosen = tensorwise.positions(grouped)
         old = (state.lstm, state.from_mlp)
         old_lstm, from_mlp = tensorwise.taken(grouped, old)
@@ -144,11 +173,8 @@ def rnn_mlp_lopt(
         )
         x = tensorwise.numbers(grouped, made)
         sizes = tensor_sizes(grouped.tensors, chosen)
-        ranks = ranks_of_tensors(params, stacked_axes)[chosen]
-        losses = _loss_features(state, loss)
-        inputs = lstm_inputs(x, from_mlp, state.from_lstm, losses, sizes, ranks)
+        inputs = lstm_inputs(x, from_mlp, state.from_lstm, losses, sizes, ranks[chosen])
         lstm = lstm_cell(theta["lstm"], inputs, old_lstm)
-        rate, decay = options.rates(state.count, params)
         decay = jnp.broadcast_to(decay, (number_of(grouped.tensors),))
         own = (
             first_biases(theta, len(features), x, lstm.hidden, state.count, sizes),
@@ -158,18 +184,14 @@ def rnn_mlp_lopt(
         step = functools.partial(_step_of_tensor, features, config["exp_mult"], options.precision)
         with_network = (*shared, network(theta["mlp"]), rate * config["step_mult"])
         results = tensorwise.over_tensors(grouped, step, own, with_network)
-        updates, accumulators = tensorwise.as_trees(grouped, results)
         new = (lstm, tensorwise.numbers(grouped, results))
         lstm_state, answers = tensorwise.put_back(grouped, old, new)
         said = jnp.mean(linear(theta["to_lstm"], lstm.hidden), axis=0)
-        clipper = update_clipper(state.clipper, x.gradient_mean_square)
-        return updates, state._replace(
-            count=count,
-            accumulators=accumulators,
+        return *tensorwise.as_trees(grouped, results), state._replace(
             lstm=lstm_state,
             from_mlp=answers,
             from_lstm=said,
-            clipper=clipper,
+            clipper=update_clipper(state.clipper, x.gradient_mean_square),
         )
 
     return common.transformation(

@@ -68,7 +68,7 @@ def networks_of(tracing: Tracing, groups: Sequence[Group]) -> list[XlaNetwork]:
     plain = XlaNetwork(platform, without=tracing.without)
     if platform == "cpu":
         # other weights are read anew for every element, also those that a partitioner hands on
-        known = tracing.constant_weights and tracing.is_local
+        known = tracing.constant_weights and not tracing.axes
         worth_it = [known and group.size >= UNROLLED_ELEMENTS for group in groups]
         few = sum(worth_it) <= UNROLLED_GROUPS
         return [replace(plain, unrolled=few and worth) for worth in worth_it]
@@ -219,7 +219,7 @@ def joined_batches(
     feature of each of them is code of one kernel.
     """
     joins = tracing.platform == "gpu" and len(groups) <= FUSED_SMALL_GROUPS
-    apart = settings.mlp_per_tensor or rule.accumulator_statistics or not tracing.is_local
+    apart = settings.mlp_per_tensor or rule.accumulator_statistics
     hidden = settings.mlp.biases[0].shape[-1]
     if not joins or apart or hidden < rules.WIDE_HIDDEN_SIZE:
         return []
