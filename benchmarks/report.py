@@ -212,22 +212,64 @@ def scale_summary() -> str:
     )
 
 
+def small_losses() -> dict[tuple[str, int, str], float]:
+    """Final losses on the small held-out tasks by task, steps and optimizer; means over seeds."""
+    losses: dict[tuple[str, int, str], list[float]] = {}
+    for r in json.loads((RECORDS / "meta_eval.json").read_text()):
+        if r["optimizer"] in ("adamw", "muon"):
+            key = (r["task"], r["horizon"], r["optimizer"])
+            losses.setdefault(key, []).append(r["valid_loss"])
+    means = {key: sum(x) / len(x) for key, x in losses.items()}
+    ours = json.loads((RECORDS / "small_lopt.json").read_text())
+    return means | {(r["task"], r["steps"], "lopt"): r["valid"] for r in ours}
+
+
+def small_wins(losses: dict[tuple[str, int, str], float], usual: str) -> dict[int, int]:
+    """By the number of steps, on how many small tasks `lopt` is at or below another."""
+    wins: dict[int, int] = {}
+    for (task, steps, name), loss in losses.items():
+        if name == "lopt":
+            wins[steps] = wins.get(steps, 0) + (loss <= losses[task, steps, usual])
+    return dict(sorted(wins.items()))
+
+
 def small() -> str:
     """On how many small held-out tasks `lopt` is at or below tuned AdamW."""
-    ours = json.loads((RECORDS / "small_lopt.json").read_text())
-    theirs: dict[tuple[str, int], list[float]] = {}
-    for r in json.loads((RECORDS / "meta_eval.json").read_text()):
-        if r["optimizer"] == "adamw":
-            theirs.setdefault((r["task"], r["horizon"]), []).append(r["valid_loss"])
-    wins: dict[int, list[bool]] = {}
-    for r in ours:
-        losses = theirs[r["task"], r["steps"]]
-        wins.setdefault(r["steps"], []).append(r["valid"] <= sum(losses) / len(losses))
-    counts = [f"{sum(won)} at {steps:,} steps" for steps, won in sorted(wins.items())]
+    losses = small_losses()
+    counts = [f"{n} at {steps:,} steps" for steps, n in small_wins(losses, "adamw").items()]
+    tasks = {task for task, _, name in losses if name == "lopt"}
     return (
-        f"On {len(wins[200])} small held-out tasks `lopt` is at or below tuned AdamW on "
+        f"On {len(tasks)} small held-out tasks `lopt` is at or below tuned AdamW on "
         f"{', '.join(counts)}: it loses where few examples are seen hundreds of times."
     )
+
+
+def small_table() -> str:
+    """Losses of `lopt`, AdamW and Muon on the small held-out tasks."""
+    losses = small_losses()
+    ours = json.loads((RECORDS / "small_lopt.json").read_text())
+    marks = {
+        (r["task"], r["steps"]): (f" ({r['seeds']})" if r["seeds"] != 5 else "")
+        + ("\\*" if r.get("recipe") else "")
+        for r in ours
+    }
+    horizons = sorted({r["steps"] for r in ours})
+    titles = ["task", *(f"{h:,}: lopt | AdamW | Muon" for h in horizons)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: | ---: | ---: |" * len(horizons)]
+    for task in sorted({r["task"] for r in ours}):
+        cells = [task]
+        for h in horizons:
+            lopt, adamw, muon = (losses[task, h, name] for name in ("lopt", "adamw", "muon"))
+            text = f"**{lopt:.3g}**" if lopt <= adamw else f"{lopt:.3g}"
+            cells += [text + marks[task, h], f"{adamw:.3g}", f"{muon:.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    of = lambda usual: " / ".join(map(str, small_wins(losses, usual).values()))  # noqa: E731
+    lines += [
+        "",
+        f"At or below AdamW on {of('adamw')} of {len(lines) - 2} tasks, at or below Muon on "
+        f"{of('muon')}.",
+    ]
+    return "\n".join(lines)
 
 
 PIECES: dict[str, Callable[[], str]] = {
@@ -237,6 +279,7 @@ PIECES: dict[str, Callable[[], str]] = {
     "scale-multiples": scale_multiples,
     "scale-summary": scale_summary,
     "small": small,
+    "small-table": small_table,
     "update-matrices": lambda: steps(MATRICES, "gpt2_355m"),
     "update-gpt2": lambda: steps("step_time_h200.json", "gpt2_355m"),
     "update-vit": lambda: steps("step_time_h200.json", "vit_b16"),
