@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import optax
 
+from lopt_jax.brief import brief
 from lopt_jax.context import steer, steered_as
 from lopt_jax.weights import Weights
-from lopt_jax.weights.base import brief
 
 
 class LearnedTransformation(optax.GradientTransformationExtraArgs):

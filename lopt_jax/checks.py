@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lopt_jax.weights.base import brief
+from lopt_jax.brief import brief
 
 
 def check_fields(settings: Any) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 
 from lopt_jax.accumulators import Accumulators, FactoredDims, factored_dims
 from lopt_jax.boxes import content, is_box, reboxed
+from lopt_jax.brief import brief
 from lopt_jax.context import Shards
 from lopt_jax.partition import Layout, Partition, partitions_of, zeros
 from lopt_jax.rules.rule import AccumulatorStatistics
-from lopt_jax.weights.base import brief
 
 StackedAxes = Any  # int | tree of ints (a prefix of the params) | function (path, leaf) -> int
 

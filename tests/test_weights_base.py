@@ -12,8 +12,9 @@ import pytest
 
 import lopt_jax
 from lopt_jax import partition
+from lopt_jax.brief import brief
 from lopt_jax.weights import Weights, WeightsError, load_weights, resolve
-from lopt_jax.weights.base import StaticMapping, brief, weights_error
+from lopt_jax.weights.base import StaticMapping, weights_error
 from lopt_jax.weights.schema import SCHEMAS, expected_shapes, inferred_sizes, validate
 
 

@@ -4,10 +4,10 @@ import dataclasses
 import json
 from typing import Any, Literal
 
+from lopt_jax.brief import brief
 from lopt_jax.checks import check_bounds, check_fields
 from lopt_jax.meta.estimators import EstimatorName
 from lopt_jax.meta.unroll import Objective
-from lopt_jax.weights.base import brief
 
 _LEAST = {
     "learning_rate_peak": 0,

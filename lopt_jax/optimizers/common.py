@@ -15,6 +15,7 @@ from optax._src.base import NO_PARAMS_MSG
 from lopt_jax.accumulators import Accumulators, SecondMoments
 from lopt_jax.applying import LearnedTransformation, apply_of
 from lopt_jax.backends import BACKENDS
+from lopt_jax.brief import brief
 from lopt_jax.context import (
     LARGEST_INDEX,
     Steered,
@@ -39,7 +40,6 @@ from lopt_jax.tensors import (
     prefix_of_params,
     tensors_of,
 )
-from lopt_jax.weights.base import brief
 
 GRADIENT_CLIP = 1000.0  # of every element, where the original clips
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lopt_jax.brief import brief
 from lopt_jax.optimizers import common
 from lopt_jax.optimizers.adam import AdamSettings
 from lopt_jax.optimizers.matrices import (
@@ -41,7 +42,6 @@ from lopt_jax.optimizers.roles import (
 from lopt_jax.rules.newton_schulz import check_precision
 from lopt_jax.tensors import StackedAxes
 from lopt_jax.weights import WeightsLike, resolve
-from lopt_jax.weights.base import brief
 
 Number = float | jax.Array
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from lopt_jax.weights.base import brief
+from lopt_jax.brief import brief
 
 LEARNED, ADAMW = "learned", "adamw"
 LAST_TWO = "last_two"

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import weights_error
 from lopt_jax.weights.schema import schema_of
 
 # class -> architecture; of several classes of an architecture the first is the one that is written

@@ -8,7 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import weights_error
 from lopt_jax.weights.schema import MAX_BYTES
 
 MAX_RANK = 8

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import html
 import os
-import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from lopt_jax.brief import brief
 
 
 class WeightsError(ValueError):
@@ -45,24 +46,7 @@ def printable(text: str) -> str:
     )
 
 
-_REPR = reprlib.Repr()
-_REPR.maxlevel = 2
-_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 8
-_REPR.maxstring = _REPR.maxother = 80
 _SHOWN = 800  # characters of one value that is shown
-
-
-def brief(value: object) -> str:
-    """Returns a short text for a message, in bounded time whatever a file put into `value`.
-
-    Plain `repr` of objects that share parts can take exponential time.
-    """
-    try:
-        return _REPR.repr(value)[:160]
-    except ValueError:  # an integer of too many digits for a text
-        return f"a {type(value).__name__}"
-
-
 _MAX_NESTING = 64  # of config and metadata: far from the depth at which Python's recursion ends
 
 

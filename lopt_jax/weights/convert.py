@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lopt_jax.brief import brief
 from lopt_jax.weights.arguments import gin_config
-from lopt_jax.weights.base import StaticMapping, Weights, brief, weights_error
+from lopt_jax.weights.base import StaticMapping, Weights, weights_error
 from lopt_jax.weights.gin import parse_gin
 from lopt_jax.weights.haiku_pickle import is_pickle, read_pickle
 from lopt_jax.weights.msgpack_tree import read_msgpack

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lopt_jax.weights.base import Weights, brief
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import Weights
 from lopt_jax.weights.original_export import THETA, export_original
 from lopt_jax.weights.pylo import MODEL, export_pylo
 from lopt_jax.weights.schema import validate

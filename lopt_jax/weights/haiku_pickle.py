@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from lopt_jax.brief import brief
 from lopt_jax.weights.arrays import declared_array
-from lopt_jax.weights.base import WeightsError, brief, weights_error
+from lopt_jax.weights.base import WeightsError, weights_error
 from lopt_jax.weights.schema import MAX_BYTES
 
 _MAX_OPCODES = 100_000

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lopt_jax.weights.base import Weights, brief, printable, thaw
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import Weights, printable, thaw
 from lopt_jax.weights.store import save_weights
 
 # Names that the Hub knows for the licences that occur; another is left to the text of the card.

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import weights_error
 
 Path = tuple[str, ...]
 

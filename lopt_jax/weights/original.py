@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lopt_jax.weights.base import WeightsError, brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import WeightsError, weights_error
 from lopt_jax.weights.layouts import FIELDS, MODULE, SEPARATE_WEIGHTS, read_fields
 from lopt_jax.weights.schema import CELO_LSTM_INPUTS, VELO_LSTM_INPUTS, walk
 

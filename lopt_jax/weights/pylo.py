@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from lopt_jax.brief import brief
 from lopt_jax.weights.arrays import declared_array
-from lopt_jax.weights.base import Weights, brief, thaw, weights_error
+from lopt_jax.weights.base import Weights, thaw, weights_error
 from lopt_jax.weights.files import write
 from lopt_jax.weights.hub import export_card
 from lopt_jax.weights.layouts import FEATURE_GROUPS

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lopt_jax.brief import brief
 from lopt_jax.partition import say_once
-from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, brief, weights_error
+from lopt_jax.weights.base import Weights, WeightsError, WeightsLike, weights_error
 from lopt_jax.weights.catalogue import REGISTRY, Entry, Place
 from lopt_jax.weights.convert import convert_bundle, convert_weights, reconfigured
 from lopt_jax.weights.schema import SCHEMAS, check_structure, schema_of

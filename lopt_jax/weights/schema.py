@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import StaticMapping, Weights, WeightsError, weights_error
 
 # The largest released weights (VeLO) are 10 MB. Everything read from a file is bounded by this
 # number before memory is reserved for it, so that a file of a stranger cannot exhaust memory.

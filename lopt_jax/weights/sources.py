@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from lopt_jax.weights.base import brief, weights_error
+from lopt_jax.brief import brief
+from lopt_jax.weights.base import weights_error
 from lopt_jax.weights.files import read_regular
 from lopt_jax.weights.schema import MAX_BYTES
 

@@ -25,8 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lopt_jax.brief import brief
 from lopt_jax.weights.arrays import MAX_RANK
-from lopt_jax.weights.base import Weights, WeightsError, brief, thaw, weights_error
+from lopt_jax.weights.base import Weights, WeightsError, thaw, weights_error
 from lopt_jax.weights.files import read_regular, read_tree
 from lopt_jax.weights.schema import (
     MAX_BYTES,
