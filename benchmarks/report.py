@@ -272,6 +272,19 @@ def small_table() -> str:
     return "\n".join(lines)
 
 
+def noise_free() -> str:
+    """Losses of `lopt` and of AdamW's best rate where there is nothing to regularise."""
+    best = {
+        (r["task"], r["optimizer"]): min(r["valid"])
+        for r in json.loads((RECORDS / "noise_free.json").read_text())
+    }
+    lines = ["| task | lopt | AdamW | lopt / AdamW |", "| --- | ---: | ---: | ---: |"]
+    for task in dict.fromkeys(task for task, _ in best):
+        lopt, adamw = best[task, "lopt"], best[task, "adamw"]
+        lines.append(f"| {task} | {lopt:.3g} | {adamw:.3g} | {lopt / adamw:.2f} |")
+    return "\n".join(lines)
+
+
 PIECES: dict[str, Callable[[], str]] = {
     "cost": cost,
     "scale": scale,
@@ -280,6 +293,7 @@ PIECES: dict[str, Callable[[], str]] = {
     "scale-summary": scale_summary,
     "small": small,
     "small-table": small_table,
+    "noise-free": noise_free,
     "update-matrices": lambda: steps(MATRICES, "gpt2_355m"),
     "update-gpt2": lambda: steps("step_time_h200.json", "gpt2_355m"),
     "update-vit": lambda: steps("step_time_h200.json", "vit_b16"),
