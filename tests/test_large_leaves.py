@@ -123,12 +123,12 @@ def test_joined_leaves_keep_the_axis_of_tensors(monkeypatch):
     leaves = [TensorArrays(*pair) for pair in zip(gradients, gradients, by_leaf, strict=True)]
     tensors = tensors_of(params, 1)
     (group,) = batches.make_groups(tensors, gradients, gradients, ["a", "b"])
-    inputs = batches.gather(group, tensors, leaves, True)
+    inputs = batches.gather(group, tensors, leaves)
     for limit in (7, 1 << 20):
         monkeypatch.setattr(batches, "LARGEST_INDEX", limit)
         taker = part_taker(opaque_zero(Tracing(), inputs.gradient))
         result = TensorUpdate(inputs.gradient, inputs.accumulators, None)
-        parts = batches.scatter(group, tensors, result, leaves, taker, taker, True)
+        parts = batches.scatter(group, tensors, result, leaves, taker, taker)
         for part, leaf in zip(parts, leaves, strict=True):
             np.testing.assert_array_equal(part.update, leaf.gradient)
             jax.tree.map(np.testing.assert_array_equal, part.accumulators, leaf.accumulators)
