@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +117,26 @@ def quirks_gained() -> str:
     return "\n".join([title, "", quirks.HEADER, *map(quirks.row, records)])
 
 
+def scale_records() -> list[Mapping[str, Any]]:
+    """The records of the scale suite, of optimizers as they are now."""
+    return suite.current(suite.read_records(ROOT / suite.RECORDS))
+
+
 def scale() -> str:
     """The table of the scale suite, without what `lopt` has not been run on."""
-    records = suite.current(suite.read_records(ROOT / suite.RECORDS))
+    records = scale_records()
     run = {(r["task"], r["steps"]) for r in records if r["optimizer"] == "lopt"}
     return report.table([r for r in records if (r["task"], r["steps"]) in run])
 
 
 def scale_all() -> str:
     """The whole table of the scale suite."""
-    return report.table(suite.current(suite.read_records(ROOT / suite.RECORDS)))
+    return report.table(scale_records())
 
 
 def scale_multiples() -> str:
     """What multiples of `lopt`'s rate give in the scale suite."""
-    return report.multiples(suite.current(suite.read_records(ROOT / suite.RECORDS)))
+    return report.multiples(scale_records())
 
 
 def times_adamw(records: list[benchmark.Record], model: str, optimizer: str) -> float:
@@ -182,7 +187,7 @@ def gallery_how() -> str:
 
 def scale_summary() -> str:
     """How far `lopt` is from the usual optimizers in the scale suite, in a few sentences."""
-    cells = report.cells(suite.current(suite.read_records(ROOT / suite.RECORDS)))
+    cells = report.cells(scale_records())
     by_name = {(c.task, c.steps, c.optimizer): c for c in cells}
     ours = [c for c in cells if c.optimizer == "lopt"]
 
@@ -248,11 +253,7 @@ def small_table() -> str:
     """Losses of `lopt`, AdamW and Muon on the small held-out tasks."""
     losses = small_losses()
     ours = json.loads((RECORDS / "small_lopt.json").read_text())
-    marks = {
-        (r["task"], r["steps"]): (f" ({r['seeds']})" if r["seeds"] != 5 else "")
-        + ("\\*" if r.get("recipe") else "")
-        for r in ours
-    }
+    marks = {(r["task"], r["steps"]): f" ({r['seeds']})" if r["seeds"] != 5 else "" for r in ours}
     horizons = sorted({r["steps"] for r in ours})
     titles = ["task", *(f"{h:,}: lopt | AdamW | Muon" for h in horizons)]
     lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: | ---: | ---: |" * len(horizons)]

@@ -377,28 +377,28 @@ def test_home_is_expanded_everywhere(weights, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-@pytest.mark.parametrize(
-    "path", ["", "~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")]
-)
-def test_paths_that_name_nothing(weights, path):
-    for function in (
+def functions_of_paths(weights):
+    """What takes a path, from the path alone."""
+    return (
         load_weights,
         convert_weights,
         lambda path: save_weights(path, weights),
         lambda path: export_weights(weights, path),
-    ):
+    )
+
+
+@pytest.mark.parametrize(
+    "path", ["", "~no_such_user/x", "a\0b", "a\ud800", Path("~no_such_user/x")]
+)
+def test_paths_that_name_nothing(weights, path):
+    for function in functions_of_paths(weights):
         with pytest.raises(WeightsError, match="expected a path or an address, found"):
             function(path)
 
 
 @pytest.mark.parametrize("path", [None, 3, b"velo_small", ["velo_small"]])
 def test_what_is_no_path_is_named(weights, path):
-    for function in (
-        load_weights,
-        convert_weights,
-        lambda path: save_weights(path, weights),
-        lambda path: export_weights(weights, path),
-    ):
+    for function in functions_of_paths(weights):
         with pytest.raises(TypeError, match="expected a name, a path or an address of weights"):
             function(path)
 
